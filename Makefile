@@ -1,0 +1,91 @@
+# `make bench` and `make test` from a bare clone need Python >= 3.10, g++ and make; the rest is installed into .venv.
+# `make test PY=/path/to/python` uses that Python and what it has installed instead, and installs nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+ifeq ($(origin PY),undefined)
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+CLANG_FORMAT := $(VENV)/bin/clang-format
+else
+CLANG_FORMAT := clang-format
+endif
+
+export MMKERNELS_TEST_ISA = 1
+COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
+PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
+CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help bench test build fuzz sanitize gpu lint types format clean
+
+help:
+	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one)'
+	@echo 'make test      run the tests (ARGS="-k name" for some)'
+	@echo 'make build     set up .venv and compile what changed'
+	@echo 'make fuzz      run the fuzz test with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
+	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
+	@echo 'make gpu       run the tests on a machine with a GPU'
+	@echo 'make lint      check style; make format repairs it'
+	@echo 'make types     check the annotations with mypy'
+	@echo 'make clean     remove what was built; .venv stays'
+
+bench: build
+	$(PY) examples/photo_text.py
+	$(PY) -m mmkernels bench $(ARGS)
+
+test: build
+	$(PYTEST) -n 2 tests $(ARGS)
+
+build: $(INSTALLED)
+	@$(COMPILE)
+
+fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
+fuzz: build
+	$(PYTEST) -n 2 tests/test_cross_attention_fuzz.py $(ARGS)
+
+# Both sanitizers at -O1 slow a kernel down some twenty times: SANITIZE_TESTS chooses what runs. -s, because an aborting
+# test cannot hand pytest the report it captured.
+SANITIZE_TESTS ?= -k "not bitwise and not float16"
+sanitize: $(INSTALLED)
+	@MMKERNELS_SANITIZE=1 $(COMPILE)
+	MMKERNELS_LIBRARY_DIR=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	$(PYTEST) -s -p no:cacheprovider tests/test_cross_attention.py $(SANITIZE_TESTS) $(ARGS)
+
+gpu: $(INSTALLED)
+	@$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
+	@$(MAKE) --no-print-directory build
+	$(PY) -m mmkernels info
+	$(PYTEST) tests $(ARGS)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
+
+types: $(INSTALLED)
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_SOURCES)
+
+clean:
+	rm -rf build dist bench_results mmkernels.egg-info mmkernels/_C*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("mmkernels needs Python 3.10 or later")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that no later step can choose another.
+$(VENV)/.environment: requirements.txt | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --no-deps $$(grep '^torch==' requirements.txt)
+	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.environment pyproject.toml setup.py
+	MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
