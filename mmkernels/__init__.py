@@ -1,0 +1,20 @@
+"""Kernels for multimodal models: drop-in ops for PyTorch, each with a readable reference."""
+
+from __future__ import annotations
+
+from mmkernels import nn
+from mmkernels._dispatch import Explanation, explain, use_backend
+from mmkernels._errors import UnsupportedError
+from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "UnsupportedError",
+    "cross_attention",
+    "explain",
+    "nn",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

@@ -1,0 +1,367 @@
+"""Registration of ops with torch, and the choice of a backend per call.
+
+An `Operator` is one op under ``torch.ops.mmkernels`` with a table of backends, best first. The backward of an op is an
+operator of its own. A backend says with ``supports(*args)`` why it cannot serve a call; the first that can runs it, and
+the last one, the reference, can serve every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels import _native
+from mmkernels._errors import UnsupportedError
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_library = torch.library.Library("mmkernels", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op: ``supports`` and ``run`` take the arguments of the op's schema, in order."""
+
+    name: str
+    run: Callable[..., Any]
+    supports: Callable[..., str | None]
+
+
+def reference_backend(run: Callable[..., Any]) -> Backend:
+    """The reference as a table's last entry. Autocast is off inside it: dtypes were settled at the door."""
+
+    def run_without_autocast(*args: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return run(*args)
+        with torch._C._DisableAutocast():
+            return run(*args)
+
+    return Backend("reference", run_without_autocast, lambda *_: None)
+
+
+def native_op(name: str) -> tuple[Callable[..., Any], str | None]:
+    """A private op of the compiled library; where it is absent, something that raises when called, and why."""
+    reason = None
+    if not _native.available():
+        reason = f"the native library is absent: {_native.reason()}"
+    elif not hasattr(torch.ops.mmkernels, name):
+        reason = f"the native library was built without {name}"
+    if reason is None:
+        return getattr(torch.ops.mmkernels, name).default, None
+
+    def absent(*_: Any) -> Any:
+        raise UnsupportedError(f"{name}: {reason}")
+
+    return absent, reason
+
+
+# --- forcing and explaining -------------------------------------------------------------------------------------------
+
+
+class _Explained(Exception):
+    """Carries the explanation out of a call that is asked to stop where it would start to compute."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+_EXPLAIN = "\0explain"
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(reversed(BACKENDS))}; got {name!r}")
+    return name
+
+
+def _forced_by_environment() -> tuple[str, ...]:
+    name = os.environ.get("MMKERNELS_BACKEND", "")
+    return (_checked_name(name, "MMKERNELS_BACKEND"),) if name else ()
+
+
+# The forced backends, innermost last. A context variable is private to each thread and to each asyncio task.
+_forced: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("mmkernels_backend")
+_forced_default = _forced_by_environment()
+
+
+class use_backend(contextlib.ContextDecorator):
+    """Force one backend inside a ``with`` block, in this thread: ``with mmk.use_backend("reference"): ...``.
+
+    Blocks nest, and one object may be entered repeatedly. A call that the backend cannot serve raises
+    `mmkernels.UnsupportedError`. Compiled code obeys the block in which it runs, not the one in which it was compiled.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _checked_name(name, "use_backend")
+
+    def __enter__(self) -> use_backend:
+        _forced.set((*_forced.get(_forced_default), self.name))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _forced.set(_forced.get()[:-1])
+
+
+def forced_backend() -> str | None:
+    """The backend that this thread's calls are forced to, or None."""
+    names = _forced.get(_forced_default)
+    return names[-1] if names else None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend would serve a call, and why each better one would not."""
+
+    op: str
+    backend: str
+    reasons: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __str__(self) -> str:
+        lines = [f"{self.op} runs on {self.backend}"]
+        return "\n".join(lines + [f"  not on {name}: {reason}" for name, reason in self.reasons.items()])
+
+    __repr__ = __str__
+
+
+def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would run ``op(*args, **kwargs)``, and why the better ones would not. Computes nothing.
+
+    ``op`` is a public function of the package or its name. Raises what the call itself would raise for bad input or for
+    a forced backend that cannot serve it.
+    """
+    if isinstance(op, str):
+        import mmkernels
+
+        function = getattr(mmkernels, op, None)
+        if not callable(function):
+            raise ValueError(f"explain: op: expected the name of a public function of mmkernels; got {op!r}")
+    else:
+        function = op
+    names = _forced.get(_forced_default)
+    token = _forced.set((*names, _EXPLAIN))
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            function(*args, **kwargs)
+    except _Explained as stop:
+        return stop.explanation
+    finally:
+        _forced.reset(token)
+    raise ValueError(f"explain: op: expected an op of mmkernels; {op!r} calls none")
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend, None where this machine can use it, or why it cannot."""
+    return {
+        "cuda": "this version has no CUDA kernels",
+        "triton": "this version has no Triton kernels",
+        "cpu": None if _native.available() else _native.reason() or "the native library is absent",
+        "reference": None,
+    }
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors. True when a functorch transform might ask for it."""
+    if not torch.is_grad_enabled():
+        return False
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            return True
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+class Operator:
+    """One op ``torch.ops.mmkernels.<name>`` and its backends, best first.
+
+    ``fake`` gives the outputs' shapes, dtypes and strides. Calling the operator with plain tensors skips torch's
+    dispatcher, whose Python round trips cost more than a small kernel; under any tracing or mode it goes through it.
+    """
+
+    def __init__(self, name: str, schema: str, *, fake: Callable[..., Any], backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.backends = tuple(backends)
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _library.impl(name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mmkernels::{name}", fake, lib=_library)
+        self.overload = getattr(torch.ops.mmkernels, name).default
+        self._apply: Callable[..., Any] | None = None
+        self._transformed: type[torch.autograd.Function] | None = None
+        arguments = self.overload._schema.arguments
+        self._tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op on the arguments of its schema, all positional."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self.overload(*args) if self._transformed is None else self._transformed.apply(*args)
+        if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+            return self.overload(*args)
+        grad = False
+        for i in self._tensor_positions:
+            tensor = args[i]
+            if type(tensor) not in _PLAIN_TYPES:
+                return self.overload(*args)
+            if tensor is not None and tensor.requires_grad:
+                grad = True
+        if grad and self._apply is not None and torch.is_grad_enabled():
+            return self._apply(*args)
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Run on the best backend that serves the call, below autograd."""
+        if names := _forced.get(_forced_default):
+            return self._choose_forced(names, args).run(*args)
+        for backend in self.backends:
+            if backend.supports(*args) is None:
+                return backend.run(*args)
+        raise UnsupportedError(f"{self.name}: no backend serves this call")
+
+    def _choose_forced(self, names: tuple[str, ...], args: tuple[Any, ...]) -> Backend:
+        if names[-1] == _EXPLAIN:
+            raise _Explained(self._explain(names[-2] if len(names) > 1 else None, args))
+        return self._forced_backend(names[-1], args)
+
+    def _forced_backend(self, name: str, args: tuple[Any, ...]) -> Backend:
+        for backend in self.backends:
+            if backend.name == name:
+                reason = backend.supports(*args)
+                if reason is None:
+                    return backend
+                raise UnsupportedError(f"{self.name}: backend {name!r} was forced and cannot serve this call: {reason}")
+        raise UnsupportedError(f"{self.name}: backend {name!r} was forced and this op has none")
+
+    def _explain(self, forced: str | None, args: tuple[Any, ...]) -> Explanation:
+        if forced is not None:
+            return Explanation(self.name, self._forced_backend(forced, args).name)
+        reasons: dict[str, str] = {}
+        for backend in self.backends:
+            reason = backend.supports(*args)
+            if reason is None:
+                return Explanation(self.name, backend.name, MappingProxyType(reasons))
+            reasons[backend.name] = reason
+        raise UnsupportedError(f"{self.name}: no backend serves this call: {reasons}")
+
+    def register_gradient(
+        self,
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+        backward: Callable[..., Any],
+        vmap: Callable[..., tuple[Any, Any]],
+    ) -> None:
+        """Attach a gradient and a batching rule.
+
+        ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are those of
+        ``torch.library.register_autograd``; ``vmap(info, in_dims, *args) -> (outputs, out_dims)`` that of
+        ``torch.library.register_vmap``. Both call operators, never ``overload``.
+        """
+        name = f"mmkernels::{self.name}"
+        torch.library.register_autograd(name, backward, setup_context=_by_keyword(setup_context), lib=_library)
+        torch.library.register_vmap(name, vmap, lib=_library)
+        eager, transformed = _autograd_functions(self, setup_context, backward, vmap)
+        self._apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]  # without the wrapper that looks for transforms
+        self._transformed = transformed
+
+
+def _by_keyword(setup_context: Callable[[Any, tuple[Any, ...], Any], None]) -> Callable[..., None]:
+    """torch passes ``inputs`` and ``output`` by name."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+
+    return setup
+
+
+def _autograd_functions(
+    operator: Operator, setup: Callable[..., None], pull: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]
+) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
+    """Two forms of one gradient: the quick one for plain tensors, and the one that functorch asks for."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            outputs = operator.run(*args)
+            setup(ctx, args, outputs)
+            return outputs
+
+        backward = staticmethod(pull)
+
+    class Transformed(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return operator(*args)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(pull)
+        vmap = staticmethod(rule)
+
+    for function in (Eager, Transformed):
+        function.__name__ = function.__qualname__ = f"mmkernels_{operator.name}"
+    return Eager, Transformed
+
+
+def kernel_vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """As `vjp`, inside an op's kernel, where autograd is switched off and every transform has been peeled away."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        outputs = function(*leaves)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        pulled = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                [x for x in leaves if x is not None],
+                [g for _, g in pairs],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+        return tuple(None if x is None else next(pulled) for x in inputs)
+
+
+def vjp(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Pull ``grads`` back through ``function(*inputs)``; None stands for an absent input or a zero gradient.
+
+    It works under every functorch transform and is itself differentiable, which is what lets a reference serve as the
+    double backward of its op.
+    """
+    present = [i for i, x in enumerate(inputs) if x is not None]
+
+    def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
+        full = list(inputs)
+        for i, tensor in zip(present, tensors, strict=True):
+            full[i] = tensor
+        return function(*full)
+
+    outputs, pullback = torch.func.vjp(  # type: ignore[misc]  # not of the has_aux form
+        of_present, *(inputs[i] for i in present)
+    )
+    pulled = pullback(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)))
+    result: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(present, pulled, strict=True):
+        result[i] = grad
+    return tuple(result)
+
+
+def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+    """The batching rule of an op that cannot fold the mapped dim into another: one call per example."""
+    examples = []
+    for i in range(info.batch_size):
+        example = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+        examples.append(operator(*example))
+    outputs = tuple(torch.stack(tensors) for tensors in zip(*examples, strict=True))
+    return outputs, (0,) * len(outputs)

@@ -1,0 +1,180 @@
+"""What is left of a run: the table on the terminal, the JSON file and the README's table."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from .engine import Row
+from .machine import caption
+
+README_BEGIN = "<!-- measured: written by `python -m mmkernels bench --update-readme` -->"
+README_END = "<!-- /measured -->"
+
+GroupKey = tuple[str, str, str]  # op, dtype, group
+
+
+def geometric_mean(values: Iterable[float | None]) -> float | None:
+    """Geometric mean of the values that are there, None where none is."""
+    logs = [math.log(v) for v in values if v is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def grouped(rows: Sequence[Row]) -> dict[GroupKey, list[Row]]:
+    groups: dict[GroupKey, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.dtype, row.group), []).append(row)
+    return groups
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    ms = seconds * 1e3
+    return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
+
+
+def ceiling_text(peaks: dict[str, float]) -> str:
+    """The GEMM rates in words; a dtype with float32's rate has none of its own that is faster."""
+    single = peaks.get("float32")
+    return ", ".join(
+        f"{name} {rate / 1e9:.0f} GF/s"
+        + (" (float32's, its own is slower)" if name != "float32" and rate == single else "")
+        for name, rate in peaks.items()
+    )
+
+
+def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
+    """The final table; a group of rows ends in its geometric means. `baselines` names each op's baseline."""
+    lines: list[str] = []
+    shape_width = max((len(row.shape) for row in rows), default=0)
+    note_width = max((len(row.note) for row in rows), default=0)
+    label_width = shape_width + note_width + 4
+    headed: tuple[str, str] | None = None
+    for (op, dtype, group), members in grouped(rows).items():
+        columns = ("ours", baselines[op], "compiled", "x torch", "x compiled", "GF/s", "GB/s", "of GEMM")
+        sizes = [max(len(column), 7) for column in columns]
+
+        def line(label: str, cells: Sequence[str], sizes: Sequence[int] = sizes) -> str:
+            padded = (cell.rjust(size) for cell, size in zip(cells, sizes, strict=False))
+            return f"{label.ljust(label_width)}  {'  '.join(padded)}".rstrip()
+
+        if headed != (op, dtype):
+            headed = (op, dtype)
+            lines += ["", line(f"{op}, {dtype}", columns), line("", ["ms", "ms", "ms"])]
+            lines.append("-" * (label_width + sum(sizes) + 2 * len(sizes)))
+        lines.append(group)
+        for row in members:
+            label = f"  {row.shape.ljust(shape_width)}  {row.note}"
+            if row.error is not None:
+                lines.append(line(label, []) + f"  WRONG, not timed: {row.error}")
+                continue
+            cells = [milliseconds(row.seconds.get(name)) for name in ("ours", "torch", "compiled")]
+            cells += [times(row.speedup("torch")), times(row.speedup("compiled"))]
+            lines.append(line(label, [*cells, f"{row.gflops:.1f}", f"{row.gbytes:.1f}", f"{row.fraction:.0%}"]))
+        if len(members) == 1:
+            continue
+        means = [geometric_mean(row.speedup(name) for row in members) for name in ("torch", "compiled")]
+        lines.append(line("  geometric mean", ["", "", "", *map(times, means)]))
+    return "\n".join(lines[1:])
+
+
+def served_by(rows: Sequence[Row]) -> str:
+    """Which backends ours ran on, and how many rows each served."""
+    served = [row.backend for row in rows if row.backend]
+    return ", ".join(f"{name} ({served.count(name)} rows)" for name in dict.fromkeys(served)) or "none"
+
+
+def gaps(rows: Sequence[Row]) -> list[str]:
+    """One line per reason why a contender has no time."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        for key in row.missing.items():
+            counts[key] = counts.get(key, 0) + 1
+    return [f"{name}: {reason} ({count} of {len(rows)} rows)" for (name, reason), count in counts.items()]
+
+
+def save_json(
+    folder: Path,
+    rows: Sequence[Row],
+    baselines: dict[str, str],
+    machine: dict[str, Any],
+    peaks: dict[str, float],
+    when: datetime,
+) -> dict[str, Path]:
+    """Write ``<op>-<timestamp>.json`` for each op, and all of them as ``latest.json``: op -> the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = {
+        "when": when.isoformat(timespec="seconds"),
+        "machine": machine,
+        "gemm_gflops": {name: rate / 1e9 for name, rate in peaks.items()},
+    }
+    paths, everything = {}, {}
+    for op, baseline in baselines.items():
+        content = {"baseline": baseline, "rows": [row.as_json() for row in rows if row.op == op]}
+        everything[op] = content
+        paths[op] = folder / f"{op}-{when:%Y%m%d-%H%M%S}.json"
+        paths[op].write_text(json.dumps({"op": op, **head, **content}, indent=1) + "\n")
+    (folder / "latest.json").write_text(json.dumps({**head, "ops": everything}, indent=1) + "\n")
+    return paths
+
+
+def markdown_table(
+    rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], peaks: dict[str, float], when: datetime
+) -> str:
+    """The README's section: geometric means by group first, every shape folded below."""
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    groups = grouped(rows)
+    lines = [
+        f"{caption(machine)}. {when:%Y-%m-%d}. A plain matrix product: {ceiling_text(peaks)}. "
+        f"Backend: {served_by(rows)}.",
+        "Times faster, geometric mean over the shapes of a row; in brackets the range.",
+    ]
+    for op, baseline in baselines.items():
+        ours = [row for row in rows if row.op == op]
+        heads = [f"{dtype} over {other}" for dtype in dtypes for other in (baseline, "compiled eager")]
+        lines += ["", f"| {op} | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+        for group in dict.fromkeys(row.group for row in ours):
+            cells = []
+            for dtype in dtypes:
+                members = groups.get((op, dtype, group), [])
+                cells += [_mean_and_range([row.speedup(name) for row in members]) for name in ("torch", "compiled")]
+            lines.append(f"| {group} | " + " | ".join(cells) + " |")
+        lines += ["", f"<details><summary>{op}, every shape</summary>", ""]
+        lines += [f"| | shape | dtype | ours | {baseline} | compiled eager | times faster | GF/s | of GEMM |"]
+        lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|"]
+        for row in ours:
+            if row.error is not None:
+                continue
+            ms = [milliseconds(row.seconds.get(name)) + " ms" for name in ("ours", "torch", "compiled")]
+            cells = [row.group, f"{row.shape} ({row.note})", row.dtype, *(m.replace("- ms", "–") for m in ms)]
+            cells += [times(row.speedup("torch")), f"{row.gflops:.0f}", f"{row.fraction:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", "</details>"]
+    return "\n".join(lines)
+
+
+def _mean_and_range(ratios: Sequence[float | None]) -> str:
+    there = [r for r in ratios if r is not None]
+    mean = geometric_mean(there)
+    if mean is None:
+        return "–"
+    return f"**{times(mean)}**" + (f" ({times(min(there))} – {times(max(there))})" if len(there) > 1 else "")
+
+
+def update_readme(readme: Path, table: str) -> None:
+    """Put the table between the README's two markers; everything else stays as it is."""
+    text = readme.read_text()
+    if text.count(README_BEGIN) != 1 or text.count(README_END) != 1:
+        raise ValueError(f"{readme}: expected one {README_BEGIN!r} and one {README_END!r}")
+    before, rest = text.split(README_BEGIN)
+    _, after = rest.split(README_END)
+    readme.write_text(f"{before}{README_BEGIN}\n{table}\n{README_END}{after}")

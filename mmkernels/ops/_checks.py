@@ -1,0 +1,61 @@
+"""Argument checks that ops share. Every message names the op, the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def type_error(op: str, argument: str, expected: str, got: object) -> TypeError:
+    return TypeError(f"{op}: {argument}: expected {expected}; got {got}")
+
+
+def value_error(op: str, argument: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"{op}: {argument}: expected {expected}; got {got}")
+
+
+def check_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise type_error(op, argument, "a torch.Tensor", type(value).__name__)
+
+
+def check_same_device(op: str, argument: str, value: Tensor, other: str, device: torch.device) -> None:
+    if value.device != device:
+        raise RuntimeError(f"{op}: {argument}: expected the device of {other}, {device}; got {value.device}")
+
+
+def check_same_kind(op: str, first: Tensor, first_name: str, **others: Tensor) -> None:
+    """All others have the dtype and the device of the first."""
+    for name, tensor in others.items():
+        if tensor.dtype != first.dtype:
+            raise type_error(op, name, f"the dtype of {first_name}, {first.dtype}", tensor.dtype)
+        check_same_device(op, name, tensor, first_name, first.device)
+
+
+def check_number(op: str, argument: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise type_error(op, argument, "a number", type(value).__name__)
+
+
+def eager_values_readable(*tensors: Tensor) -> bool:
+    """Whether values may be looked at: real CPU tensors, outside of any tracing, transform or mode."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(t) is not Tensor or t.device.type != "cpu" for t in tensors)
+    )
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    kind = device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def autocast_inputs(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where they are eligible, as torch's own fused ops cast them."""
+    dtype = torch.get_autocast_dtype(device.type)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

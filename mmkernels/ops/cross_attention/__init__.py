@@ -1,0 +1,384 @@
+"""Attention of queries over the keys and values of another modality."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from mmkernels._dispatch import needs_grad
+from mmkernels.ops import _checks as checks
+from mmkernels.ops.cross_attention.op import cross_attention_op
+
+__all__ = ["cross_attention", "scaled_dot_product_attention"]
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+
+
+@overload
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def cross_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    is_causal: bool = False,
+    causal_alignment: CausalAlignment = "top_left",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of ``query`` over ``key`` and ``value``, without ever holding the Lq×Lk scores.
+
+        S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap) if softcap > 0,  S ← S + masks,
+        out = dropout(softmax(S)) · V
+
+    Scaled dot-product attention is Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762); computing it
+    in tiles with a running softmax is Dao et al., "FlashAttention", 2022 (arXiv:2205.14135).
+
+    Args:
+        query: (B, Hq, Lq, D), float32, bfloat16, float16, or float64 (reference backend alone). Any strides; a last
+            dim that is not contiguous costs a copy of that tensor. The output takes its memory order.
+        key: (B, Hkv, Lk, D), of query's dtype and device.
+        value: (B, Hkv, Lk, Dv), of query's dtype and device. Dv may differ from D.
+        attn_mask: 2-D to 4-D, broadcastable to (B, Hq, Lq, Lk), never expanded in memory. bool: True = attend. Float,
+            in query's dtype or float32: added to S; −inf forbids. It may require grad.
+        key_lengths: (B,) int32 or int64: keys at and beyond the length are padding.
+        is_causal: a query attends to no key after its diagonal position. Combines with the other masks.
+        causal_alignment: "top_left": query i has diagonal position i, as in torch. "bottom_right": the last query sits
+            on the last valid key, as in flash-attention; with ``key_lengths`` that differs per batch element.
+        window: (left, right): a query attends to keys from ``left`` before to ``right`` after its diagonal position;
+            −1 = unbounded on that side.
+        softcap: bounds S to ±softcap; 0 = off.
+        scale: factor of QKᵀ; None = 1/√D.
+        enable_gqa: Hq may be a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
+        dropout_p: probability with which an entry of softmax(S) is dropped, the rest being scaled by 1/(1 − p). Always
+            applied, training or not. Seeded from torch's default generator; forward and backward draw the same mask.
+        return_lse: also return the log-sum-exp of each row of S.
+
+    Returns:
+        out (B, Hq, Lq, Dv) in query's dtype, and with ``return_lse`` also lse (B, Hq, Lq), natural log, float32
+        (float64 for float64 inputs), differentiable.
+
+    A row that may attend to nothing gives output 0, lse −inf and gradient 0. With any mask, a key whose K or V row
+    holds NaN or inf turns the query rows that may attend to it into NaN and touches no other row. Under autocast,
+    query, key and value are cast as torch's own attention casts them.
+
+    Raises:
+        ValueError: shapes or values that do not fit.
+        TypeError: a wrong type or dtype.
+        RuntimeError: tensors on different devices.
+        mmkernels.UnsupportedError: a forced backend cannot serve the call.
+
+    Example:
+        >>> text, image = torch.randn(2, 8, 77, 64), torch.randn(2, 8, 576, 64)
+        >>> cross_attention(text, image, image, key_lengths=torch.tensor([576, 196])).shape
+        torch.Size([2, 8, 77, 64])
+    """
+    name = "cross_attention"
+    query, key, value = _check_inputs(name, query, key, value, enable_gqa)
+    if attn_mask is not None:
+        attn_mask = _check_mask(name, attn_mask, query, key)
+    if key_lengths is not None:
+        key_lengths = _check_key_lengths(name, key_lengths, query, key)
+    left, right = (-1, -1) if window is None else _check_window(name, window)
+    if is_causal:
+        right = 0
+    if causal_alignment == "top_left":
+        bottom_right = False
+    elif causal_alignment == "bottom_right":
+        bottom_right = True
+    else:
+        raise checks.value_error(name, "causal_alignment", "'top_left' or 'bottom_right'", repr(causal_alignment))
+    if softcap != 0.0:
+        _check_softcap(name, softcap)
+    out, lse = _attend(
+        name,
+        query,
+        key,
+        value,
+        attn_mask,
+        key_lengths,
+        left,
+        right,
+        bottom_right,
+        softcap,
+        scale,
+        dropout_p,
+        return_lse,
+    )
+    return out if lse is None else (out, lse)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for ``torch.nn.functional.scaled_dot_product_attention``, same signature and semantics.
+
+    Args:
+        query: (..., Hq, Lq, D), at least 2-D. Leading dims broadcast between the three, as in torch.
+        key: (..., Hkv, Lk, D).
+        value: (..., Hkv, Lk, Dv).
+        attn_mask: broadcastable to (..., Hq, Lq, Lk), bool (True = attend) or float (added); exclusive with
+            ``is_causal``.
+        dropout_p: see `cross_attention`; always applied.
+        is_causal: query i attends to keys 0 … i.
+        scale: factor of QKᵀ; None = 1/√D.
+        enable_gqa: Hq may be a multiple of Hkv.
+
+    Returns:
+        (..., Hq, Lq, Dv).
+
+    For more than four dims, a mask that varies over some but not all of the dims before the heads is repeated over
+    those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
+    """
+    name = "scaled_dot_product_attention"
+    if attn_mask is not None and is_causal:
+        raise checks.value_error(name, "attn_mask", "None where is_causal=True", "both")
+    checks.check_tensor(name, "query", query)
+    checks.check_tensor(name, "key", key)
+    checks.check_tensor(name, "value", value)
+    lead: torch.Size | None = None
+    if not _leading_dims_agree(query, key, value, enable_gqa):
+        query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)
+    query, key, value = _check_inputs(name, query, key, value, enable_gqa)
+    if attn_mask is not None:
+        attn_mask = _check_mask(name, attn_mask, query, key)
+    right = 0 if is_causal else -1
+    out, _ = _attend(name, query, key, value, attn_mask, None, -1, right, False, 0.0, scale, dropout_p, False)
+    return out if lead is None else out.reshape(*lead, *out.shape[2:])
+
+
+def _attend(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the LSE where it is wanted, of checked inputs."""
+    if scale is None:
+        head_dim = query.shape[3]
+        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+    else:
+        checks.check_number(name, "scale", scale)
+    rng_state = None
+    if dropout_p != 0.0:
+        checks.check_number(name, "dropout_p", dropout_p)
+        if not 0.0 <= dropout_p <= 1.0:
+            raise checks.value_error(name, "dropout_p", "a probability in [0, 1]", dropout_p)
+        rng_state = torch.randint(0, 2**62, (2,), device="cpu")
+    with_lse = return_lse or needs_grad(query, key, value, attn_mask)
+    out, row_max, log_sum = cross_attention_op(
+        query,
+        key,
+        value,
+        attn_mask,
+        key_lengths,
+        window_left,
+        window_right,
+        bottom_right,
+        softcap,
+        scale,
+        dropout_p,
+        rng_state,
+        with_lse,
+    )
+    return out, row_max + log_sum if return_lse else None
+
+
+def _check_inputs(
+    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, cast where autocast is on, once their types, dtypes, devices and shapes fit."""
+    for argument, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+            checks.check_tensor(op, argument, tensor)
+            raise checks.value_error(op, argument, "4 dims (B, H, L, D)", f"shape {tuple(tensor.shape)}")
+    device, dtype = query.device, query.dtype
+    if checks.autocast_is_on(device):
+        query, key, value = checks.autocast_inputs(device, query, key, value)
+        dtype = query.dtype
+    if key.dtype != dtype or value.dtype != dtype or key.device != device or value.device != device:
+        checks.check_same_kind(op, query, "query", key=key, value=value)
+    if dtype not in checks.FLOATING:
+        raise checks.type_error(op, "query", "dtype float32, bfloat16, float16 or float64", dtype)
+    batch, heads, _, head_dim = query.shape
+    key_batch, key_heads, key_len, key_dim = key.shape
+    value_batch, value_heads, value_len, _ = value.shape
+    if key_batch != batch or key_dim != head_dim:
+        raise checks.value_error(op, "key", f"shape ({batch}, Hkv, Lk, {head_dim})", tuple(key.shape))
+    if value_batch != key_batch or value_heads != key_heads or value_len != key_len:
+        raise checks.value_error(op, "value", f"shape ({key_batch}, {key_heads}, {key_len}, Dv)", tuple(value.shape))
+    if key_heads != heads:
+        if not enable_gqa:
+            raise checks.value_error(op, "key", f"{heads} heads as in query (or enable_gqa=True)", f"{key_heads} heads")
+        if key_heads == 0 or heads % key_heads != 0:
+            raise checks.value_error(op, "key", f"a number of heads that divides query's {heads}", key_heads)
+    return query, key, value
+
+
+def _check_mask(op: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask with 4 dims."""
+    checks.check_tensor(op, "attn_mask", mask)
+    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
+        expected = f"dtype bool, {query.dtype} or torch.float32"
+        raise checks.type_error(op, "attn_mask", expected, mask.dtype)
+    checks.check_same_device(op, "attn_mask", mask, "query", query.device)
+    full = (*query.shape[:3], key.shape[2])
+    if not 2 <= mask.dim() <= 4:
+        raise checks.value_error(op, "attn_mask", "2 to 4 dims", f"shape {tuple(mask.shape)}")
+    for size, full_size in zip(mask.shape, full[4 - mask.dim() :], strict=True):
+        if size != full_size and size != 1:
+            raise checks.value_error(op, "attn_mask", f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
+    return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+
+
+def _check_key_lengths(op: str, lengths: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The lengths as int64."""
+    checks.check_tensor(op, "key_lengths", lengths)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise checks.type_error(op, "key_lengths", "dtype int32 or int64", lengths.dtype)
+    if lengths.dim() != 1 or lengths.shape[0] != query.shape[0]:
+        raise checks.value_error(op, "key_lengths", f"shape ({query.shape[0]},)", tuple(lengths.shape))
+    checks.check_same_device(op, "key_lengths", lengths, "query", query.device)
+    if checks.eager_values_readable(lengths) and lengths.numel() > 0:
+        low, high = (int(x) for x in torch.aminmax(lengths))
+        if low < 0 or high > key.shape[2]:
+            raise checks.value_error(op, "key_lengths", f"values in [0, {key.shape[2]}]", f"[{low}, {high}]")
+    return lengths.to(torch.int64)
+
+
+def _check_window(op: str, window: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
+    for side in window:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
+        if side < -1:
+            raise checks.value_error(op, "window", "sizes ≥ 0, or -1 for unbounded", repr(window))
+    left, right = window
+    return left, right
+
+
+def _check_softcap(op: str, softcap: float) -> None:
+    checks.check_number(op, "softcap", softcap)
+    if not 0.0 < softcap < math.inf:
+        raise checks.value_error(op, "softcap", "a finite number ≥ 0", softcap)
+
+
+def _leading_dims_agree(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether the inputs are (B, H, L, D) as they are, with nothing to fold or to broadcast."""
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return False
+    batch, heads = query.shape[:2]
+    key_batch, key_heads = key.shape[:2]
+    return key_batch == batch == value.shape[0] and (enable_gqa or key_heads == heads == value.shape[1])
+
+
+def _fold_leading_dims(
+    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
+    """The inputs with leading dims broadcast and folded to (B, H), and the output's leading dims."""
+    for argument, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise checks.value_error(op, argument, "at least 2 dims (..., L, D)", f"shape {tuple(tensor.shape)}")
+    leads = [tensor.shape[:-2] for tensor in (query, key, value)]
+    if enable_gqa:  # heads differ and stay apart
+        heads = [lead[-1:] for lead in leads]
+        leads = [lead[:-1] for lead in leads]
+    try:
+        common = torch.broadcast_shapes(*leads)
+        if not enable_gqa:
+            heads = [common[-1:]] * 3
+            common = common[:-1]
+    except RuntimeError:
+        shapes = [tuple(t.shape) for t in (query, key, value)]
+        raise checks.value_error(
+            op, "key", "leading dims that broadcast between query, key and value", shapes
+        ) from None
+    batch = math.prod(common)
+    query, key, value = (
+        t.expand(*common, *h, *t.shape[-2:]).reshape(batch, *(h or (1,)), *t.shape[-2:])
+        for t, h in zip((query, key, value), heads, strict=True)
+    )
+    lead = torch.Size((*common, *heads[0]))
+    if isinstance(attn_mask, Tensor):
+        attn_mask = _fold_mask(op, attn_mask, lead, query, key)
+    return query, key, value, attn_mask, lead
+
+
+def _fold_mask(op: str, mask: Tensor, lead: torch.Size, query: Tensor, key: Tensor) -> Tensor:
+    """The mask with its leading dims folded as the inputs' are, expanded over no more of them than it must be."""
+    full = (*lead, query.shape[2], key.shape[2])
+    sizes = mask.shape
+    fits = 2 <= len(sizes) <= len(full) and all(
+        size in (1, want) for size, want in zip(sizes, full[len(full) - len(sizes) :], strict=True)
+    )
+    if not fits:
+        raise checks.value_error(op, "attn_mask", f"a shape broadcastable to {full}", tuple(sizes))
+    mask = mask[(None,) * (len(full) - mask.dim())]
+    if len(lead) == 0:
+        return mask[None, None]
+    batch_sizes = mask.shape[: len(lead) - 1]
+    if any(size != 1 for size in batch_sizes):
+        mask = mask.expand(*lead[:-1], *mask.shape[len(lead) - 1 :])
+    return mask.reshape(-1 if 0 not in mask.shape else query.shape[0], *mask.shape[len(lead) - 1 :])

@@ -1,0 +1,80 @@
+"""Which implementations the op tests run on: the reference, and the compiled library with each instruction set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import mmkernels as mmk
+from mmkernels import _native
+
+
+def why_no_native(private_op: str = "_cross_attention_fwd") -> str | None:
+    """Why tests of the compiled library are to be skipped; None where they run, and where they must."""
+    if os.environ.get("MMKERNELS_REQUIRE_NATIVE", "0") not in ("", "0"):
+        return None
+    if os.environ.get("MMKERNELS_BACKEND") == "reference":
+        return "MMKERNELS_BACKEND=reference"
+    if not _native.available():
+        return f"no native library: {_native.reason()}"
+    if not hasattr(torch.ops.mmkernels, private_op):
+        return f"the native library has no {private_op}"
+    return None
+
+
+NATIVE_ABSENT = why_no_native()
+native_only = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=str(NATIVE_ABSENT))
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A backend, and for the compiled library the instruction set in use."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.isa is None else f"cpu {self.isa}"
+
+
+REFERENCE = Implementation("reference")
+NATIVE = [Implementation("cpu", isa) for isa in _native.supported_isas()] or [Implementation("cpu", "absent")]
+
+
+def use_implementation(implementation: Implementation) -> Iterator[str]:
+    """Force the implementation; yields its backend's name."""
+    if implementation.isa is None:
+        with mmk.use_backend(implementation.backend):
+            yield implementation.backend
+        return
+    before = _native.isa()
+    _native.set_isa(implementation.isa)
+    with mmk.use_backend(implementation.backend):
+        yield implementation.backend
+    _native.set_isa(before)
+
+
+NATIVE_PARAMETERS = [pytest.param(i, marks=native_only, id=str(i)) for i in NATIVE]
+
+
+@pytest.fixture(params=[pytest.param(REFERENCE, id="reference"), *NATIVE_PARAMETERS])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of the forced backend: the reference, then the compiled library on every instruction set."""
+    yield from use_implementation(request.param)
+
+
+@pytest.fixture(params=NATIVE_PARAMETERS)
+def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, the compiled library alone."""
+    yield from use_implementation(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_fixed_seed() -> None:
+    """One thread per test: pytest already runs on every core. Tests of threading set their own number."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
