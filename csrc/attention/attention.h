@@ -1,0 +1,96 @@
+// The attention core: every op of the family is one call of it with its own list of query and key segments.
+//
+//   S = scale · Q Kᵀ;  S = softcap · tanh(S / softcap);  S += mask;  P = softmax(S);  O = dropout(P) V
+//
+// The keys of all segments form one sequence, and so do the queries; nothing is concatenated. Torch-free.
+#pragma once
+
+#include "csrc/cpu/dtype.h"
+#include "csrc/cpu/isa.h"
+#include "csrc/cpu/workers.h"
+
+namespace mmk {
+
+constexpr int kMaxSegments = 8;
+
+// Row l of (batch b, head h) starts at data + b·batch + h·head + l·row (in elements); its features are contiguous.
+struct Rows {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct QuerySegment {
+  Rows query, out, grad_out, grad_query;
+  float* row_max = nullptr;             // [B, H, length], the shift of the softmax; -inf where nothing is attended
+  float* log_sum = nullptr;             // [B, H, length], log Σ exp(S - row_max): lse = row_max + log_sum
+  const float* grad_log_sum = nullptr;  // [B, H, length]
+  int64_t length = 0;
+};
+
+struct KeySegment {
+  Rows key, value, grad_key, grad_value;
+  const int64_t* lengths = nullptr;   // [B], keys beyond are padding
+  const uint8_t* poisoned = nullptr;  // [B, Hkv, length], a key that makes NaN of every row that may attend to it
+  int64_t length = 0;
+};
+
+struct AttentionMask {  // [B, H, Σ query lengths, Σ key lengths], stride 0 where it is broadcast
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;  // or boolean: true attends
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+};
+
+// The gradient of a float mask, summed over what is broadcast. Zero before the call.
+struct MaskGradient {
+  void* data = nullptr;
+  Dtype dtype = Dtype::f32;  // not f32: no element is broadcast, each is written at most once
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+};
+
+struct AttentionParams {
+  int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  Dtype dtype = Dtype::f32;
+  int query_segments = 0, key_segments = 0;
+  QuerySegment queries[kMaxSegments];
+  KeySegment keys[kMaxSegments];
+  AttentionMask mask;
+  MaskGradient grad_mask;
+  int64_t window_left = -1, window_right = -1;  // around the diagonal, -1 unbounded; causal is window_right = 0
+  bool bottom_right = false;                    // the diagonal ends at the last valid key, not starts at the first
+  float softcap = 0.f, scale = 1.f, dropout_p = 0.f;
+  uint64_t seed = 0;
+  uint32_t offset = 0;
+  Workers workers;
+};
+
+struct AttentionKernels {
+  void (*forward)(const AttentionParams&);
+  // As forward for at most 4 queries a head, no dropout and no row_max and log_sum: dot products on whole rows.
+  void (*forward_few_queries)(const AttentionParams&);
+  // Writes each gradient whose data is set.
+  void (*backward)(const AttentionParams&);
+};
+
+#define MMK_DECLARE(name)                             \
+  namespace name {                                    \
+  void attention_forward(const AttentionParams&);     \
+  void attention_few_queries(const AttentionParams&); \
+  void attention_backward(const AttentionParams&);    \
+  }
+MMK_FOR_EACH_ISA(MMK_DECLARE)
+#undef MMK_DECLARE
+
+inline AttentionKernels attention_kernels() {
+  switch (isa()) {
+#define MMK_CASE(name) \
+  case Isa::name:      \
+    return {name::attention_forward, name::attention_few_queries, name::attention_backward};
+    MMK_FOR_EACH_ISA(MMK_CASE)
+#undef MMK_CASE
+    case Isa::count:
+      break;
+  }
+  return {};
+}
+
+}  // namespace mmk

@@ -1,0 +1,511 @@
+//
+//   P = exp(S - row_max - log_sum),   dP = dO Vᵀ,   dS = P ∘ (dP - δ),   δ = Σ_d O ∘ dO - d log_sum
+//   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dmask = dS
+//
+// Tiling     a task owns kQueryBlock queries of one head and walks the keys in blocks of as many, once: five products a
+//            block. S and dP are made with the queries in the lanes, as in the forward; dQ of the task stays in cache,
+//            dK and dV of the block are read and written once per task.
+// Threads    the tasks of a head add to the same dK and dV. They do so in the order of the tasks, each waiting for its
+//            turn at a block of keys: tasks follow one another through the keys like a wave, the sums need no copies,
+//            and no bit depends on the number of threads. The same holds for a broadcast mask's gradient. With few
+//            queries the keys are cut into parts instead, whose dQ are added in order.
+// Precision  P is recomputed by the very operations of the forward, from row_max and log_sum apart. A product starts
+// its
+//            accumulators at zero and is added to the running sum at its end, in float32.
+// Limits     as the forward.
+#include "csrc/attention/mask_gradient.h"
+#include "csrc/attention/product.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int kQueryBlock = 96, kKeyBlock = 96;
+using BackwardBlocks = Blocks<kQueryBlock / VW, kKeyBlock>;
+
+struct RowStats {
+  alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
+};
+
+// What a worker needs for one task. The layouts named pairs exist for products on bfloat16 pairs only.
+struct BackwardTile {
+  float *query_lanes, *grad_lanes, *query_columns, *grad_columns;  // Qᵀ and dOᵀ; Q and dO
+  float *scores, *ds;                                              // [keys][kQueryBlock]: S, then P; dP, then dS
+  float *p_pairs, *ds_pairs;                                       // [keys][kQueryBlock / 2], pairs of queries
+  float* ds_key_pairs;                                             // [keys / 2][kQueryBlock], pairs of keys
+  float* dq;                                                       // [queries][features]
+  float *mask, *dropped, *capped;                                  // [keys][kQueryBlock]
+  float* mask_key_sums;
+
+  template <bool kPairs>
+  static BackwardTile carve(const AttentionParams& p, Carver& memory) {
+    const int64_t block = (kKeyBlock + 1) * kQueryBlock, pairs = kPairs ? block : 0;
+    const int64_t d = round_up(p.head_dim, VW), dv = round_up(p.value_dim, VW);
+    BackwardTile t;
+    t.query_lanes = memory.take(d * kQueryBlock);
+    t.grad_lanes = memory.take(dv * kQueryBlock);
+    t.query_columns = memory.take(d * kQueryBlock);
+    t.grad_columns = memory.take(dv * kQueryBlock);
+    t.scores = memory.take(block);
+    t.ds = memory.take(block);
+    t.p_pairs = memory.take(pairs / 2);
+    t.ds_pairs = memory.take(pairs / 2);
+    t.ds_key_pairs = memory.take(pairs / 2 + kQueryBlock);
+    t.dq = memory.take(d * kQueryBlock);
+    t.mask = memory.take(p.mask.data != nullptr ? block : 0);
+    t.dropped = memory.take(p.dropout_p > 0.f ? block : 0);
+    t.capped = memory.take(p.softcap > 0.f ? block : 0);
+    t.mask_key_sums = memory.take(kKeyBlock + VW);
+    return t;
+  }
+};
+
+// dK or dV of the key heads of a wave: in the gradient itself where it can hold sums, else in float rows beside it.
+class KeyGradient {
+ public:
+  void plan(const AttentionParams& p, bool values) {
+    p_ = &p;
+    values_ = values;
+    features_ = values ? p.value_dim : p.head_dim;
+    stride_ = round_up(features_, VW);
+    for (int s = 0; s < p.key_segments; ++s) {
+      at_[s] = size_;
+      if (wanted() && !in_place()) size_ += p.keys[s].length * stride_;
+    }
+  }
+  bool wanted() const { return rows(0).data != nullptr; }
+  bool in_place() const { return p_->dtype == Dtype::f32 && features_ % VW == 0; }
+  int64_t floats_per_head() const { return size_; }
+  void use(float* memory) { memory_ = memory; }
+
+  struct View {
+    float* sums;
+    int64_t stride;
+    Destination result;
+  };
+  View view(int64_t slot, int64_t b, int64_t h, int s, int64_t first) const {
+    const Rows& r = rows(s);
+    const Destination result{row_address(r, p_->dtype, b, h, first), p_->dtype, r.row, features_};
+    if (in_place()) return {static_cast<float*>(result.data), r.row, result};
+    return {memory_ + slot * size_ + at_[s] + first * stride_, stride_, result};
+  }
+  RowPrefetch prefetch(int64_t slot, int64_t b, int64_t h, const KeyBlock& keys, int64_t steps) const {
+    if (!wanted()) return {};
+    const View v = view(slot, b, h, keys.index, keys.first);
+    return {v.sums, features_ * 4, v.stride * 4, keys.count, steps};
+  }
+  void clear(const View& v, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i)
+      std::memset(v.sums + i * v.stride, 0, sizeof(float) * static_cast<size_t>(in_place() ? features_ : stride_));
+  }
+  void finish(const View& v, int64_t count) const {
+    if (!in_place()) store_rows(v.result, v.sums, v.stride, count, nullptr);
+  }
+
+ private:
+  const Rows& rows(int s) const { return values_ ? p_->keys[s].grad_value : p_->keys[s].grad_key; }
+
+  const AttentionParams* p_ = nullptr;
+  bool values_ = false;
+  int64_t features_ = 0, stride_ = 0, size_ = 0;
+  int64_t at_[kMaxSegments] = {};
+  float* memory_ = nullptr;
+};
+
+struct BackwardCall {
+  const AttentionParams& p;
+  ScoreSteps steps;
+  BackwardBlocks blocks;
+  int64_t queries, parts;
+  bool want_query, want_ds;
+  Panels keys, values;
+  KeyGradient grad_key, grad_value;
+  MaskGradientSum grad_mask;
+  int32_t* turns = nullptr;    // [heads of the wave][key blocks]
+  uint8_t* started = nullptr;  // the same: whether the sums of a block hold something
+
+  explicit BackwardCall(const AttentionParams& params)
+      : p(params),
+        steps(params),
+        blocks(params),
+        queries(total_queries(params)),
+        parts(blocks.query_blocks == 1 ? key_parts(p.batch * p.heads, blocks.key_blocks, 4) : 1),
+        want_query(p.queries[0].grad_query.data != nullptr),
+        want_ds(want_query || p.keys[0].grad_key.data != nullptr || p.grad_mask.data != nullptr),
+        grad_mask(params, blocks.query_blocks, blocks.key_blocks, parts) {}
+};
+
+struct Task {
+  int64_t b, h, kv_head, slot, t, part;
+  int32_t rank;  // among the tasks of its key head, which add to the same dK and dV
+  bool last;     // of them
+};
+
+// Replaces scores by probabilities [keys][NR·VW]; with dropout, `dropped` goes from the factors to P times the factors.
+template <bool kPairs, bool kMasked, int NR>
+MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int64_t keys, float exponent_scale,
+                                     const RowStats& stats, bool dropout) {
+  constexpr int kDegree = kPairs ? 3 : 5;
+  const vf scale = set1(exponent_scale);
+  for (int64_t i = 0; i < keys; ++i) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const int64_t x = lane + j * VW;
+      const vf s = load(tile.scores + i * kQueryBlock + x);
+      vf p = exp2<kDegree>(fma(s, scale, -load(stats.shift + x)) - load(stats.log2_sum + x));
+      if constexpr (kMasked) p = select(s == set1(-kInfinity), zero(), p);  // also in a row of NaN
+      vf kept = p;
+      store(tile.scores + i * kQueryBlock + x, p);
+      if (dropout) {
+        kept = p * load(tile.dropped + i * kQueryBlock + x);
+        store(tile.dropped + i * kQueryBlock + x, kept);
+      }
+      if constexpr (kPairs) store_bf16(reinterpret_cast<uint16_t*>(tile.p_pairs + i * (kQueryBlock / 2)) + x, kept);
+    }
+  }
+}
+
+template <bool kPairs, int MR, int NR>
+MMK_NOINLINE void ds_tile(Panel value, const float* grad_lanes, int64_t depth, const float* p, const float* kept,
+                          const float* delta, float* ds) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<kPairs>(acc, value.data, value.stride, Constant<1>{}, grad_lanes, Constant<kQueryBlock>{}, depth);
+  MMK_UNROLL for (int j = 0; j < NR; ++j) {
+    const vf d = load(delta + j * VW);
+    MMK_UNROLL for (int r = 0; r < MR; ++r) {
+      const int64_t at = r * kQueryBlock + j * VW;
+      const vf probability = load(p + at);
+      // a probability of 0 stays a gradient of 0 even where dP is not finite
+      const vf x = kept == p ? probability * (acc[r][j] - d) : load(kept + at) * acc[r][j] - probability * d;
+      store(ds + at, select(probability == zero(), zero(), x));
+    }
+  }
+}
+
+// dSᵀ of a group of lanes, complete up to the scale; and its share of the mask's gradient.
+template <bool kPairs, int NR>
+void make_ds(const BackwardCall& call, const Task& task, const ScoreBlock& block, int64_t j, Panel value, int64_t lane,
+             const BackwardTile& tile, const RowStats& stats) {
+  const AttentionParams& p = call.p;
+  const float* kept = (p.dropout_p > 0.f ? tile.dropped : tile.scores) + lane;
+  for_runs<score_rows(NR)>(block.keys, [&](auto rows, int64_t i) {
+    const int64_t at = i * kQueryBlock;
+    ds_tile<kPairs, static_cast<int>(rows), NR>({value.data + i * value.stride, value.stride}, tile.grad_lanes + lane,
+                                                units<kPairs>(p.value_dim), tile.scores + lane + at, kept + at,
+                                                stats.delta + lane, tile.ds + lane + at);
+  });
+  if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys()) {
+    if (call.grad_mask.same_for_all_queries()) {
+      for (int64_t i = 0; i < block.keys; ++i) {
+        vf total = zero();
+        MMK_UNROLL for (int v = 0; v < NR; ++v) total = total + load(tile.ds + i * kQueryBlock + lane + v * VW);
+        tile.mask_key_sums[i] += sum(total);
+      }
+    } else {
+      call.grad_mask.wait({task.b, task.h, task.t, task.part, j});
+      call.grad_mask.add_full(block, tile.ds, kQueryBlock, lane, NR * VW);
+    }
+  }
+  if (p.softcap > 0.f) {
+    const vf inverse = set1(1.f / p.softcap);
+    for (int64_t i = 0; i < block.keys; ++i) {
+      MMK_UNROLL for (int v = 0; v < NR; ++v) {
+        const int64_t at = i * kQueryBlock + lane + v * VW;
+        const vf t = load(tile.capped + at) * inverse;
+        store(tile.ds + at, load(tile.ds + at) * (set1(1.f) - t * t));
+      }
+    }
+  }
+  if constexpr (kPairs) {
+    for (int64_t i = 0; i < block.keys; i += 2) {
+      MMK_UNROLL for (int v = 0; v < NR; ++v) {
+        const int64_t x = lane + v * VW;
+        const vf even = load(tile.ds + i * kQueryBlock + x);
+        const vf odd = i + 1 < block.keys ? load(tile.ds + (i + 1) * kQueryBlock + x) : zero();
+        auto* halves = reinterpret_cast<uint16_t*>(tile.ds_pairs + i * (kQueryBlock / 2)) + x;
+        store_bf16(halves, even);
+        store_bf16(halves + kQueryBlock, odd);
+        store(tile.ds_key_pairs + i / 2 * kQueryBlock + x, pair(even, odd));
+      }
+    }
+  }
+}
+
+// dK and dV of a block of keys: each task in its turn.
+template <bool kPairs>
+void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBlock& keys, const ScoreBlock& block,
+                       int64_t j, Panel query, Panel grad, int64_t queries, const BackwardTile& tile) {
+  constexpr int64_t kStride = kPairs ? kQueryBlock / 2 : kQueryBlock;
+  const int64_t at = task.slot * call.blocks.key_blocks + j;
+  wait_turn(call.turns + at, task.rank);
+  const auto add = [&](const KeyGradient& gradient, const float* a, float factor, Panel columns, int64_t features) {
+    if (!gradient.wanted()) return;
+    const KeyGradient::View v = gradient.view(task.slot, task.b, task.kv_head, keys.index, keys.first);
+    const bool covers = block.keys == keys.count;
+    if (!call.started[at] && !covers) gradient.clear(v, keys.count);
+    if (block.keys > 0) {
+      float* sums = v.sums + (block.key_in_segment - keys.first) * v.stride;
+      multiply_features<kPairs>(
+          a, Constant<kStride>{}, Constant<1>{}, block.keys, columns, units<kPairs>(queries), features,
+          {factor, call.started[at] || !covers ? kOnes.values : nullptr, sums, v.stride, nullptr, sums, v.stride});
+    }
+    if (task.last) gradient.finish(v, keys.count);
+  };
+  const float* kept = kPairs ? tile.p_pairs : call.p.dropout_p > 0.f ? tile.dropped : tile.scores;
+  add(call.grad_value, kept, 1.f, grad, call.p.value_dim);
+  add(call.grad_key, kPairs ? tile.ds_pairs : tile.ds, call.p.scale, query, call.p.head_dim);
+  call.started[at] = 1;
+  end_turn(call.turns + at, task.rank);
+}
+
+inline void load_stats(const BackwardCall& call, const QueryBlock& q, int64_t b, int64_t h, RowStats& stats) {
+  const QuerySegment& s = *q.segment;
+  const int64_t row = (b * call.p.heads + h) * s.length + q.first;
+  const int64_t features = call.p.value_dim;
+  for (int64_t i = 0; i < q.vectors * VW; ++i) {
+    const bool empty = i >= q.count || s.row_max[row + i] == -kInfinity;
+    stats.shift[i] = empty ? 0.f : exponent_shift(s.row_max[row + i]);
+    stats.log2_sum[i] =
+        empty ? kInfinity : (s.log_sum[row + i] - call.steps.hidden_by_shift(s.row_max[row + i])) * kLog2e;
+    stats.grad_log_sum[i] = empty || s.grad_log_sum == nullptr ? 0.f : s.grad_log_sum[row + i];
+    stats.delta[i] = -stats.grad_log_sum[i];
+    if (empty) continue;
+    vf total = zero();
+    const void* grad = row_address(s.grad_out, call.p.dtype, b, h, q.first + i);
+    with_element_type(call.p.dtype, row_address(s.out, call.p.dtype, b, h, q.first + i), [&](auto* out) {
+      const auto* g = static_cast<decltype(out)>(const_cast<void*>(grad));
+      for (int64_t c = 0; c < features; c += VW) {
+        total = fma(load_as_float(out + c, features - c), load_as_float(g + c, features - c), total);
+      }
+    });
+    stats.delta[i] += sum(total);
+  }
+}
+
+// Q or dO as the columns of a product: in place, or packed.
+template <bool kPairs>
+Panel pack_columns(Dtype dtype, const Rows& rows, int64_t b, int64_t h, const QueryBlock& q, int64_t features,
+                   float* memory) {
+  const void* from = row_address(rows, dtype, b, h, q.first);
+  if (!kPairs && dtype == Dtype::f32 && features % VW == 0 && rows.row == features) {
+    return {static_cast<const float*>(from), rows.row};
+  }
+  const int64_t stride = round_up(features, VW);
+  if constexpr (kPairs) {
+    pack_columns_as_pairs(static_cast<const uint16_t*>(from), rows.row, q.count, features, memory, stride);
+  } else {
+    pack_rows_as_float(dtype, from, rows.row, q.count, features, memory, stride);
+  }
+  return {memory, stride};
+}
+
+template <bool kPairs>
+void backward_task(const BackwardCall& call, const Task& task, const BackwardTile& tile, float* partial_dq) {
+  const AttentionParams& p = call.p;
+  const int64_t b = task.b, h = task.h, dq_stride = round_up(p.head_dim, VW);
+  const QueryBlock q = call.blocks.query_block(task.t);
+  const QuerySegment& segment = *q.segment;
+  const Window window(p, b, call.queries, call.blocks.keys);
+  const Range any = window.any(q.position, q.count), all = window.all(q.position, q.count);
+  const Range part{call.blocks.key_blocks * task.part / call.parts,
+                   call.blocks.key_blocks * (task.part + 1) / call.parts};
+  float* const dq = partial_dq != nullptr ? partial_dq : tile.dq;
+
+  const void* query = row_address(segment.query, p.dtype, b, h, q.first);
+  const void* grad = row_address(segment.grad_out, p.dtype, b, h, q.first);
+  pack_lanes<kPairs>(p.dtype, query, segment.query.row, q.count, p.head_dim, tile.query_lanes, kQueryBlock);
+  pack_lanes<kPairs>(p.dtype, grad, segment.grad_out.row, q.count, p.value_dim, tile.grad_lanes, kQueryBlock);
+  const Panel query_columns = pack_columns<kPairs>(p.dtype, segment.query, b, h, q, p.head_dim, tile.query_columns);
+  const Panel grad_columns = pack_columns<kPairs>(p.dtype, segment.grad_out, b, h, q, p.value_dim, tile.grad_columns);
+  RowStats stats;
+  load_stats(call, q, b, h, stats);
+
+  const int groups = static_cast<int>(ceil_div(q.vectors, kScoreVectors));
+  const int64_t block_tiles = max(1, min(kKeyBlock, call.blocks.keys) / score_rows(kScoreVectors));
+  const int64_t tiles = groups * block_tiles * part.size(), element = element_size(p.dtype);
+  RowPrefetch next_query = next_rows(p, segment.query, p.head_dim, q, b, h, tiles);
+  RowPrefetch next_grad = next_rows(p, segment.grad_out, p.value_dim, q, b, h, tiles);
+  RowPrefetch next_out = next_rows(p, segment.out, p.value_dim, q, b, h, tiles);
+  RowPrefetch next_dq;
+  if (call.want_query && partial_dq == nullptr) {
+    const Rows& rows = segment.grad_query;
+    next_dq = {row_address(rows, p.dtype, b, h, q.first), p.head_dim * element, rows.row * element, q.count, tiles};
+  }
+
+  bool first = true;
+  for (int64_t j = part.begin; j < part.end; ++j) {
+    const KeyBlock keys = call.blocks.key_block(j);
+    ScoreBlock block = score_block<kPairs>(p, keys, any, q, b, h);
+    MaskTile mask;
+    mask.entries = tile.mask;
+    if (block.keys > 0) load_mask_tile(p.mask, block, kQueryBlock, mask);
+    if (mask.all_masked) block.keys = 0;
+    if (block.keys > 0) {
+      const Panel key_rows = call.keys.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
+      const Panel value_rows = call.values.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
+      const Panel key_columns = call.keys.columns(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
+      const bool finish = call.steps.always || !(all.begin <= block.key && block.key + block.keys <= all.end);
+      if (p.dropout_p > 0.f) dropout_factors(p, block, q.vectors * VW, kQueryBlock, tile.dropped);
+      std::memset(tile.mask_key_sums, 0, sizeof(float) * kKeyBlock);
+      // The first group meets new keys and values, and the sums that the block will be added to.
+      constexpr int64_t kAhead = 16;
+      RowPrefetch next_keys(key_rows.data + kAhead * key_rows.stride, units<kPairs>(p.head_dim) * 4,
+                            key_rows.stride * 4, block.keys, block_tiles);
+      RowPrefetch next_values(value_rows.data + kAhead * value_rows.stride, units<kPairs>(p.value_dim) * 4,
+                              value_rows.stride * 4, block.keys, block_tiles);
+      RowPrefetch sums[2] = {call.grad_key.prefetch(task.slot, b, task.kv_head, keys, block_tiles),
+                             call.grad_value.prefetch(task.slot, b, task.kv_head, keys, block_tiles)};
+      for (int g = 0; g < groups; ++g) {
+        const int64_t begin = q.vectors * g / groups, lane = begin * VW;
+        with_constant<kScoreVectors>(q.vectors * (g + 1) / groups - begin, [&](auto vectors) {
+          constexpr int NR = static_cast<int>(vectors);
+          vf best[NR];
+          MMK_UNROLL for (int v = 0; v < NR; ++v) best[v] = zero();
+          multiply_scores<kPairs, NR, kQueryBlock>(key_rows, block.keys, tile.query_lanes + lane,
+                                                   units<kPairs>(p.head_dim), tile.scores + lane, best, [&] {
+                                                     next_keys.step<false>();
+                                                     next_values.step<false>();
+                                                     sums[0].step<true>();
+                                                     sums[1].step<true>();
+                                                     next_query.step<false>();
+                                                     next_grad.step<false>();
+                                                     next_out.step<false>();
+                                                     next_dq.step<true>();
+                                                   });
+          if (finish) {
+            finish_scores<NR, kQueryBlock>(p, call.steps, block, window, mask, lane, tile.scores + lane,
+                                           p.softcap > 0.f ? tile.capped + lane : nullptr, best);
+          }
+          const auto probabilities =
+              finish ? make_probabilities<kPairs, true, NR> : make_probabilities<kPairs, false, NR>;
+          probabilities(tile, lane, block.keys, call.steps.exponent_scale, stats, p.dropout_p > 0.f);
+          if (call.want_ds) make_ds<kPairs, NR>(call, task, block, j, value_rows, lane, tile, stats);
+        });
+        if (!call.want_query) continue;
+        const int64_t rows = min(q.count, q.vectors * (g + 1) / groups * VW) - lane;
+        float* to = dq + lane * dq_stride;
+        multiply_features<kPairs>((kPairs ? tile.ds_key_pairs : tile.ds) + lane, Constant<1>{}, Constant<kQueryBlock>{},
+                                  rows, key_columns, units<kPairs>(block.keys), p.head_dim,
+                                  {1.f, first ? nullptr : kOnes.values, to, dq_stride, nullptr, to, dq_stride});
+      }
+      first = false;
+    }
+    const MaskGradientSum::Place place{b, h, task.t, task.part, j};
+    if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys()) {
+      call.grad_mask.wait(place);
+      if (block.keys > 0 && call.grad_mask.same_for_all_queries())
+        call.grad_mask.add_per_key(block, tile.mask_key_sums);
+      call.grad_mask.end(place);
+    }
+    add_key_gradients<kPairs>(call, task, keys, block, j, query_columns, grad_columns, q.count, tile);
+  }
+  if (call.grad_mask.wanted() && call.grad_mask.same_for_all_keys()) {
+    const MaskGradientSum::Place place{b, h, task.t, task.part, 0};
+    call.grad_mask.wait(place);
+    if (task.part == 0) {
+      call.grad_mask.add_rows({b, h, task.kv_head, nullptr, 0, 0, 0, q.position, q.count}, stats.grad_log_sum);
+    }
+    call.grad_mask.end(place);
+  }
+  if (!call.want_query) return;
+  if (first) std::memset(dq, 0, sizeof(float) * static_cast<size_t>(q.count * dq_stride));
+  if (partial_dq != nullptr) return;
+  float factor[kQueryBlock];
+  for (float& x : factor) x = p.scale;
+  store_rows({row_address(segment.grad_query, p.dtype, b, h, q.first), p.dtype, segment.grad_query.row, p.head_dim}, dq,
+             dq_stride, q.count, factor);
+}
+
+// dQ of a block from its parts, in order.
+void merge_query_gradient(const BackwardCall& call, int64_t b, int64_t h, int64_t t, float* partials, int64_t size) {
+  const AttentionParams& p = call.p;
+  const QueryBlock q = call.blocks.query_block(t);
+  const int64_t stride = round_up(p.head_dim, VW);
+  for (int64_t c = 1; c < call.parts; ++c) {
+    for (int64_t x = 0; x < q.count * stride; x += VW)
+      store(partials + x, load(partials + x) + load(partials + c * size + x));
+  }
+  float factor[kQueryBlock];
+  for (float& x : factor) x = p.scale;
+  const Rows& rows = q.segment->grad_query;
+  store_rows({row_address(rows, p.dtype, b, h, q.first), p.dtype, rows.row, p.head_dim}, partials, stride, q.count,
+             factor);
+}
+
+template <bool kPairs>
+void backward(const AttentionParams& p) {
+  BackwardCall call(p);
+  call.keys.plan<kPairs>(p, false, true, call.want_query);
+  call.values.plan<kPairs>(p, true, true, false);
+  call.grad_key.plan(p, false);
+  call.grad_value.plan(p, true);
+  const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
+  const int64_t per_head = packed + call.grad_key.floats_per_head() + call.grad_value.floats_per_head();
+  const int64_t wave = heads_per_wave(p, per_head), group = p.heads / p.kv_heads;
+  const int64_t blocks = call.blocks.query_blocks, key_blocks = call.blocks.key_blocks;
+  const int64_t tasks_per_head = group * blocks * call.parts, partial_size = kQueryBlock * round_up(p.head_dim, VW);
+  if (blocks == 0) return;
+
+  Carver count(nullptr);
+  BackwardTile::carve<kPairs>(p, count);
+  const int64_t tile_size = round_up(count.used(), 1024);
+  const int64_t partials = call.parts > 1 && call.want_query ? wave * tasks_per_head : 0;
+  const Scratch scratch(p.workers.count * tile_size + wave * per_head + partials * partial_size);
+  const Scratch counters(wave * key_blocks * 2 + call.grad_mask.turns());
+  float* memory = scratch.data() + p.workers.count * tile_size;
+  call.keys.use(memory);
+  call.values.use(memory += wave * call.keys.floats_per_head());
+  call.grad_key.use(memory += wave * call.values.floats_per_head());
+  call.grad_value.use(memory += wave * call.grad_key.floats_per_head());
+  float* const partial_memory = memory + wave * call.grad_value.floats_per_head();
+  auto* const mask_turns = reinterpret_cast<int32_t*>(counters.data());
+  call.turns = mask_turns + call.grad_mask.turns();
+  call.started = reinterpret_cast<uint8_t*>(call.turns + wave * key_blocks);
+  call.grad_mask.use(mask_turns);
+  if (call.grad_mask.turns() > 0)
+    std::memset(mask_turns, 0, sizeof(int32_t) * static_cast<size_t>(call.grad_mask.turns()));
+
+  for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
+    const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
+    if (packed > 0) pack_wave(p, call.blocks, call.keys, call.values, begin, heads);
+    if (key_blocks > 0) std::memset(call.turns, 0, static_cast<size_t>(wave * key_blocks * 5));
+    // A worker takes a whole head while there are plenty, so that dK and dV stay in its cache.
+    const int64_t grain = heads >= 4 * p.workers.count ? tasks_per_head : 1;
+    for_each_claim(p.workers, heads * tasks_per_head, grain, [&](int worker, int64_t first, int64_t last) {
+      Carver carver(scratch.data() + worker * tile_size);
+      const BackwardTile tile = BackwardTile::carve<kPairs>(p, carver);
+      for (int64_t x = first; x < last; ++x) {
+        const int64_t head = begin + x / tasks_per_head, of_head = x % tasks_per_head / call.parts;
+        const Task task{head / p.kv_heads,
+                        head % p.kv_heads * group + of_head / blocks,
+                        head % p.kv_heads,
+                        head - begin,
+                        of_head % blocks,
+                        x % call.parts,
+                        static_cast<int32_t>(of_head),
+                        of_head == group * blocks - 1};
+        backward_task<kPairs>(call, task, tile, partials > 0 ? partial_memory + x * partial_size : nullptr);
+      }
+    });
+    if (partials == 0) continue;
+    for_each_claim(p.workers, heads * group * blocks, 1, [&](int, int64_t first, int64_t last) {
+      for (int64_t x = first; x < last; ++x) {
+        const int64_t head = begin + x / (group * blocks);
+        merge_query_gradient(call, head / p.kv_heads, head % p.kv_heads * group + x / blocks % group, x % blocks,
+                             partial_memory + x * call.parts * partial_size, partial_size);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void attention_backward(const AttentionParams& p) {
+  if constexpr (kBf16Dot) {
+    if (runs_on_pairs(p)) return backward<true>(p);
+  }
+  backward<false>(p);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,337 @@
+//
+//   O[i, :] = Σ_j P[i, j] V[j, :] / Σ_j P[i, j],   P = exp(S - row_max),   S = mask(scale · Q Kᵀ)
+//
+// Tiling     a task owns up to kMaxGroups groups of kLanes queries of one head (three vectors: 24 on AVX2, 48 on
+// AVX-512)
+//            and walks the keys in blocks of kKeyBlock, so that a block of K and V is read from afar once for all
+//            groups. Sᵀ = K·Qᵀ with the queries in the lanes: K is read as it lies, and maximum, sum and exponential
+//            need no work across lanes. Qᵀ [D][lanes], S [keys][lanes] and the running O [lanes][Dv] of a group stay in
+//            level-1 cache. P·V broadcasts from that same S and reads V as it lies.
+// Threads    tasks are independent. With few queries the keys are cut into parts whose number depends on the shape
+//            alone; partial results are merged in order.
+// Precision  float32 throughout, or bfloat16 products accumulated in float32 where the instruction exists (P is then
+//            rounded to bfloat16); the running maximum is subtracted before rounding, row_max and log_sum kept apart.
+// Limits     any sizes, strides and number of segments; features contiguous.
+#include "csrc/attention/partial.h"
+#include "csrc/attention/scores.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int kKeyBlock = 128, kMaxGroups = 96 / kLanes, kTaskLanes = kMaxGroups * kLanes;
+using ForwardBlocks = Blocks<kMaxGroups * kScoreVectors, kKeyBlock>;
+
+// What a worker needs for one task: per group Qᵀ and the running O, and for the group at hand the rest.
+struct ForwardTile {
+  float *query, *total, *scores, *mask, *dropout;
+
+  static ForwardTile carve(const AttentionParams& p, Carver& memory) {
+    const int64_t block = (kKeyBlock + 1) * kLanes;
+    return {memory.take(p.head_dim * kTaskLanes), memory.take(round_up(p.value_dim, VW) * kTaskLanes),
+            memory.take(block), memory.take(p.mask.data != nullptr ? block : 0),
+            memory.take(p.dropout_p > 0.f ? block : 0)};
+  }
+};
+
+// The softmax of a group so far, one entry per lane; row_max in scores, shift the same as an exponent of 2.
+struct RunningSoftmax {
+  alignas(64) float row_max[kLanes], shift[kLanes], sum[kLanes];
+
+  void clear() {
+    for (int i = 0; i < kLanes; ++i) {
+      row_max[i] = shift[i] = -FLT_MAX;
+      sum[i] = 0.f;
+    }
+  }
+
+  // Replaces the scores by their exponentials and takes in the block's maxima; old_factor is what becomes of older
+  // sums.
+  template <bool kPairs, int NR>
+  MMK_NOINLINE void take_block(const ScoreSteps& steps, float* scores, int64_t keys, const vf (&best)[NR],
+                               float* dropout, float* old_factor) {
+    constexpr int kDegree = kPairs ? 3 : 5;
+    const vf scale = set1(steps.exponent_scale);
+    vf block_sum[NR], minus_shift[NR];
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const vf raised = max(load(row_max + j * VW), best[j] * set1(steps.score_scale));
+      const vf raised_shift = exponent_shift(raised);
+      store(old_factor + j * VW, exp2<5>(load(shift + j * VW) - raised_shift));
+      store(row_max + j * VW, raised);
+      store(shift + j * VW, raised_shift);
+      minus_shift[j] = -raised_shift;
+      block_sum[j] = zero();
+    }
+    if (kPairs && keys % 2 != 0) {
+      MMK_UNROLL for (int j = 0; j < NR; ++j) store(scores + keys * kLanes + j * VW, set1(-kInfinity));
+      if (dropout != nullptr) std::memset(dropout + keys * kLanes, 0, sizeof(float) * kLanes);
+    }
+    for (int64_t i = 0; i < keys; i += 2) {
+      const bool both = kPairs || i + 1 < keys;
+      MMK_UNROLL for (int j = 0; j < NR; ++j) {
+        float* s = scores + i * kLanes + j * VW;
+        vf even = exp2<kDegree>(fma(load(s), scale, minus_shift[j]));
+        vf odd = both ? exp2<kDegree>(fma(load(s + kLanes), scale, minus_shift[j])) : zero();
+        block_sum[j] = block_sum[j] + (even + odd);
+        if (dropout != nullptr) {
+          even = even * load(dropout + i * kLanes + j * VW);
+          if (both) odd = odd * load(dropout + (i + 1) * kLanes + j * VW);
+        }
+        if constexpr (kPairs) {
+          store(scores + i / 2 * kLanes + j * VW, pair(even, odd));
+        } else {
+          store(s, even);
+          if (both) store(s + kLanes, odd);
+        }
+      }
+    }
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      store(sum + j * VW, fma(load(sum + j * VW), load(old_factor + j * VW), block_sum[j]));
+    }
+  }
+};
+
+// row_max and log_sum of `count` queries from row on, if the caller wants them.
+inline void store_stats(const ScoreSteps& steps, const QuerySegment& s, int64_t row, int64_t count,
+                        const float* row_max, const float* sum) {
+  if (s.row_max == nullptr) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool empty = sum[i] == 0.f;
+    s.row_max[row + i] = empty ? -kInfinity : row_max[i];
+    s.log_sum[row + i] = empty ? -kInfinity : std::log(sum[i]) + steps.hidden_by_shift(row_max[i]);
+  }
+}
+
+struct ForwardCall {
+  const AttentionParams& p;
+  ScoreSteps steps;
+  int64_t queries;
+  ForwardBlocks blocks;
+  Panels keys, values;
+  int64_t parts;
+
+  explicit ForwardCall(const AttentionParams& params)
+      : p(params), steps(params), queries(total_queries(params)), blocks(params, vectors_per_task(params, queries)) {
+    parts = queries <= kFewQueries ? key_parts(p.batch * p.heads * blocks.query_blocks, blocks.key_blocks, 2) : 1;
+  }
+
+ private:
+  // More groups to a task read K and V less often; fewer leave something to every worker. No result depends on it.
+  static int vectors_per_task(const AttentionParams& p, int64_t queries) {
+    const int64_t groups = p.batch * p.heads * ceil_div(queries, kLanes);
+    return static_cast<int>(max(1, min(kMaxGroups, groups / (4 * p.workers.count)))) * kScoreVectors;
+  }
+};
+
+// One group of a task.
+struct Group {
+  QueryBlock queries;
+  int64_t lane;        // of its first query among those of the task
+  Range any, all;      // keys that some, and that every, query of the group attends to
+  int64_t last_block;  // the last block of keys with any of them
+  bool started, finished;
+  RunningSoftmax softmax;
+  float *query, *total;
+};
+
+template <bool kPairs, int NR>
+void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& block, const Window& window, int64_t slot,
+                   const ForwardTile& tile, bool first_group, bool last_block, const Destination* out,
+                   RowPrefetch& next_queries) {
+  const AttentionParams& p = call.p;
+  const int s = static_cast<int>(block.segment - p.keys);
+  const int64_t depth = units<kPairs>(p.head_dim), stride = round_up(p.value_dim, VW);
+  const Panel keys = call.keys.rows(slot, block.b, block.kv_head, s, block.key_in_segment);
+  const Panel values = call.values.columns(slot, block.b, block.kv_head, s, block.key_in_segment);
+  float* const dropout = p.dropout_p > 0.f ? tile.dropout : nullptr;
+  MaskTile mask;
+  mask.entries = tile.mask;
+  load_mask_tile(p.mask, block, kLanes, mask);
+  if (mask.all_masked) return;
+
+  // The first group of a task meets new keys and values, its last block new rows of O.
+  const int64_t tiles = max(1, block.keys / score_rows(NR));
+  RowPrefetch next_keys, next_values, next_out;
+  if (first_group) {
+    constexpr int64_t kAhead = 16;
+    next_keys = {keys.data + kAhead * keys.stride, depth * 4, keys.stride * 4, block.keys, tiles};
+    next_values = {values.data, p.value_dim * 4, values.stride * 4, units<kPairs>(block.keys), tiles};
+  }
+  if (last_block && out != nullptr) {
+    const int64_t size = element_size(out->dtype);
+    next_out = {out->data, out->features * size, out->stride * size, group.queries.count, tiles};
+  }
+  vf best[NR];
+  MMK_UNROLL for (int j = 0; j < NR; ++j) best[j] = set1(-kInfinity);
+  multiply_scores<kPairs, NR, kLanes>(keys, block.keys, group.query, depth, tile.scores, best, [&] {
+    next_keys.step<false>();
+    next_values.step<false>();
+    next_out.step<true>();
+    next_queries.step<false>();
+  });
+  const bool inside = group.all.begin <= block.key && block.key + block.keys <= group.all.end;
+  if (call.steps.always || !inside) {
+    finish_scores<NR, kLanes>(p, call.steps, block, window, mask, 0, tile.scores, nullptr, best);
+  }
+  if (dropout != nullptr) dropout_factors(p, block, NR * VW, kLanes, dropout);
+  alignas(64) float old_factor[kLanes], inverse[kLanes];
+  group.softmax.template take_block<kPairs, NR>(call.steps, tile.scores, block.keys, best, dropout, old_factor);
+
+  group.finished = last_block && out != nullptr;
+  const bool direct = group.finished && out->is_plain();
+  if (group.finished) invert_sums(group.softmax.sum, group.queries.count, inverse);
+  multiply_features<kPairs>(tile.scores, Constant<1>{}, Constant<kLanes>{}, group.queries.count, values,
+                            units<kPairs>(block.keys), p.value_dim,
+                            {1.f, group.started ? old_factor : nullptr, group.total, stride, direct ? inverse : nullptr,
+                             direct ? static_cast<float*>(out->data) : group.total, direct ? out->stride : stride});
+  group.started = true;
+  if (group.finished && !direct) store_rows(*out, group.total, stride, group.queries.count, inverse);
+}
+
+// One task: a block of queries against the key blocks of `part`.
+template <bool kPairs>
+void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b, int64_t h, int64_t slot, Range part,
+                  const ForwardTile& tile, const Partial* partial) {
+  const AttentionParams& p = call.p;
+  const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, kScoreVectors);
+  const QuerySegment& segment = *queries.segment;
+  const Window window(p, b, call.queries, call.blocks.keys);
+  const auto out_of = [&](const QueryBlock& q) {
+    return Destination{row_address(segment.out, p.dtype, b, h, q.first), p.dtype, segment.out.row, p.value_dim};
+  };
+
+  Group group[kMaxGroups];
+  for (int64_t g = 0; g < groups; ++g) {
+    Group& x = group[g];
+    x.queries = part_of(queries, g, groups);
+    x.lane = x.queries.first - queries.first;
+    x.any = window.any(x.queries.position, x.queries.count);
+    x.all = window.all(x.queries.position, x.queries.count);
+    x.started = x.finished = false;
+    x.softmax.clear();
+    x.query = tile.query + g * p.head_dim * kLanes;
+    x.total = (partial != nullptr ? partial->total : tile.total) + x.lane * stride;
+    x.last_block = part.end - 1;
+    while (x.last_block > part.begin &&
+           score_block<kPairs>(p, call.blocks.key_block(x.last_block), x.any, x.queries, b, h).keys == 0) {
+      --x.last_block;
+    }
+    pack_lanes<kPairs>(p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
+                       x.queries.count, p.head_dim, x.query, kLanes);
+  }
+  const int64_t tiles =
+      groups * (part.end - part.begin) * (min(kKeyBlock, call.blocks.keys) / score_rows(kScoreVectors));
+  RowPrefetch next_queries = next_rows(p, segment.query, p.head_dim, queries, b, h, tiles);
+  for (int64_t j = part.begin; j < part.end; ++j) {
+    const KeyBlock keys = call.blocks.key_block(j);
+    bool first_group = true;
+    for (int64_t g = 0; g < groups; ++g) {
+      const ScoreBlock block = score_block<kPairs>(p, keys, group[g].any, group[g].queries, b, h);
+      if (block.keys == 0) continue;
+      const Destination out = out_of(group[g].queries);
+      with_constant<kScoreVectors>(group[g].queries.vectors, [&](auto vectors) {
+        forward_group<kPairs, static_cast<int>(vectors)>(call, group[g], block, window, slot, tile, first_group,
+                                                         j == group[g].last_block, partial == nullptr ? &out : nullptr,
+                                                         next_queries);
+      });
+      first_group = false;
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const Group& x = group[g];
+    const int64_t count = x.queries.count;
+    if (!x.started) std::memset(x.total, 0, sizeof(float) * static_cast<size_t>(count * stride));
+    if (partial != nullptr) {
+      std::memcpy(partial->row_max + x.lane, x.softmax.row_max, sizeof(float) * static_cast<size_t>(count));
+      std::memcpy(partial->sum + x.lane, x.softmax.sum, sizeof(float) * static_cast<size_t>(count));
+      continue;
+    }
+    store_stats(call.steps, segment, (b * p.heads + h) * segment.length + x.queries.first, count, x.softmax.row_max,
+                x.softmax.sum);
+    if (x.finished) continue;
+    float inverse[kLanes];  // nothing to attend to, or the last blocks were masked as a whole
+    invert_sums(x.softmax.sum, count, inverse);
+    store_rows(out_of(x.queries), x.total, stride, count, inverse);
+  }
+}
+
+void merge_parts(const ForwardCall& call, const QueryBlock& queries, int64_t b, int64_t h, const Partial* parts,
+                 const ForwardTile& tile) {
+  const AttentionParams& p = call.p;
+  const QuerySegment& segment = *queries.segment;
+  const int64_t stride = round_up(p.value_dim, VW);
+  float row_max[kTaskLanes], sum[kTaskLanes], inverse[kTaskLanes];
+  merge_partials(parts, call.parts, queries.count, stride, {tile.total, row_max, sum});
+  store_stats(call.steps, segment, (b * p.heads + h) * segment.length + queries.first, queries.count, row_max, sum);
+  invert_sums(sum, queries.count, inverse);
+  store_rows({row_address(segment.out, p.dtype, b, h, queries.first), p.dtype, segment.out.row, p.value_dim},
+             tile.total, stride, queries.count, inverse);
+}
+
+template <bool kPairs>
+void forward(const AttentionParams& p) {
+  ForwardCall call(p);
+  call.keys.plan<kPairs>(p, false, true, false);
+  call.values.plan<kPairs>(p, true, false, true);
+  const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
+  const int64_t wave = heads_per_wave(p, packed), group = p.heads / p.kv_heads;
+  const int64_t stride = round_up(p.value_dim, VW), partial_size = Partial::floats(kTaskLanes, stride);
+  const int64_t blocks = call.blocks.query_blocks, tasks_per_head = group * blocks * call.parts;
+  if (blocks == 0) return;
+
+  Carver count(nullptr);
+  ForwardTile::carve(p, count);
+  const int64_t tile_size = round_up(count.used(), 1024);
+  const int64_t partials = call.parts > 1 ? wave * tasks_per_head : 0;
+  const Scratch scratch(p.workers.count * tile_size + wave * packed + partials * partial_size);
+  float* const panels = scratch.data() + p.workers.count * tile_size;
+  float* const partial_memory = panels + wave * packed;
+  call.keys.use(panels);
+  call.values.use(panels + wave * call.keys.floats_per_head());
+  const auto tile_of = [&](int worker) {
+    Carver memory(scratch.data() + worker * tile_size);
+    return ForwardTile::carve(p, memory);
+  };
+  const auto partial_of = [&](int64_t task) {
+    return Partial::at(partial_memory + task * partial_size, kTaskLanes, stride);
+  };
+
+  for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
+    const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
+    if (packed > 0) pack_wave(p, call.blocks, call.keys, call.values, begin, heads);
+    for_each_claim(p.workers, heads * tasks_per_head, 1, [&](int worker, int64_t first, int64_t last) {
+      const ForwardTile tile = tile_of(worker);
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t part = task % call.parts, t = task / call.parts % blocks;
+        const int64_t head = begin + task / tasks_per_head, b = head / p.kv_heads;
+        const int64_t h = head % p.kv_heads * group + task / call.parts / blocks % group;
+        const Range range{call.blocks.key_blocks * part / call.parts, call.blocks.key_blocks * (part + 1) / call.parts};
+        const QueryBlock queries = call.blocks.query_block(t);
+        const Partial partial = partial_of(task);
+        forward_task<kPairs>(call, queries, b, h, head - begin, range, tile, call.parts > 1 ? &partial : nullptr);
+      }
+    });
+    if (call.parts == 1) continue;
+    for_each_claim(p.workers, heads * group * blocks, 1, [&](int worker, int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task) {
+        const int64_t head = begin + task / (group * blocks), b = head / p.kv_heads;
+        Partial parts[kMaxParts];
+        for (int64_t c = 0; c < call.parts; ++c) parts[c] = partial_of(task * call.parts + c);
+        merge_parts(call, call.blocks.query_block(task % blocks), b, head % p.kv_heads * group + task / blocks % group,
+                    parts, tile_of(worker));
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void attention_forward(const AttentionParams& p) {
+  if constexpr (kBf16Dot) {
+    if (runs_on_pairs(p)) return forward<true>(p);
+  }
+  forward<false>(p);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,154 @@
+// The shape of one attention call as its kernels see it: blocks of queries, blocks of keys, and who may attend to what.
+#pragma once
+
+#include "csrc/attention/attention.h"
+#include "csrc/cpu/prefetch.h"
+#include "csrc/cpu/tile.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int kLanes = kScoreVectors * VW;  // queries that a score tile holds in its lanes
+
+// Whether products run on bfloat16 pairs, or on float after conversion.
+MMK_INLINE bool runs_on_pairs(const AttentionParams& p) { return kBf16Dot && p.dtype == Dtype::bf16; }
+
+template <bool kPairs>
+MMK_INLINE int64_t units(int64_t features) {
+  return kPairs ? (features + 1) / 2 : features;
+}
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end > begin ? end - begin : 0; }
+};
+
+MMK_INLINE Range intersect(Range a, Range b) { return {max(a.begin, b.begin), min(a.end, b.end)}; }
+
+struct QueryBlock {
+  const QuerySegment* segment;
+  int64_t first;     // within the segment
+  int64_t count;     // of queries
+  int vectors;       // of VW lanes that hold them
+  int64_t position;  // of the first among the queries of all segments
+};
+
+struct KeyBlock {
+  const KeySegment* segment;
+  int index;         // of the segment
+  int64_t first;     // within the segment
+  int64_t count;     // of keys, before lengths and windows cut it
+  int64_t position;  // of the first among the keys of all segments
+};
+
+// Part g of `parts` of a block of queries, as equal as whole vectors allow.
+MMK_INLINE QueryBlock part_of(const QueryBlock& q, int64_t g, int64_t parts) {
+  const int64_t begin = q.vectors * g / parts, end = q.vectors * (g + 1) / parts, skip = begin * VW;
+  return {q.segment, q.first + skip, min(q.count, end * VW) - skip, static_cast<int>(end - begin), q.position + skip};
+}
+
+// Blocks of at most kMaxVectors · VW queries, as equal as whole vectors allow, and of kKeys keys; none spans segments.
+template <int kMaxVectors, int kKeys>
+class Blocks {
+ public:
+  explicit Blocks(const AttentionParams& p, int max_vectors = kMaxVectors) : p_(p), max_vectors_(max_vectors) {
+    for (int s = 0; s < p.query_segments; ++s) query_blocks += blocks_of(p.queries[s]);
+    for (int s = 0; s < p.key_segments; ++s) {
+      key_blocks += ceil_div(p.keys[s].length, kKeys);
+      keys += p.keys[s].length;
+    }
+  }
+
+  QueryBlock query_block(int64_t t) const {
+    int64_t position = 0;
+    const QuerySegment* s = p_.queries;
+    for (; t >= blocks_of(*s); ++s) {
+      t -= blocks_of(*s);
+      position += s->length;
+    }
+    const int64_t vectors = ceil_div(s->length, VW), blocks = blocks_of(*s);
+    const int64_t begin = t * vectors / blocks, end = (t + 1) * vectors / blocks;
+    const int64_t first = begin * VW;
+    return {s, first, min(s->length, end * VW) - first, static_cast<int>(end - begin), position + first};
+  }
+
+  KeyBlock key_block(int64_t j) const {
+    int64_t position = 0;
+    int index = 0;
+    for (; j >= ceil_div(p_.keys[index].length, kKeys); ++index) {
+      j -= ceil_div(p_.keys[index].length, kKeys);
+      position += p_.keys[index].length;
+    }
+    const KeySegment* s = p_.keys + index;
+    const int64_t first = j * kKeys;
+    return {s, index, first, min(kKeys, s->length - first), position + first};
+  }
+
+  int64_t query_blocks = 0, key_blocks = 0, keys = 0;
+
+ private:
+  int64_t blocks_of(const QuerySegment& s) const { return ceil_div(ceil_div(s.length, VW), max_vectors_); }
+  const AttentionParams& p_;
+  int max_vectors_;
+};
+
+// The window: query at position i attends to keys diagonal(i) - left … diagonal(i) + right.
+class Window {
+ public:
+  Window(const AttentionParams& p, int64_t batch, int64_t queries, int64_t keys)
+      : left_(p.window_left), right_(p.window_right) {
+    if (!p.bottom_right) return;
+    const int64_t* lengths = p.keys[0].lengths;
+    shift_ = (lengths != nullptr ? lengths[batch] : keys) - queries;
+  }
+  bool bounded() const { return left_ >= 0 || right_ >= 0; }
+  int64_t begin(int64_t query) const { return left_ < 0 ? 0 : max(0, query + shift_ - left_); }
+  int64_t end(int64_t query) const { return right_ < 0 ? INT64_MAX : max(0, query + shift_ + right_ + 1); }
+  // Keys that some query, or every query, of first … first + count - 1 may attend to.
+  Range any(int64_t first, int64_t count) const { return {begin(first), end(first + count - 1)}; }
+  Range all(int64_t first, int64_t count) const { return {begin(first + count - 1), end(first)}; }
+
+ private:
+  int64_t left_, right_, shift_ = 0;
+};
+
+MMK_INLINE int64_t total_queries(const AttentionParams& p) {
+  int64_t total = 0;
+  for (int s = 0; s < p.query_segments; ++s) total += p.queries[s].length;
+  return total;
+}
+
+// Keys of a segment that are not padding.
+MMK_INLINE int64_t valid_keys(const KeySegment& s, int64_t batch) {
+  return s.lengths == nullptr ? s.length : min(s.length, max(0, s.lengths[batch]));
+}
+
+// Into how many parts the keys are cut when there are too few queries to fill a machine's threads. Depends on the
+// shape alone, so that results do not depend on the number of threads.
+constexpr int64_t kFewQueries = 16, kMaxParts = 32;
+MMK_INLINE int64_t key_parts(int64_t tasks, int64_t key_blocks, int64_t min_blocks) {
+  return max(1, min(kMaxParts / max(1, tasks), key_blocks / min_blocks));
+}
+
+MMK_INLINE void* row_address(const Rows& rows, Dtype dtype, int64_t b, int64_t h, int64_t l) {
+  return static_cast<char*>(rows.data) + element_size(dtype) * (b * rows.batch + h * rows.head + l * rows.row);
+}
+
+// The rows that the next task will read, most likely: those behind `q`, or as many of the next head.
+inline RowPrefetch next_rows(const AttentionParams& p, const Rows& rows, int64_t features, const QueryBlock& q,
+                             int64_t b, int64_t h, int64_t steps) {
+  int64_t first = q.first + q.count;
+  if (first >= q.segment->length) {
+    first = 0;
+    if (++h == p.heads) h = 0, ++b;
+    if (b == p.batch) return {};
+  }
+  const int64_t size = element_size(p.dtype);
+  return {row_address(rows, p.dtype, b, h, first), features * size, rows.row * size,
+          min(q.count, q.segment->length - first), steps};
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

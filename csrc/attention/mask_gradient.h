@@ -1,0 +1,117 @@
+// The gradient of a float mask, from blocks of dSᵀ [keys][lanes]: summed over what the mask broadcasts, in an order
+// that does not depend on the workers.
+#pragma once
+
+#include "csrc/attention/scores.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+class MaskGradientSum {
+ public:
+  MaskGradientSum(const AttentionParams& p, int64_t query_blocks, int64_t key_blocks, int64_t parts)
+      : g_(p.grad_mask), heads_(p.heads), query_blocks_(query_blocks), key_blocks_(key_blocks), parts_(parts) {
+    const bool batches = g_.batch == 0 && p.batch > 1, heads = g_.head == 0 && p.heads > 1;
+    shared_ = batches || heads || (g_.query == 0 && query_blocks > 1) || (g_.key == 0 && parts > 1);
+    if (!wanted() || !shared_) return;
+    slots_ = (g_.batch == 0 ? 1 : p.batch) * (g_.head == 0 ? 1 : heads_) * (g_.query == 0 ? 1 : query_blocks_) *
+             (g_.key == 0 ? 1 : key_blocks_);
+  }
+
+  bool wanted() const { return g_.data != nullptr; }
+  int64_t turns() const { return slots_; }
+  void use(int32_t* turns) { turns_ = turns; }
+  bool same_for_all_keys() const { return g_.key == 0; }
+  bool same_for_all_queries() const { return g_.query == 0 && g_.key != 0; }
+
+  // A task (b, h, query block t, part) and one of its key blocks j take their turn in the sums they share with others.
+  struct Place {
+    int64_t b, h, t, part, j;
+  };
+  void wait(const Place& x) const {
+    if (shared_) wait_turn(turns_ + slot(x), rank(x));
+  }
+  void end(const Place& x) const {
+    if (shared_) end_turn(turns_ + slot(x), rank(x));
+  }
+
+  // A mask with an entry for each query and key: adds dS of a group of lanes.
+  void add_full(const ScoreBlock& block, const float* ds, int64_t stride, int64_t lane, int64_t lanes) const {
+    const int64_t count = min(lanes, block.queries - lane);
+    for (int64_t i = 0; i < count; i += VW) {
+      for (int64_t k = 0; k < block.keys; k += VW) {
+        const int64_t n = min(VW, block.keys - k);
+        vf r[VW];
+        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = x < n ? load(ds + (k + x) * stride + lane + i) : zero();
+        transpose(r);
+        MMK_UNROLL for (int x = 0; x < VW; ++x) {
+          if (i + x < count) add(at(block, block.query + lane + i + x, block.key + k), g_.key, r[x], n);
+        }
+      }
+    }
+  }
+  // A mask with an entry for each key, the sums over the queries of a block being `sums` [keys].
+  void add_per_key(const ScoreBlock& block, const float* sums) const {
+    for (int64_t k = 0; k < block.keys; k += VW) {
+      const int64_t n = min(VW, block.keys - k);
+      add(at(block, 0, block.key + k), g_.key, load_as_float(sums + k, n), n);
+    }
+  }
+  // A mask that is the same for all keys shifts whole rows: their sum of dS is d log_sum, exactly.
+  void add_rows(const ScoreBlock& block, const float* grad_log_sum) const {
+    if (g_.query != 0) {
+      for (int64_t i = 0; i < block.queries; i += VW) {
+        const int64_t n = min(VW, block.queries - i);
+        add(at(block, block.query + i, 0), g_.query, load_as_float(grad_log_sum + i, n), n);
+      }
+    } else {
+      float total = 0.f;
+      for (int64_t i = 0; i < block.queries; ++i) total += grad_log_sum[i];
+      add(at(block, 0, 0), 1, set1(total), 1);
+    }
+  }
+
+ private:
+  int64_t at(const ScoreBlock& block, int64_t query, int64_t key) const {
+    return block.b * g_.batch + block.h * g_.head + query * g_.query + key * g_.key;
+  }
+  // n sums at entries that lie `step` apart.
+  void add(int64_t at, int64_t step, vf x, int64_t n) const {
+    with_element_type(g_.dtype, g_.data, [&](auto* p) {
+      if (step == 1) {
+        store_from_float(p + at, load_as_float(p + at, n) + x, n);
+      } else {
+        alignas(64) float lanes[VW];
+        store(lanes, x);
+        for (int64_t i = 0; i < n; ++i) {
+          auto* to = p + at + i * step;
+          store_from_float(to, load_as_float(to, 1) + set1(lanes[i]), 1);
+        }
+      }
+    });
+  }
+  int64_t slot(const Place& x) const {
+    int64_t s = g_.batch == 0 ? 0 : x.b;
+    if (g_.head != 0) s = s * heads_ + x.h;
+    if (g_.query != 0) s = s * query_blocks_ + x.t;
+    if (g_.key != 0) s = s * key_blocks_ + x.j;
+    return s;
+  }
+  int32_t rank(const Place& x) const {  // tasks are claimed in the order of b, h, t, part
+    int64_t r = g_.batch == 0 ? x.b : 0;
+    if (g_.head == 0) r = r * heads_ + x.h;
+    if (g_.query == 0) r = r * query_blocks_ + x.t;
+    if (g_.key == 0) r = r * parts_ + x.part;
+    return static_cast<int32_t>(r);
+  }
+
+  MaskGradient g_;
+  int64_t heads_, query_blocks_, key_blocks_, parts_, slots_ = 0;
+  bool shared_ = false;
+  int32_t* turns_ = nullptr;
+};
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,206 @@
+// Operands in the layout that a product reads them in. A panel is used in place when memory already has that layout.
+//
+//   lanes    Qᵀ: [units][lanes], queries in the lanes of a vector
+//   rows     K as it is: [keys][units], read one element at a time
+//   columns  V as it is: [keys][features padded to VW], read in vectors; for bfloat16 pairs [keys / 2][features], two
+//            keys to a lane
+// For float, rows and columns are the same panel.
+#pragma once
+
+#include "csrc/attention/geometry.h"
+#include "csrc/cpu/element.h"
+#include "csrc/cpu/schedule.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+// [count][features] of a dtype → [units][stride] floats (or pairs) with one row to a lane; lanes up to a multiple of VW
+// are zero.
+template <bool kPairs>
+inline void pack_lanes(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features, float* out,
+                       int64_t stride) {
+  const int64_t columns = units<kPairs>(features);
+  const auto tile = [&](auto load_chunk) {
+    for (int64_t i = 0; i < count; i += VW) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        vf r[VW];
+        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = i + x < count ? load_chunk(i + x, c) : zero();
+        transpose(r);
+        MMK_UNROLL for (int x = 0; x < VW; ++x) {
+          if (c + x < columns) store(out + (c + x) * stride + i, r[x]);
+        }
+      }
+    }
+  };
+  if constexpr (kPairs) {
+    const auto* p = static_cast<const uint16_t*>(source);
+    tile([&](int64_t row, int64_t unit) {
+      const int64_t n = min(2 * VW, features - 2 * unit);
+      vf x = zero();
+      std::memcpy(&x, p + row * row_stride + 2 * unit, n == 2 * VW ? sizeof x : static_cast<size_t>(n) * 2);
+      return x;
+    });
+  } else {
+    with_element_type(dtype, source, [&](const auto* p) {
+      tile([&](int64_t row, int64_t unit) { return load_as_float(p + row * row_stride + unit, features - unit); });
+    });
+  }
+}
+
+// [count][features] of a dtype → [count][stride] floats, features padded with zeros up to a multiple of VW.
+inline void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
+                               float* out, int64_t stride) {
+  with_element_type(dtype, source, [&](const auto* p) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < features; c += VW) {
+        store(out + i * stride + c, load_as_float(p + i * row_stride + c, features - c));
+      }
+    }
+  });
+}
+
+// [count][features] bfloat16 → [count][stride] pairs of features, an odd last one paired with zero.
+inline void pack_rows_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features, float* out,
+                               int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (features % 2 != 0) out[i * stride + features / 2] = 0.f;
+    std::memcpy(out + i * stride, source + i * row_stride, static_cast<size_t>(features) * 2);
+  }
+}
+
+// [count][features] bfloat16 → [(count + 1) / 2][stride] pairs of rows, an odd last row paired with zeros.
+inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
+                                  float* out, int64_t stride) {
+  if constexpr (kBf16Dot) {
+    constexpr uint16_t kZeros[2 * VW] = {};
+    for (int64_t i = 0; i < count; i += 2) {
+      const uint16_t* even = source + i * row_stride;
+      for (int64_t c = 0; c < features; c += 2 * VW) {
+        const int64_t n = features - c;
+        const uint16_t* odd = i + 1 < count ? even + row_stride + c : kZeros;
+        float* to = out + i / 2 * stride + c;
+        if (n >= 2 * VW) {
+          pair_rows(even + c, odd, to);
+        } else {
+          uint16_t x[2 * VW] = {}, y[2 * VW] = {};
+          std::memcpy(x, even + c, static_cast<size_t>(n) * 2);
+          std::memcpy(y, odd, static_cast<size_t>(n) * 2);
+          alignas(64) float both[2 * VW];
+          pair_rows(x, y, both);
+          std::memcpy(to, both, static_cast<size_t>(round_up(n, VW)) * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+struct Panel {
+  const float* data;
+  int64_t stride;  // between rows (for columns of pairs: between pairs of rows)
+};
+
+// The keys or the values of all segments and heads of one wave.
+class Panels {
+ public:
+  // `as_rows` and `as_columns`: which layouts the caller reads.
+  template <bool kPairs>
+  void plan(const AttentionParams& p, bool values, bool as_rows, bool as_columns) {
+    p_ = &p;
+    values_ = values;
+    pairs_ = kPairs;
+    features_ = values ? p.value_dim : p.head_dim;
+    padded_ = round_up(features_, VW);
+    row_stride_ = kPairs ? units<kPairs>(features_) : padded_;
+    for (int s = 0; s < p.key_segments; ++s) {
+      const Rows& rows = source(s);
+      const bool even = rows.batch % 2 == 0 && rows.head % 2 == 0 && rows.row % 2 == 0 && features_ % 2 == 0 &&
+                        reinterpret_cast<uintptr_t>(rows.data) % 4 == 0;
+      const bool dense = p.dtype == Dtype::f32 && rows.row == features_ && features_ % VW == 0;
+      in_place_[s] = kPairs ? even : dense;
+      rows_at_[s] = columns_at_[s] = size_;
+      const int64_t length = p.keys[s].length;
+      if (kPairs) {
+        if (as_rows && !in_place_[s]) size_ += round_up(length * row_stride_, 16);
+        columns_at_[s] = size_;
+        if (as_columns) size_ += round_up((length + 1) / 2 * padded_, 16);
+      } else if (!in_place_[s]) {
+        size_ += round_up(length * padded_, 16);
+      }
+    }
+    as_rows_ = as_rows;
+    as_columns_ = as_columns;
+  }
+
+  int64_t floats_per_head() const { return size_; }
+  void use(float* memory) { memory_ = memory; }
+
+  // Packs keys first … first + count - 1 of a segment for the head in `slot`.
+  void pack(int64_t slot, int64_t b, int64_t h, int s, int64_t first, int64_t count) const {
+    const Rows& rows = source(s);
+    const void* from = row_address(rows, p_->dtype, b, h, first);
+    float* base = memory_ + slot * size_;
+    if (!pairs_) {
+      if (in_place_[s]) return;
+      pack_rows_as_float(p_->dtype, from, rows.row, count, features_, base + rows_at_[s] + first * padded_, padded_);
+      return;
+    }
+    const auto* halves = static_cast<const uint16_t*>(from);
+    if (as_rows_ && !in_place_[s]) {
+      pack_rows_as_pairs(halves, rows.row, count, features_, base + rows_at_[s] + first * row_stride_, row_stride_);
+    }
+    if (as_columns_) {
+      pack_columns_as_pairs(halves, rows.row, count, features_, base + columns_at_[s] + first / 2 * padded_, padded_);
+    }
+  }
+
+  // From key `first` of a segment on; first is even for columns of pairs.
+  Panel rows(int64_t slot, int64_t b, int64_t h, int s, int64_t first) const {
+    const Rows& r = source(s);
+    if (in_place_[s]) {
+      const auto* address = static_cast<const float*>(row_address(r, p_->dtype, b, h, first));
+      return {address, pairs_ ? r.row / 2 : r.row};
+    }
+    return {memory_ + slot * size_ + rows_at_[s] + first * row_stride_, row_stride_};
+  }
+  Panel columns(int64_t slot, int64_t b, int64_t h, int s, int64_t first) const {
+    if (!pairs_) return rows(slot, b, h, s, first);
+    return {memory_ + slot * size_ + columns_at_[s] + first / 2 * padded_, padded_};
+  }
+
+ private:
+  const Rows& source(int s) const { return values_ ? p_->keys[s].value : p_->keys[s].key; }
+
+  const AttentionParams* p_ = nullptr;
+  bool values_ = false, pairs_ = false, as_rows_ = false, as_columns_ = false;
+  bool in_place_[kMaxSegments] = {};
+  int64_t features_ = 0, padded_ = 0, row_stride_ = 0, size_ = 0;
+  int64_t rows_at_[kMaxSegments] = {}, columns_at_[kMaxSegments] = {};
+  float* memory_ = nullptr;
+};
+
+// How many key heads to pack before computing on them: as many as stay in a core's cache, and at least one per worker.
+MMK_INLINE int64_t heads_per_wave(const AttentionParams& p, int64_t floats_per_head) {
+  const int64_t heads = p.batch * p.kv_heads;
+  if (floats_per_head == 0) return heads;
+  constexpr int64_t kCacheFloats = 128 << 10;  // half of a 1 MB level-2 cache
+  return max(1, min(heads, p.workers.count * max(1, kCacheFloats / floats_per_head)));
+}
+
+// Packs `heads` key heads from `begin` on, on all workers.
+template <class KeyBlocks>
+void pack_wave(const AttentionParams& p, const KeyBlocks& blocks, const Panels& keys, const Panels& values,
+               int64_t begin, int64_t heads) {
+  for_each_claim(p.workers, heads * blocks.key_blocks, 1, [&](int, int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t slot = task / blocks.key_blocks, b = (begin + slot) / p.kv_heads, h = (begin + slot) % p.kv_heads;
+      const KeyBlock block = blocks.key_block(task % blocks.key_blocks);
+      keys.pack(slot, b, h, block.index, block.first, block.count);
+      values.pack(slot, b, h, block.index, block.first, block.count);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace mmk {
+
+enum class Dtype : int8_t { f32, bf16, f16, boolean };
+
+constexpr int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::boolean ? 1 : 2; }
+
+}  // namespace mmk

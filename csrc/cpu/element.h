@@ -1,0 +1,64 @@
+// Element types in memory and their conversion from and to float vectors. The type is a run-time value: a kernel
+// converts where it packs or writes a tile, and computes on float (or bfloat16 pairs) in between.
+#pragma once
+
+#include "csrc/cpu/dtype.h"
+#include "csrc/cpu/simd.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+MMK_INLINE vf load_as_float(const float* p) { return load(p); }
+MMK_INLINE vf load_as_float(const Bf16* p) { return load_bf16(&p->bits); }
+MMK_INLINE vf load_as_float(const F16* p) { return load_f16(&p->bits); }
+MMK_INLINE void store_from_float(float* p, vf x) { store(p, x); }
+MMK_INLINE void store_from_float(Bf16* p, vf x) { store_bf16(&p->bits, x); }
+MMK_INLINE void store_from_float(F16* p, vf x) { store_f16(&p->bits, x); }
+
+// n <= VW elements, zero behind them; nothing beyond is read or written.
+template <class T>
+MMK_INLINE vf load_as_float(const T* p, int64_t n) {
+  if (n >= VW) return load_as_float(p);
+  alignas(64) T lanes[VW] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
+  return load_as_float(lanes);
+}
+template <class T>
+MMK_INLINE void store_from_float(T* p, vf x, int64_t n) {
+  if (n >= VW) return store_from_float(p, x);
+  alignas(64) T lanes[VW];
+  store_from_float(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Calls f(T*) with the pointer in its element type.
+template <class Function>
+MMK_INLINE void with_element_type(Dtype dtype, const void* p, Function f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(static_cast<const float*>(p));
+    case Dtype::bf16:
+      return f(static_cast<const Bf16*>(p));
+    case Dtype::f16:
+      return f(static_cast<const F16*>(p));
+    case Dtype::boolean:
+      return;
+  }
+}
+template <class Function>
+MMK_INLINE void with_element_type(Dtype dtype, void* p, Function f) {
+  with_element_type(dtype, static_cast<const void*>(p),
+                    [&](auto* q) { f(const_cast<std::remove_const_t<std::remove_pointer_t<decltype(q)>>*>(q)); });
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

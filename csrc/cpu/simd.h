@@ -1,0 +1,110 @@
+// The vector type of one instruction set and everything done with it. The only files with intrinsics are the three
+// below; a kernel is written once against these names and compiled once per instruction set (MMK_ISA).
+//
+//   vf                         VW floats in one register; +, -, *, comparison and ?: work as for floats
+//   kRegisters, kFma, kBf16Dot how many registers there are, and whether fma and the bf16 pair product are instructions
+//   load, store, set1, fma, max, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair operations
+//
+// Everything is in an anonymous namespace inside mmk::<isa>, so that the linker cannot merge two instruction sets.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#define MMK_ISA_ID_emulated 1
+#define MMK_CONCAT_(a, b) a##b
+#define MMK_CONCAT(a, b) MMK_CONCAT_(a, b)
+#if MMK_CONCAT(MMK_ISA_ID_, MMK_ISA) == 1
+#define MMK_EMULATED 1
+#endif
+
+#ifdef MMK_EMULATED  // wide vectors without registers for them: loops keep the compile time sane
+#define MMK_INLINE inline
+#define MMK_UNROLL
+#else
+#define MMK_INLINE inline __attribute__((always_inline))
+#define MMK_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define MMK_NOINLINE __attribute__((noinline))
+
+#if defined(__AVX512F__) && !defined(MMK_EMULATED)
+#include "csrc/cpu/simd_avx512.h"
+#elif defined(__AVX2__) && !defined(MMK_EMULATED)
+#include "csrc/cpu/simd_avx2.h"
+#else
+#include "csrc/cpu/simd_portable.h"
+#endif
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+#if !defined(__AVX512BF16__) && !defined(MMK_EMULATED)  // named, never called: kBf16Dot is false
+template <class V>
+V pair_dot(V acc, V a, V b);
+template <class V>
+V pair(V low, V high);
+template <class T>
+void pair_rows(const uint16_t* even, const uint16_t* odd, T* out);
+#endif
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+MMK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+MMK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+MMK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MMK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// 2^x, exactly 1 for 0, exactly 0 below 2^-126, NaN for NaN. The polynomial covers [0, 1), minimax in the relative
+// error under p(0) = 1; its degree sets that error: 5 for float32 (8e-8), 3 where the result is rounded to bfloat16
+// (8.6e-5).
+template <int kDegree>
+MMK_INLINE vf exp2(vf x) {
+  x = max(set1(-127.f), x);  // the order of the arguments keeps a NaN in x
+  const vf t = x - round_down(x);
+  vf p;
+  if constexpr (kDegree == 3) {
+    p = fma(t, set1(7.706704207e-02f), set1(2.276449911e-01f));
+    p = fma(p, t, set1(6.951167864e-01f));
+    p = fma(p, t, set1(1.f));
+  } else {
+    static_assert(kDegree == 5);
+    p = fma(t, set1(1.867140335e-03f), set1(9.017007156e-03f));
+    p = fma(p, t, set1(5.579992974e-02f));
+    p = fma(p, t, set1(2.401644466e-01f));
+    p = fma(p, t, set1(6.931513117e-01f));
+    p = fma(p, t, set1(1.f));
+  }
+  return scale_by_power_of_two(p, x);
+}
+
+// The first n < VW floats, zero behind them; nothing beyond is read.
+MMK_INLINE vf load_partial(const float* p, int64_t n) {
+  alignas(64) float lanes[VW] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
+  return load(lanes);
+}
+
+MMK_INLINE void store_partial(float* p, vf x, int64_t n) {
+  alignas(64) float lanes[VW];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(float));
+}
+
+template <class Function>
+MMK_INLINE vf map_lanes(vf x, Function f) {
+  alignas(64) float lanes[VW];
+  store(lanes, x);
+  for (int i = 0; i < VW; ++i) lanes[i] = f(lanes[i]);
+  return load(lanes);
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,93 @@
+// simd.h on AVX2 with FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int VW = 8;
+constexpr int kRegisters = 16;
+constexpr bool kFma = true;
+constexpr bool kBf16Dot = false;
+
+typedef __m256 vf;
+typedef int32_t vi __attribute__((vector_size(32)));
+
+MMK_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+MMK_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+MMK_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
+MMK_INLINE vf zero() { return _mm256_setzero_ps(); }
+MMK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+MMK_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+MMK_INLINE vf select(vi mask, vf a, vf b) { return _mm256_blendv_ps(b, a, (vf)mask); }
+MMK_INLINE vf round_down(vf x) { return _mm256_floor_ps(x); }
+
+// p · 2^floor(x) for x >= -127; 0 at floor(x) = -127.
+MMK_INLINE vf scale_by_power_of_two(vf p, vf x) {
+  const __m256i exponent = _mm256_cvtps_epi32(_mm256_floor_ps(x));
+  return p * (vf)_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
+}
+
+MMK_INLINE float sum(vf x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+MMK_INLINE float max_lane(vf x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+MMK_INLINE void transpose(vf (&r)[VW]) {
+  vf t[VW];
+  MMK_UNROLL for (int i = 0; i < 4; ++i) {  // 128-bit halves: t[i] = r[i].low, r[i+4].low; t[i+4] the highs
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  MMK_UNROLL for (int h = 0; h < 8; h += 4) {
+    const vf a = _mm256_unpacklo_ps(t[h], t[h + 1]), b = _mm256_unpackhi_ps(t[h], t[h + 1]);
+    const vf c = _mm256_unpacklo_ps(t[h + 2], t[h + 3]), d = _mm256_unpackhi_ps(t[h + 2], t[h + 3]);
+    r[h] = _mm256_shuffle_ps(a, c, 0x44);
+    r[h + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    r[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    r[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of r[i].
+MMK_INLINE vf sum_rows(vf (&r)[VW]) {
+  const vf low = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const vf high = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+MMK_INLINE vf load_bf16(const uint16_t* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
+}
+MMK_INLINE void store_bf16(uint16_t* p, vf x) {  // round to nearest even; a NaN stays a quiet NaN
+  const __m256i bits = (__m256i)x;
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = (__m256i)_mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+MMK_INLINE vf load_f16(const uint16_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+MMK_INLINE void store_f16(uint16_t* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+MMK_INLINE vi load_bool(const uint8_t* p) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return (vi)x != 0;
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

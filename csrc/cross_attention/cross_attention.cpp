@@ -1,0 +1,254 @@
+// cross_attention on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/cross_attention):
+// here they become Params, and outputs are allocated. All tensors are [B, H, L, features], features contiguous.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "csrc/attention/attention.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Options {
+  int64_t window_left, window_right;
+  bool bottom_right;
+  double softcap, scale, dropout_p;
+};
+
+struct Inputs {
+  Tensor query, key, value;
+  OptionalTensor mask, key_lengths, rng_state;
+};
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kBool:
+      return Dtype::boolean;
+    default:
+      TORCH_CHECK_TYPE(false, "cross_attention: expected float32, bfloat16 or float16; got ", t.scalar_type());
+  }
+}
+
+Rows rows_of(const Tensor& t) {
+  TORCH_INTERNAL_ASSERT(t.dim() == 4 && (t.size(3) <= 1 || t.stride(3) == 1));
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Dense, its leading dims in memory in the order of like's.
+Tensor empty_in_order_of(const Tensor& like, int64_t length, int64_t features) {
+  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), length, features};
+  std::array<int, 3> order{0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  std::array<int64_t, 4> strides{0, 0, 0, 1};
+  int64_t step = features;
+  for (int i = 2; i >= 0; --i) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]];
+  }
+  return at::empty_strided(sizes, strides, like.options());
+}
+
+// Strides of a mask or of its gradient, 0 where it is broadcast.
+template <class M>
+void set_mask_strides(M& m, const Tensor& t) {
+  const auto stride = [&](int dim) { return t.size(dim) == 1 ? 0 : t.stride(dim); };
+  m.batch = stride(0);
+  m.head = stride(1);
+  m.query = stride(2);
+  m.key = stride(3);
+}
+
+AttentionParams make_params(const Inputs& in, const Options& o, double products) {
+  AttentionParams p;
+  const Tensor &q = in.query, &k = in.key, &v = in.value;
+  p.batch = q.size(0);
+  p.heads = q.size(1);
+  p.kv_heads = k.size(1);
+  p.head_dim = q.size(3);
+  p.value_dim = v.size(3);
+  p.dtype = dtype_of(q);
+  p.query_segments = p.key_segments = 1;
+  p.queries[0].query = rows_of(q);
+  p.queries[0].length = q.size(2);
+  p.keys[0].key = rows_of(k);
+  p.keys[0].value = rows_of(v);
+  p.keys[0].length = k.size(2);
+  if (in.key_lengths) p.keys[0].lengths = in.key_lengths->const_data_ptr<int64_t>();
+  if (in.mask) {
+    p.mask.data = in.mask->const_data_ptr();
+    p.mask.dtype = dtype_of(*in.mask);
+    set_mask_strides(p.mask, *in.mask);
+  }
+  p.window_left = o.window_left;
+  p.window_right = o.window_right;
+  p.bottom_right = o.bottom_right;
+  p.softcap = static_cast<float>(o.softcap);
+  p.scale = static_cast<float>(o.scale);
+  if (o.dropout_p > 0.) {
+    p.dropout_p = static_cast<float>(o.dropout_p);
+    const auto* state = in.rng_state->const_data_ptr<int64_t>();
+    p.seed = static_cast<uint64_t>(state[0]);
+    p.offset = static_cast<uint32_t>(state[1]);
+  }
+  p.workers = torch_workers(products * static_cast<double>(p.batch * p.heads) * static_cast<double>(q.size(2)) *
+                            static_cast<double>(k.size(2)) * static_cast<double>(p.head_dim + p.value_dim));
+  return p;
+}
+
+// Whether there is no score at all: no batch, head, query or key.
+bool has_no_scores(const Inputs& in) {
+  return in.query.size(0) * in.query.size(1) * in.query.size(2) * in.key.size(2) == 0;
+}
+
+bool is_masked(const Inputs& in, const Options& o) {
+  return in.mask || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
+}
+
+bool is_finite(const Tensor& t) {
+  return t.numel() == 0 || std::isfinite(at::sum(t, at::ScalarType::Float).item<float>());
+}
+
+// Keys of which K or V holds NaN or infinity, [B, Hkv, Lk]; in `in`, zeros take their place. Undefined if there are
+// none.
+Tensor take_out_poison(Inputs& in) {
+  const Tensor bad = at::isfinite(in.key).all(-1).logical_and_(at::isfinite(in.value).all(-1)).logical_not_();
+  if (!bad.any().item<bool>()) return {};
+  in.key = in.key.masked_fill(bad.unsqueeze(-1), 0);
+  in.value = in.value.masked_fill(bad.unsqueeze(-1), 0);
+  return bad.contiguous();
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const OptionalTensor& mask, const OptionalTensor& key_lengths,
+                                           int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+                                           double scale, double dropout_p, const OptionalTensor& rng_state,
+                                           bool with_lse) {
+  Inputs in{query, key, value, mask, key_lengths, rng_state};
+  const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
+  const Tensor out = empty_in_order_of(query, query.size(2), value.size(3));
+  const auto stats_options = query.options().dtype(at::kFloat);
+  const std::vector<int64_t> stats_size = with_lse ? query.sizes().slice(0, 3).vec() : std::vector<int64_t>{0};
+  const Tensor row_max = at::empty(stats_size, stats_options), log_sum = at::empty(stats_size, stats_options);
+  if (has_no_scores(in)) {
+    out.zero_();
+    row_max.fill_(-kInfinity);
+    log_sum.fill_(-kInfinity);
+    return {out, row_max, log_sum};
+  }
+  const AttentionKernels kernels = attention_kernels();
+  const auto run = [&](const Tensor& poisoned) {
+    AttentionParams p = make_params(in, o, 2.);
+    p.queries[0].out = rows_of(out);
+    if (with_lse) {
+      p.queries[0].row_max = row_max.data_ptr<float>();
+      p.queries[0].log_sum = log_sum.data_ptr<float>();
+    }
+    if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
+    constexpr int64_t kFew = 4;
+    const bool few = !with_lse && dropout_p == 0. && query.size(2) <= kFew;
+    (few ? kernels.forward_few_queries : kernels.forward)(p);
+  };
+  run({});
+  // What is masked must not reach the output, and 0 · NaN would: only then are K and V looked at.
+  if (is_masked(in, o) && !is_finite(out)) {
+    if (const Tensor poisoned = take_out_poison(in); poisoned.defined()) run(poisoned);
+  }
+  return {out, row_max, log_sum};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const OptionalTensor& grad_log_sum,
+                                                    const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    const OptionalTensor& mask, const OptionalTensor& key_lengths,
+                                                    const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
+                                                    int64_t window_left, int64_t window_right, bool bottom_right,
+                                                    double softcap, double scale, double dropout_p,
+                                                    const OptionalTensor& rng_state, std::array<bool, 4> grad_mask) {
+  Inputs in{query, key, value, mask, key_lengths, rng_state};
+  const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
+  const auto gradient = [&](bool wanted, const Tensor& like) {
+    return wanted ? empty_in_order_of(like, like.size(2), like.size(3)) : at::empty({0}, like.options());
+  };
+  const Tensor dq = gradient(grad_mask[0], query), dk = gradient(grad_mask[1], key), dv = gradient(grad_mask[2], value);
+  const Tensor row_max_dense = row_max.contiguous(), log_sum_dense = log_sum.contiguous();
+  const Tensor grad_log_sum_dense = grad_log_sum ? grad_log_sum->contiguous() : Tensor{};
+  Tensor grad = grad_out, dmask = at::empty({0}, query.options());
+  const bool sums_mask =  // broadcast entries are summed in float32
+      grad_mask[3] && !(mask->size(0) == query.size(0) && mask->size(1) == query.size(1) &&
+                        mask->size(2) == query.size(2) && mask->size(3) == key.size(2));
+
+  const auto run = [&](const Tensor& poisoned) {
+    AttentionParams p = make_params(in, o, 5.);
+    QuerySegment& q = p.queries[0];
+    q.out = rows_of(out);
+    q.grad_out = rows_of(grad);
+    q.row_max = row_max_dense.data_ptr<float>();
+    q.log_sum = log_sum_dense.data_ptr<float>();
+    if (grad_log_sum) q.grad_log_sum = grad_log_sum_dense.const_data_ptr<float>();
+    if (grad_mask[0]) q.grad_query = rows_of(dq);
+    if (grad_mask[1]) p.keys[0].grad_key = rows_of(dk);
+    if (grad_mask[2]) p.keys[0].grad_value = rows_of(dv);
+    if (grad_mask[3]) {
+      dmask = at::zeros(mask->sizes(), sums_mask ? mask->options().dtype(at::kFloat) : mask->options());
+      p.grad_mask.data = dmask.data_ptr();
+      p.grad_mask.dtype = dtype_of(dmask);
+      set_mask_strides(p.grad_mask, dmask);
+    }
+    if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
+    attention_kernels().backward(p);
+  };
+  if (has_no_scores(in)) {
+    for (const Tensor& t : {dq, dk, dv}) t.zero_();
+    if (grad_mask[3]) dmask = at::zeros(mask->sizes(), mask->options());
+    return {dq, dk, dv, dmask};
+  }
+  run({});
+  if (is_masked(in, o) && !(is_finite(dq) && is_finite(dk) && is_finite(dv) && is_finite(dmask))) {
+    const Tensor empty = row_max_dense.eq(-kInfinity).unsqueeze(-1);
+    in.query = query.masked_fill(empty, 0);
+    grad = grad_out.masked_fill(empty, 0);
+    run(take_out_poison(in));
+  }
+  return {dq, dk, dv, grad_mask[3] ? dmask.to(mask->scalar_type()) : dmask};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_cross_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
+      "int window_left, int window_right, bool bottom_right, float softcap, float scale, float dropout_p, "
+      "Tensor? rng_state, bool with_lse) -> (Tensor out, Tensor row_max, Tensor log_sum)");
+  m.def(
+      "_cross_attention_bwd(Tensor grad_out, Tensor? grad_log_sum, Tensor query, Tensor key, Tensor value, "
+      "Tensor? attn_mask, Tensor? key_lengths, Tensor out, Tensor row_max, Tensor log_sum, int window_left, "
+      "int window_right, bool bottom_right, float softcap, float scale, float dropout_p, Tensor? rng_state, "
+      "bool[4] grad_mask) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_cross_attention_fwd", forward);
+  m.impl("_cross_attention_bwd", backward);
+}
+
+}  // namespace mmk
