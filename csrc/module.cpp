@@ -6,6 +6,7 @@
 #include <torch/version.h>
 
 #include "csrc/cpu/isa.h"
+#include "csrc/door.h"
 
 namespace py = pybind11;
 
@@ -27,10 +28,19 @@ py::dict build_info() {
 
 }  // namespace
 
+std::vector<PyMethodDef>& mmk::Door::all() {
+  static std::vector<PyMethodDef> doors;
+  return doors;
+}
+
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("compiled_isas", &mmk::compiled_isas);
   m.def("supported_isas", &mmk::supported_isas);
   m.def("isa", &mmk::current_isa);
   m.def("set_isa", &mmk::set_isa, py::arg("name"));
+
+  static std::vector<PyMethodDef> doors = mmk::Door::all();  // every file has added its own by now
+  doors.push_back({nullptr, nullptr, 0, nullptr});
+  if (PyModule_AddFunctions(m.ptr(), doors.data()) != 0) throw py::error_already_set();
 }

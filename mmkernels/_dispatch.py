@@ -63,6 +63,20 @@ def native_op(name: str) -> tuple[Callable[..., Any], str | None]:
     return absent, reason
 
 
+def native_door(name: str) -> Callable[..., Any]:
+    """The compiled library's short way into an op: the result of a plain eager call, or None where a call is not plain.
+
+    It skips the checks and the dispatch that cost more than a small kernel; ask `may_use_door` first.
+    """
+    door = _native.door(name)
+    return door if door is not None else lambda *_: None
+
+
+def may_use_door() -> bool:
+    """Whether calls are neither traced nor forced to a backend."""
+    return not torch.compiler.is_compiling() and not _forced.get(_forced_default)
+
+
 # --- forcing and explaining -------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,10 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # loads the libraries that ours links against
 
@@ -90,6 +92,11 @@ def supported_isas() -> list[str]:
 def isa() -> str:
     """The instruction set in use; "none" without the library."""
     return "none" if _library is None else _library.isa()
+
+
+def door(name: str) -> Callable[..., Any] | None:
+    """The library's function that serves an op's plain eager calls, or None where there is none."""
+    return getattr(_library, name, None)
 
 
 def set_isa(name: str) -> None:

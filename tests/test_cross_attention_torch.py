@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mmk
+from mmkernels import _native
 from mmkernels.testing import same_bits
 
 
@@ -302,6 +304,61 @@ def test_the_drop_in_groups_heads_with_more_leading_dims(backend: str) -> None:
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
+
+
+short_way = pytest.mark.skipif(
+    not _native.available() or "MMKERNELS_BACKEND" in os.environ, reason="no native library, or a backend is forced"
+)
+
+
+def plain_inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(3)
+    shapes = ((2, 4, 9, 16), (2, 4, 21, 16), (2, 4, 21, 24))
+    return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
+
+
+@short_way
+@pytest.mark.parametrize("function", [mmk.cross_attention, mmk.scaled_dot_product_attention])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_short_way_in_gives_the_bits_of_the_long_one(
+    function: Callable[..., Tensor], scale: float | None, dtype: torch.dtype
+) -> None:
+    inputs = plain_inputs(dtype)
+    short = function(*inputs, scale=scale)
+    assert short.grad_fn is not None and "PlainCrossAttention" in short.grad_fn.name()
+    with mmk.use_backend("cpu"):
+        long = function(*inputs, scale=scale)
+    assert "PlainCrossAttention" not in long.grad_fn.name()
+    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (short, long)]
+    assert same_bits([short, *grads[0]], [long, *grads[1]])
+
+
+@short_way
+def test_the_short_way_in_is_left_to_plain_calls() -> None:
+    door = _native.door("cross_attention_door")
+    q, k, v = (x.detach() for x in plain_inputs())
+    assert door(q, k, v, None) is not None
+    for other in (q.double(), q.to("meta"), q[0], q.mT.contiguous().mT, k[:1], k[:, :, :8], None, 3):
+        assert door(q, k, other, None) is None
+    assert door(q.double(), k.double(), v.double(), None) is None
+    assert door(q, k, v, 1) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert door(q, k, v, None) is None
+        assert mmk.cross_attention(q, k, v).dtype == torch.bfloat16
+    assert torch.func.vmap(lambda q: mmk.cross_attention(q, k, v))(torch.stack([q, q])).shape == (2, 2, 4, 9, 24)
+
+
+@short_way
+def test_the_short_way_in_differentiates_twice() -> None:
+    def second(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in plain_inputs()]
+        first = torch.autograd.grad(mmk.cross_attention(*inputs).sin().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+    for got, oracle in zip(second(torch.float32), second(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), oracle, rtol=1e-4, atol=1e-5)
+
 
 x = torch.zeros(2, 4, 7, 8)
 meta = torch.zeros(2, 4, 7, 8, device="meta")

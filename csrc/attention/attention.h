@@ -40,11 +40,12 @@ struct AttentionMask {  // [B, H, Σ query lengths, Σ key lengths], stride 0 wh
   int64_t batch = 0, head = 0, query = 0, key = 0;
 };
 
-// The gradient of a float mask, summed over what is broadcast. Zero before the call.
+// The gradient of a float mask, summed over what is broadcast.
 struct MaskGradient {
   void* data = nullptr;
   Dtype dtype = Dtype::f32;  // not f32: no element is broadcast, each is written at most once
   int64_t batch = 0, head = 0, query = 0, key = 0;
+  bool zeroed = true;  // else every entry belongs to one score of the call, and is written whatever it held
 };
 
 struct AttentionParams {

@@ -79,7 +79,9 @@ class MaskGradientSum {
   // n sums at entries that lie `step` apart.
   void add(int64_t at, int64_t step, vf x, int64_t n) const {
     with_element_type(g_.dtype, g_.data, [&](auto* p) {
-      if (step == 1) {
+      if (!g_.zeroed) {
+        store_from_float(p + at, x, n);
+      } else if (step == 1) {
         store_from_float(p + at, load_as_float(p + at, n) + x, n);
       } else {
         alignas(64) float lanes[VW];

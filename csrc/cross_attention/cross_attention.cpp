@@ -1,5 +1,7 @@
 // cross_attention on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/cross_attention):
 // here they become Params, and outputs are allocated. All tensors are [B, H, L, features], features contiguous.
+#include "csrc/cross_attention/cross_attention.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/isfinite.h>
@@ -139,11 +141,14 @@ Tensor take_out_poison(Inputs& in) {
   return bad.contiguous();
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
-                                           const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                                           int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-                                           double scale, double dropout_p, const OptionalTensor& rng_state,
-                                           bool with_lse) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                           const OptionalTensor& mask,
+                                                           const OptionalTensor& key_lengths, int64_t window_left,
+                                                           int64_t window_right, bool bottom_right, double softcap,
+                                                           double scale, double dropout_p,
+                                                           const OptionalTensor& rng_state, bool with_lse) {
   Inputs in{query, key, value, mask, key_lengths, rng_state};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
   const Tensor out = empty_in_order_of(query, query.size(2), value.size(3));
@@ -177,13 +182,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   return {out, row_max, log_sum};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const OptionalTensor& grad_log_sum,
-                                                    const Tensor& query, const Tensor& key, const Tensor& value,
-                                                    const OptionalTensor& mask, const OptionalTensor& key_lengths,
-                                                    const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
-                                                    int64_t window_left, int64_t window_right, bool bottom_right,
-                                                    double softcap, double scale, double dropout_p,
-                                                    const OptionalTensor& rng_state, std::array<bool, 4> grad_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
+    const Tensor& grad_out, const OptionalTensor& grad_log_sum, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptionalTensor& mask, const OptionalTensor& key_lengths, const Tensor& out,
+    const Tensor& row_max, const Tensor& log_sum, int64_t window_left, int64_t window_right, bool bottom_right,
+    double softcap, double scale, double dropout_p, const OptionalTensor& rng_state, std::array<bool, 4> grad_mask) {
   Inputs in{query, key, value, mask, key_lengths, rng_state};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
   const auto gradient = [&](bool wanted, const Tensor& like) {
@@ -209,7 +212,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
     if (grad_mask[1]) p.keys[0].grad_key = rows_of(dk);
     if (grad_mask[2]) p.keys[0].grad_value = rows_of(dv);
     if (grad_mask[3]) {
-      dmask = at::zeros(mask->sizes(), sums_mask ? mask->options().dtype(at::kFloat) : mask->options());
+      const auto options = sums_mask ? mask->options().dtype(at::kFloat) : mask->options();
+      p.grad_mask.zeroed = sums_mask || key_lengths || window_left >= 0 || window_right >= 0;
+      dmask = p.grad_mask.zeroed ? at::zeros(mask->sizes(), options) : at::empty(mask->sizes(), options);
       p.grad_mask.data = dmask.data_ptr();
       p.grad_mask.dtype = dtype_of(dmask);
       set_mask_strides(p.grad_mask, dmask);
@@ -232,8 +237,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_out, cons
   return {dq, dk, dv, grad_mask[3] ? dmask.to(mask->scalar_type()) : dmask};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_cross_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
@@ -247,8 +250,8 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
-  m.impl("_cross_attention_fwd", forward);
-  m.impl("_cross_attention_bwd", backward);
+  m.impl("_cross_attention_fwd", cross_attention_forward);
+  m.impl("_cross_attention_bwd", cross_attention_backward);
 }
 
 }  // namespace mmk

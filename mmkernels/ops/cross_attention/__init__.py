@@ -8,13 +8,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import needs_grad
+from mmkernels._dispatch import may_use_door, native_door, needs_grad
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op
 
 __all__ = ["cross_attention", "scaled_dot_product_attention"]
 
 CausalAlignment = Literal["top_left", "bottom_right"]
+
+_plain_call = native_door("cross_attention_door")
 
 
 @overload
@@ -118,6 +120,12 @@ def cross_attention(
         >>> cross_attention(text, image, image, key_lengths=torch.tensor([576, 196])).shape
         torch.Size([2, 8, 77, 64])
     """
+    if attn_mask is None and key_lengths is None and window is None and may_use_door():
+        aligned = causal_alignment == "top_left" or causal_alignment == "bottom_right"
+        if aligned and softcap == 0.0 and dropout_p == 0.0 and not is_causal and not return_lse:
+            out = _plain_call(query, key, value, scale)
+            if out is not None:
+                return out
     name = "cross_attention"
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
@@ -182,6 +190,10 @@ def scaled_dot_product_attention(
     For more than four dims, a mask that varies over some but not all of the dims before the heads is repeated over
     those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
     """
+    if attn_mask is None and dropout_p == 0.0 and not is_causal and may_use_door():
+        out = _plain_call(query, key, value, scale)
+        if out is not None:
+            return out
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise checks.value_error(name, "attn_mask", "None where is_causal=True", "both")

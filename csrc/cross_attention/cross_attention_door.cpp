@@ -1,0 +1,109 @@
+// The short way in: a plain eager call, whose Python checks and dispatch would cost more than a small kernel. Whatever
+// is not plain (another dtype or device, shapes to broadcast or to complain about, a mode, a transform) returns None,
+// and the caller goes the long way, which gives the same result.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+
+#include "csrc/cross_attention/cross_attention.h"
+#include "csrc/door.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor contiguous_features(const Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(); }
+
+struct PlainCrossAttention : torch::autograd::Function<PlainCrossAttention> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
+                        double scale) {
+    auto [out, row_max, log_sum] =
+        cross_attention_forward(query, key, value, {}, {}, -1, -1, false, 0., scale, 0., {}, true);
+    ctx->save_for_backward({query, key, value, out, row_max, log_sum});
+    ctx->saved_data["scale"] = scale;
+    return out;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const double scale = ctx->saved_data["scale"].toDouble();
+    const std::array<bool, 4> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                                     false};
+    const auto call = [&](auto&& backward, const Tensor& grad) {
+      return backward(grad, std::nullopt, saved[0], saved[1], saved[2], std::nullopt, std::nullopt, saved[3], saved[4],
+                      saved[5], -1, -1, false, 0., scale, 0., std::nullopt, wanted);
+    };
+    // A gradient that will itself be differentiated goes through the op that knows how.
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("mmkernels::cross_attention_backward", "")
+                               .typed<decltype(cross_attention_backward)>();
+    const bool plain = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+    auto [dq, dk, dv, unused] = plain ? call(cross_attention_backward, contiguous_features(grads[0]))
+                                      : call([](auto&&... arguments) { return op.call(arguments...); }, grads[0]);
+    const auto given = [](bool is_wanted, const Tensor& t) { return is_wanted ? t : Tensor(); };
+    return {given(wanted[0], dq), given(wanted[1], dk), given(wanted[2], dv), Tensor()};
+  }
+};
+
+bool is_plain(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) return false;
+  const Tensor& t = THPVariable_Unpack(object);
+  if (!t.is_cpu() || t.dim() != 4 || t.layout() != at::kStrided || (t.stride(3) != 1 && t.size(3) > 1)) return false;
+  constexpr c10::DispatchKeySet kPlainKeys({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                            c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  if (!kPlainKeys.has_all(t.key_set())) return false;
+  const auto dtype = t.scalar_type();
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+}
+
+bool runs_plainly() {
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !included.has(c10::DispatchKey::Tracer);
+}
+
+// cross_attention_door(query, key, value, scale or None) -> out or None
+PyObject* cross_attention_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4 || !is_plain(arguments[0]) || !is_plain(arguments[1]) || !is_plain(arguments[2]) || !runs_plainly()) {
+    Py_RETURN_NONE;
+  }
+  const Tensor& query = THPVariable_Unpack(arguments[0]);
+  const Tensor& key = THPVariable_Unpack(arguments[1]);
+  const Tensor& value = THPVariable_Unpack(arguments[2]);
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  const bool fits = k[0] == q[0] && k[1] == q[1] && k[3] == q[3] && v[0] == q[0] && v[1] == q[1] && v[2] == k[2] &&
+                    key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
+  if (!fits || q[3] == 0) Py_RETURN_NONE;
+  double scale = 1. / std::sqrt(static_cast<double>(q[3]));
+  if (arguments[3] != Py_None) {
+    if (!PyFloat_CheckExact(arguments[3])) Py_RETURN_NONE;
+    scale = PyFloat_AS_DOUBLE(arguments[3]);
+  }
+  Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    if (at::GradMode::is_enabled() && (query.requires_grad() || key.requires_grad() || value.requires_grad())) {
+      out = PlainCrossAttention::apply(query, key, value, scale);
+    } else {
+      at::AutoDispatchBelowADInplaceOrView below;
+      out = std::get<0>(cross_attention_forward(query, key, value, {}, {}, -1, -1, false, 0., scale, 0., {}, false));
+    }
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
+const Door door("cross_attention_door", cross_attention_door);
+
+}  // namespace
+}  // namespace mmk
