@@ -84,9 +84,7 @@ MMK_NOINLINE void add_rows(const T* value, int64_t stride, int64_t keys, const f
     constexpr int NV = static_cast<int>(width);
     const int64_t c = v * VW;
     vf acc[NQ][NV];
-    MMK_UNROLL for (int x = 0; x < NQ; ++x) {
-      MMK_UNROLL for (int j = 0; j < NV; ++j) acc[x][j] = load(total + x * total_stride + c + j * VW) * set1(factor[x]);
-    }
+    clear(acc);
     const bool whole = c + NV * VW <= features;
     for (int64_t i = 0; i < keys; ++i) {
       ahead.step<false>();
@@ -97,7 +95,10 @@ MMK_NOINLINE void add_rows(const T* value, int64_t stride, int64_t keys, const f
       }
     }
     MMK_UNROLL for (int x = 0; x < NQ; ++x) {
-      MMK_UNROLL for (int j = 0; j < NV; ++j) store(total + x * total_stride + c + j * VW, acc[x][j]);
+      MMK_UNROLL for (int j = 0; j < NV; ++j) {
+        float* to = total + x * total_stride + c + j * VW;
+        store(to, fma(load(to), set1(factor[x]), acc[x][j]));
+      }
     }
   };
   const int64_t vectors = ceil_div(features, VW);
