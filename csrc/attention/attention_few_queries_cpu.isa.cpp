@@ -113,7 +113,7 @@ inline float weigh(const AttentionParams& p, const ScoreSteps& steps, const Scor
                    const float* mask, float* scores, float& row_max, float& factor) {
   const int64_t keys = block.keys;
   const vf scale = set1(steps.scale_first ? p.scale : 1.f);
-  const float cap = p.softcap;
+  const vf cap = set1(p.softcap);
   const uint8_t* poisoned = block.segment->poisoned;
   if (poisoned != nullptr) {
     poisoned += (block.b * p.kv_heads + block.kv_head) * block.segment->length + block.key_in_segment;
@@ -122,7 +122,7 @@ inline float weigh(const AttentionParams& p, const ScoreSteps& steps, const Scor
   vf best = set1(-kInfinity);
   for (int64_t i = 0; i < round_up(keys, VW); i += VW) {
     vf s = load(scores + i) * scale;
-    if (steps.softcap) s = map_lanes(s, [cap](float x) { return cap * std::tanh(x / cap); });
+    if (steps.softcap) s = cap * tanh(s / cap);
     if (mask != nullptr) {
       const vf entry = load(mask + i);
       s = select(entry == set1(-kInfinity), entry, s + entry);

@@ -170,7 +170,7 @@ template <int NR, int kStride>
 void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, const Window& window,
                    const MaskTile& mask, int64_t lane, float* scores, float* capped, vf (&best)[NR]) {
   const vf scale = set1(steps.scale_first ? p.scale : 1.f);
-  const float cap = p.softcap;
+  const vf cap = set1(p.softcap);
   vf first[NR], last[NR];  // positions of the first and last key that the query in a lane attends to
   const bool windowed = window.bounded();
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
@@ -195,7 +195,7 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
       float* at = scores + i * kStride + j * VW;
       vf s = poison ? set1(NAN) : load(at) * scale;
       if (steps.softcap) {
-        s = map_lanes(s, [cap](float x) { return cap * std::tanh(x / cap); });
+        s = cap * tanh(s / cap);
         if (capped != nullptr) store(capped + i * kStride + j * VW, s);
       }
       if (mask.kind != MaskTile::none) {

@@ -84,6 +84,19 @@ MMK_INLINE vf exp2(vf x) {
   return scale_by_power_of_two(p, x);
 }
 
+// tanh x to a few roundings: a polynomial near 0 (that of Cephes' tanhf), else 1 - 2 / (exp 2|x| + 1) with x's sign.
+MMK_INLINE vf tanh(vf x) {
+  const vf z = x * x;
+  vf near = fma(z, set1(-5.70498872745e-3f), set1(2.06390887954e-2f));
+  near = fma(near, z, set1(-5.37397155531e-2f));
+  near = fma(near, z, set1(1.33314422036e-1f));
+  near = fma(near, z, set1(-3.33332819422e-1f));
+  near = fma(near * z, x, x);
+  const vf size = max(-x, x), bounded = select(size > set1(10.f), set1(10.f), size);  // tanh 10 rounds to 1; NaN stays
+  const vf far = set1(1.f) - set1(2.f) / (exp2<5>(bounded * set1(2.f * kLog2e)) + set1(1.f));
+  return select(size < set1(0.625f), near, select(x < zero(), -far, far));
+}
+
 // The first n < VW floats, zero behind them; nothing beyond is read.
 MMK_INLINE vf load_partial(const float* p, int64_t n) {
   alignas(64) float lanes[VW] = {};
@@ -95,14 +108,6 @@ MMK_INLINE void store_partial(float* p, vf x, int64_t n) {
   alignas(64) float lanes[VW];
   store(lanes, x);
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(float));
-}
-
-template <class Function>
-MMK_INLINE vf map_lanes(vf x, Function f) {
-  alignas(64) float lanes[VW];
-  store(lanes, x);
-  for (int i = 0; i < VW; ++i) lanes[i] = f(lanes[i]);
-  return load(lanes);
 }
 
 }  // namespace
