@@ -45,7 +45,7 @@ fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
 	$(PYTEST) -n 2 tests/test_cross_attention_fuzz.py $(ARGS)
 
-# Both sanitizers at -O1 slow a kernel down some twenty times: SANITIZE_TESTS chooses what runs. -s, because an aborting
+# Both sanitizers at -O1 are slow: SANITIZE_TESTS chooses what runs. -s, because an aborting
 # test cannot hand pytest the report it captured.
 SANITIZE_TESTS ?= -k "not bitwise and not float16"
 sanitize: $(INSTALLED)
