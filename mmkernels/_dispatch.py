@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import _native
+from mmkernels import _autograd, _native
 from mmkernels._errors import UnsupportedError
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
@@ -211,25 +211,27 @@ class Operator:
         torch.library.register_fake(f"mmkernels::{name}", fake, lib=_library)
         self.overload = getattr(torch.ops.mmkernels, name).default
         self._apply: Callable[..., Any] | None = None
-        self._transformed: type[torch.autograd.Function] | None = None
-        arguments = self.overload._schema.arguments
-        self._tensor_positions = tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+        self._transformed: Callable[..., Any] | None = None
+        declared = self.overload._schema
+        types = [str(a.type) for a in declared.arguments]
+        self._tensor_positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
+        self.has_lists = any("List[Tensor]" in t for t in (*types, *(str(r.type) for r in declared.returns)))
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the arguments of its schema, all positional."""
         if torch.compiler.is_compiling():
             return self.overload(*args)
         if torch._C._are_functorch_transforms_active():
-            return self.overload(*args) if self._transformed is None else self._transformed.apply(*args)
+            return self.overload(*args) if self._transformed is None else self._transformed(*args)
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
             return self.overload(*args)
         grad = False
         for i in self._tensor_positions:
-            tensor = args[i]
-            if type(tensor) not in _PLAIN_TYPES:
-                return self.overload(*args)
-            if tensor is not None and tensor.requires_grad:
-                grad = True
+            for tensor in args[i] if type(args[i]) is list else (args[i],):
+                if type(tensor) not in _PLAIN_TYPES:
+                    return self.overload(*args)
+                if tensor is not None and tensor.requires_grad:
+                    grad = True
         if grad and self._apply is not None and torch.is_grad_enabled():
             return self._apply(*args)
         return self.run(*args)
@@ -278,104 +280,15 @@ class Operator:
 
         ``setup_context(ctx, inputs, output)`` and ``backward(ctx, *grads)`` are those of
         ``torch.library.register_autograd``; ``vmap(info, in_dims, *args) -> (outputs, out_dims)`` that of
-        ``torch.library.register_vmap``. Both call operators, never ``overload``.
+        ``torch.library.register_vmap``. Both call operators, never ``overload``. Lists of tensors come as lists, and so
+        do their gradients and ``ctx.needs_input_grad``.
         """
         name = f"mmkernels::{self.name}"
-        torch.library.register_autograd(name, backward, setup_context=_by_keyword(setup_context), lib=_library)
+        torch.library.register_autograd(name, backward, setup_context=_autograd.by_keyword(setup_context), lib=_library)
         torch.library.register_vmap(name, vmap, lib=_library)
-        eager, transformed = _autograd_functions(self, setup_context, backward, vmap)
-        self._apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]  # without the wrapper that looks for transforms
-        self._transformed = transformed
-
-
-def _by_keyword(setup_context: Callable[[Any, tuple[Any, ...], Any], None]) -> Callable[..., None]:
-    """torch passes ``inputs`` and ``output`` by name."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        setup_context(ctx, inputs, output)
-
-    return setup
-
-
-def _autograd_functions(
-    operator: Operator, setup: Callable[..., None], pull: Callable[..., Any], rule: Callable[..., tuple[Any, Any]]
-) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """Two forms of one gradient: the quick one for plain tensors, and the one that functorch asks for."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            outputs = operator.run(*args)
-            setup(ctx, args, outputs)
-            return outputs
-
-        backward = staticmethod(pull)
-
-    class Transformed(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return operator(*args)
-
-        setup_context = staticmethod(setup)
-        backward = staticmethod(pull)
-        vmap = staticmethod(rule)
-
-    for function in (Eager, Transformed):
-        function.__name__ = function.__qualname__ = f"mmkernels_{operator.name}"
-    return Eager, Transformed
-
-
-def kernel_vjp(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """As `vjp`, inside an op's kernel, where autograd is switched off and every transform has been peeled away."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        outputs = function(*leaves)
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-        pulled = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                [x for x in leaves if x is not None],
-                [g for _, g in pairs],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        )
-        return tuple(None if x is None else next(pulled) for x in inputs)
-
-
-def vjp(
-    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Pull ``grads`` back through ``function(*inputs)``; None stands for an absent input or a zero gradient.
-
-    It works under every functorch transform and is itself differentiable, which is what lets a reference serve as the
-    double backward of its op.
-    """
-    present = [i for i, x in enumerate(inputs) if x is not None]
-
-    def of_present(*tensors: Tensor) -> tuple[Tensor, ...]:
-        full = list(inputs)
-        for i, tensor in zip(present, tensors, strict=True):
-            full[i] = tensor
-        return function(*full)
-
-    outputs, pullback = torch.func.vjp(  # type: ignore[misc]  # not of the has_aux form
-        of_present, *(inputs[i] for i in present)
-    )
-    pulled = pullback(tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)))
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(present, pulled, strict=True):
-        result[i] = grad
-    return tuple(result)
-
-
-def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
-    """The batching rule of an op that cannot fold the mapped dim into another: one call per example."""
-    examples = []
-    for i in range(info.batch_size):
-        example = [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
-        examples.append(operator(*example))
-    outputs = tuple(torch.stack(tensors) for tensors in zip(*examples, strict=True))
-    return outputs, (0,) * len(outputs)
+        functions = _autograd.autograd_functions_of_lists if self.has_lists else _autograd.autograd_functions
+        eager, transformed = functions(self, setup_context, backward, vmap)
+        # Without the wrapper that looks for transforms.
+        apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
+        self._apply = _autograd.flattening(apply) if self.has_lists else apply
+        self._transformed = _autograd.flattening(transformed.apply) if self.has_lists else transformed.apply

@@ -108,11 +108,14 @@ def check_op(
         The outputs of the backend under test.
     """
 
-    tensors = [x for x in (*inputs, *options.values()) if isinstance(x, Tensor)]
+    tensors = _tensors((*inputs, *options.values()))
+    dtype = next(x.dtype for x in tensors if x.is_floating_point())
     needs_grad = grad and any(x.requires_grad for x in tensors)
 
     def run(where: str | None, wide: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
         def prepared(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return [prepared(e) for e in x]
             if not isinstance(x, Tensor):
                 return x
             if wide and x.is_floating_point():
@@ -126,11 +129,13 @@ def check_op(
             outputs = function(*args, **kwargs)
             outputs = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
             named = {**{str(i): x for i, x in enumerate(args)}, **kwargs}
+            for name in [n for n, x in named.items() if isinstance(x, list)]:
+                named.update({f"{name}[{i}]": x for i, x in enumerate(named.pop(name))})
             leaves = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.requires_grad}
             if not grad or not leaves:
                 return outputs, {}
             generator = torch.Generator().manual_seed(seed)
-            grads = [torch.randn(o.shape, generator=generator).to(inputs[0].dtype) for o in outputs]
+            grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs]
             grads = [g.to(o.device, o.dtype) for g, o in zip(grads, outputs, strict=True)]
             pulled = torch.autograd.grad(outputs, list(leaves.values()), grads)
         return outputs, dict(zip(leaves, pulled, strict=True))
@@ -140,7 +145,7 @@ def check_op(
     exact, exact_grads = run("reference", wide=True)
     # In float32 a half-precision call may give an output as exact as products of its inputs, and a gradient as exact
     # as the output that its backward starts from.
-    eps = torch.finfo(inputs[0].dtype).eps
+    eps = torch.finfo(dtype).eps
     for i, (got, same_dtype, oracle) in enumerate(zip(ours, plain, exact, strict=True)):
         assert_close_to_oracle(got, same_dtype, oracle, name=f"output {i}", factor=factor, rounding=eps / 64)
     # A gradient may be a sum that cancels (a softmax over one key has none): its terms are as large as the largest
@@ -159,6 +164,17 @@ def check_op(
             rounding=eps / 2,
         )
     return tuple(ours)
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """All tensors among the values, those inside lists included."""
+    found: list[Tensor] = []
+    for x in values:
+        if isinstance(x, (list, tuple)):
+            found += _tensors(x)
+        elif isinstance(x, Tensor):
+            found.append(x)
+    return found
 
 
 def _largest(tensor: Tensor) -> float:

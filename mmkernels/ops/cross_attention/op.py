@@ -8,17 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import (
-    Backend,
-    Operator,
-    forced_backend,
-    kernel_vjp,
-    loop_vmap,
-    native_op,
-    reference_backend,
-    use_backend,
-    vjp,
-)
+from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
+from mmkernels._dispatch import Backend, Operator, forced_backend, native_op, reference_backend, use_backend
 from mmkernels.ops.cross_attention import reference
 
 _FORWARD_SCHEMA = (

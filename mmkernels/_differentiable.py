@@ -1,0 +1,302 @@
+"""Registration of an op with its backward: everything that follows from the reference, the fake and the kernels.
+
+A `DifferentiableOp` is two operators. ``torch.ops.mmkernels.<name>`` has the schema
+
+    (<arguments>, bool training) -> (<outputs>, <saved>)
+
+where ``saved`` is what the backward wants to find, empty unless ``training``; ``<name>_backward`` has
+
+    (Tensor[] grads, <arguments>, Tensor[] saved, bool[] needed) -> Tensor[]
+
+with one flag and one gradient per tensor argument, lists element by element; a gradient that is not needed is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
+from mmkernels._dispatch import (
+    Backend,
+    Operator,
+    forced_backend,
+    native_op,
+    needs_grad,
+    reference_backend,
+    use_backend,
+)
+
+Tensors = tuple[Tensor, ...]
+
+_CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+@dataclass(frozen=True)
+class NativeKernels:
+    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve."""
+
+    name: str
+    supports: Callable[..., str | None] | None = None
+
+
+native_backend = NativeKernels
+
+
+def _last_dim_dense(tensor: Tensor) -> Tensor:
+    dense = tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return tensor if dense else tensor.contiguous()
+
+
+class DifferentiableOp:
+    """One op and its backward.
+
+    Args:
+        name: of the op under ``torch.ops.mmkernels``.
+        arguments: their schema; tensors as ``Tensor``, ``Tensor?`` or ``Tensor[]``.
+        outputs: schema of the differentiable outputs.
+        saved: schema of what else the kernels leave for the backward; may be empty.
+        reference: ``(*arguments)`` -> the outputs, one tensor or a tuple.
+        fake: ``(*arguments)`` -> a tuple of fresh contiguous tensors with the shapes of outputs and saved.
+        cpu: the compiled kernels.
+        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
+        keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        outputs: str,
+        saved: str = "",
+        reference: Callable[..., Any],
+        fake: Callable[..., Tensors],
+        cpu: NativeKernels,
+        reference_saved: Callable[..., Tensors] | None = None,
+        keeps_outputs: Callable[..., bool] = lambda *_: False,
+    ) -> None:
+        self.name = name
+        self._reference = reference
+        self._reference_saved = reference_saved
+        self._fake = fake
+        self._keeps_outputs = keeps_outputs
+        self._outputs = outputs.count(",") + 1
+        self._saved = saved.count(",") + 1 if saved else 0
+        returns = f"{outputs}, {saved}" if saved else outputs
+        self.forward = Operator(
+            name,
+            f"({arguments}, bool training) -> ({returns})",
+            fake=self._forward_fake,
+            backends=[_cpu_backend(cpu, "fwd", 0), reference_backend(self._reference_forward)],
+        )
+        self.backward = Operator(
+            f"{name}_backward",
+            f"(Tensor[] grads, {arguments}, Tensor[] saved, bool[] needed) -> Tensor[]",
+            fake=self._backward_fake,
+            backends=[_cpu_backend(cpu, "bwd", 1), reference_backend(self._reference_backward)],
+        )
+        types = [str(a.type) for a in self.forward.overload._schema.arguments[:-1]]
+        self._is_list = tuple("List[Tensor]" in t for t in types)
+        self._positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
+        self._arguments = len(types)
+        self.forward.register_gradient(self._save, self._grad, self._forward_vmap)
+        self.backward.register_gradient(self._save_for_double, self._double_grad, self._backward_vmap)
+
+    def __call__(self, *args: Any) -> Tensors:
+        """The differentiable outputs."""
+        training = needs_grad(*self._leaves(args))
+        result = self.forward(*args, training)
+        return result[: self._outputs] if isinstance(result, tuple) else (result,)
+
+    # --- tensors among the arguments ----------------------------------------------------------------------------------
+
+    def _leaves(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The tensor arguments, lists element by element, None where an optional one is absent."""
+        leaves: list[Tensor | None] = []
+        for i in self._positions:
+            if self._is_list[i]:
+                leaves.extend(args[i])
+            else:
+                leaves.append(args[i])
+        return leaves
+
+    def _with_leaves(self, args: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
+        """The arguments with other things in the places of the tensors."""
+        result, at = list(args), 0
+        for i in self._positions:
+            if self._is_list[i]:
+                count = len(args[i])
+                result[i] = list(leaves[at : at + count])
+                at += count
+            else:
+                result[i] = leaves[at]
+                at += 1
+        return result
+
+    def _without_tensors(self, args: Sequence[Any]) -> list[Any]:
+        return self._with_leaves(args, [None] * len(self._leaves(args)))
+
+    def _reference_of(self, args: Sequence[Any], given: Sequence[Tensor | None]) -> Callable[..., Tensors]:
+        """The reference as a function of the leaves; None takes the one among ``given``."""
+
+        def function(*leaves: Tensor | None) -> Tensors:
+            full = [g if new is None else new for new, g in zip(leaves, given, strict=True)]
+            outputs = self._reference(*self._with_leaves(args, full))
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        return function
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def _forward_fake(self, *args: Any) -> Any:
+        *arguments, training = args
+        result = list(self._fake(*arguments))
+        if not training:
+            result[self._outputs :] = [t.new_empty(0) for t in result[self._outputs :]]
+        return result[0] if len(result) == 1 else tuple(result)
+
+    def _reference_forward(self, *args: Any) -> Any:
+        *arguments, training = args
+        outputs = self._reference(*arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = tuple(o.contiguous() for o in outputs)
+        if training and self._reference_saved is not None:
+            saved = self._reference_saved(*arguments)
+        elif training:  # in the shapes that the fake promises
+            saved = tuple(torch.zeros_like(t) for t in self._fake(*arguments)[self._outputs :])
+        else:
+            saved = tuple(outputs[0].new_empty(0) for _ in range(self._saved))
+        result = (*outputs, *saved)
+        return result[0] if len(result) == 1 else result
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def _backward_fake(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        *args, _, needed = rest
+        pairs = zip(self._leaves(args), needed, strict=True)
+        return [leaf.new_empty(leaf.shape) if leaf is not None and n else grads[0].new_empty(0) for leaf, n in pairs]
+
+    def _reference_backward(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        *args, _, needed = rest
+        given = self._leaves(args)
+        wanted = [x if n else None for x, n in zip(given, needed, strict=True)]
+        pulled: Sequence[Tensor | None] = kernel_vjp(self._reference_of(args, given), wanted, grads)
+        empty = grads[0].new_empty
+        return [empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in pulled]
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def _save(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        *args, training = inputs
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        saved = outputs[self._outputs :]
+        kept = outputs[: self._outputs] if training and self._keeps_outputs(*args) else ()
+        leaves = self._leaves(args)
+        ctx.save_for_backward(*leaves, *kept, *saved)
+        ctx.leaf_count = len(leaves)
+        ctx.arguments = self._without_tensors(args)
+        ctx.shapes = [o.shape for o in outputs[: self._outputs]]
+        ctx.training = training
+        ctx.backend = forced_backend()
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)
+
+    def _grad(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        leaves = ctx.saved_tensors[: ctx.leaf_count]
+        args = self._with_leaves(ctx.arguments, leaves)
+        flags = self._leaves(ctx.needs_input_grad)
+        needed = [x is not None and bool(n) and x.is_floating_point() for x, n in zip(leaves, flags, strict=True)]
+        pulled: Sequence[Tensor | None] = [None] * len(leaves)
+        given = next((g for g in grads[: self._outputs] if g is not None), None)
+        if given is not None and any(needed):
+            saved = list(ctx.saved_tensors[ctx.leaf_count :])
+            if not ctx.training:
+                outputs = self.forward(*args, True)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                saved = list(outputs if self._keeps_outputs(*args) else outputs[self._outputs :])
+            pairs = zip(grads, ctx.shapes, strict=False)
+            dense = [given.new_zeros(shape) if g is None else g for g, shape in pairs]
+            if ctx.backend is None:
+                pulled = self.backward(dense, *args, saved, needed)
+            else:  # autograd may run this in another thread, or after the `use_backend` block
+                with use_backend(ctx.backend):
+                    pulled = self.backward(dense, *args, saved, needed)
+            pulled = [g if n else None for g, n in zip(pulled, needed, strict=True)]
+        return (*self._in_places(ctx.arguments, pulled), None)
+
+    def _in_places(self, args: Sequence[Any], pulled: Sequence[Tensor | None]) -> list[Any]:
+        """Gradients where the arguments have tensors, None elsewhere."""
+        result = self._with_leaves(args, pulled)
+        return [x if i in self._positions else None for i, x in enumerate(result)]
+
+    def _save_for_double(self, ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
+        grads, *args, saved, needed = inputs
+        leaves = self._leaves(args)
+        ctx.save_for_backward(*grads, *leaves)
+        ctx.grad_count = len(grads)
+        ctx.saved_count = len(saved)
+        ctx.arguments = self._without_tensors(args)
+        ctx.needed = needed
+        ctx.set_materialize_grads(False)
+
+    def _double_grad(self, ctx: Any, second: Sequence[Tensor | None]) -> tuple[Any, ...]:
+        """Gradients of the backward through the reference's; what was saved counts as a function of the inputs."""
+        count = ctx.grad_count
+        given = ctx.saved_tensors
+        wanted = [n and g is not None for n, g in zip(ctx.needed, second, strict=True)]
+        flags = [*ctx.needs_input_grad[0], *self._leaves(ctx.needs_input_grad[1 : 1 + self._arguments])]
+        inputs = [
+            x if x is not None and n and x.is_floating_point() else None for x, n in zip(given, flags, strict=True)
+        ]
+
+        def backward(*needed: Tensor | None) -> Tensors:
+            full = [x if n is None else n for n, x in zip(needed, given, strict=True)]
+            grads, leaves = full[:count], full[count:]
+            wrt = [x if w else None for x, w in zip(leaves, wanted, strict=True)]
+            pulled = vjp(self._reference_of(ctx.arguments, leaves), wrt, grads)
+            return tuple(g for g in pulled if g is not None)
+
+        pulled: Sequence[Tensor | None] = [None] * len(given)
+        if any(wanted) and any(x is not None for x in inputs):
+            pulled = vjp(backward, inputs, [g for g, w in zip(second, wanted, strict=True) if w])
+        of_arguments = self._in_places(ctx.arguments, pulled[count:])
+        return (list(pulled[:count]), *of_arguments, [None] * ctx.saved_count, None)
+
+    # --- batching -----------------------------------------------------------------------------------------------------
+
+    def _forward_vmap(self, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return loop_vmap(self.forward, info, in_dims, args)
+
+    def _backward_vmap(self, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        return loop_vmap(self.backward, info, in_dims, args)
+
+
+def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
+    """The compiled forward or backward; its own arguments start at position ``first``."""
+    native, absent = native_op(f"_{kernels.name}_{direction}")
+
+    def supports(*args: Any) -> str | None:
+        if absent is not None:
+            return absent
+        tensor = args[first][0] if isinstance(args[first], (list, tuple)) else args[first]
+        if not tensor.is_cpu:
+            return f"the inputs are on {tensor.device}"
+        if tensor.dtype not in _CPU_DTYPES:
+            return f"{tensor.dtype} is served by the reference alone"
+        return None if kernels.supports is None else kernels.supports(*args[first:])
+
+    def dense(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return _last_dim_dense(x) if x.is_floating_point() else x
+        return [dense(t) for t in x] if isinstance(x, (list, tuple)) else x
+
+    def run(*args: Any) -> Any:
+        result = native(*(dense(x) for x in args))
+        return list(result) if first else result
+
+    return Backend("cpu", run, supports)
