@@ -1,0 +1,71 @@
+"""concat_linear in plain PyTorch: the specification every kernel is tested against.
+
+    z = [x₁; …; x_M] Wᵀ + b,  y = act(z),  y ← tanh(gate) · y,  y ← residual + y
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times. It builds the concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def concat_linear(
+    xs: Sequence[Tensor],  # M of [*, K_i]
+    weight: Tensor,  # [N, K], K = ΣK_i
+    bias: Tensor | None,  # [N]
+    activation: str | None,
+    presence: Tensor | None,  # [*, M] or [M] bool
+    residual: Tensor | None,  # [*, N]
+    gate: Tensor | None,  # [] or [N]
+) -> Tensor:
+    """Output [*, N]."""
+    y = activate(projection(xs, weight, bias, presence), activation)
+    if gate is not None:
+        y = torch.tanh(gate) * y
+    return y if residual is None else residual + y
+
+
+def projection(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None) -> Tensor:
+    """z, the linear layer over what is present, [*, N]."""
+    return F.linear(torch.cat(where_present(xs, presence), -1), weight, bias)
+
+
+def where_present(xs: Sequence[Tensor], presence: Tensor | None) -> list[Tensor]:
+    """The modalities, zero where absent, whatever they hold there; so are their gradients."""
+    if presence is None:
+        return list(xs)
+    return [torch.where(presence[..., i : i + 1], x, torch.zeros_like(x)) for i, x in enumerate(xs)]
+
+
+def activate(z: Tensor, activation: str | None) -> Tensor:
+    """The activation by its name; None is the identity."""
+    return z if activation is None else _ACTIVATIONS[activation](z)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: utterance features of text, audio and video, as in sentiment analysis."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    xs = [random(8, width) for width in (300, 74, 35)]
+    return {"xs": xs, "weight": random(128, 409) / 409**0.5, "bias": random(128), "activation": "gelu"}

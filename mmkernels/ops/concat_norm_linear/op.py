@@ -1,0 +1,57 @@
+"""Registration of concat_norm_linear: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.concat_norm_linear import reference
+
+
+def _concat_norm_linear_fake(
+    xs: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead = xs[0].shape[:-1]
+    out = xs[0].new_empty((*lead, weight.shape[0]))
+    preactivation = out.new_empty(0) if activation is None else out.new_empty(out.shape)
+    return out, preactivation, out.new_empty((math.prod(lead), 2), dtype=torch.float32)
+
+
+def _concat_norm_linear_saved(
+    xs: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    statistics = reference.statistics(xs, norm, eps)
+    if activation is None:
+        return xs[0].new_empty(0), statistics
+    return reference.projection(xs, norm_weight, norm_bias, weight, bias, norm, eps).contiguous(), statistics
+
+
+concat_norm_linear_op = DifferentiableOp(
+    "concat_norm_linear",
+    "Tensor[] xs, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, str norm, float eps, "
+    "str? activation",
+    outputs="Tensor out",
+    saved="Tensor preactivation, Tensor statistics",  # z, empty without activation; [rows, 2] float32
+    reference=reference.concat_norm_linear,
+    reference_saved=_concat_norm_linear_saved,
+    fake=_concat_norm_linear_fake,
+    cpu=native_backend("concat_norm_linear"),
+)

@@ -1,0 +1,37 @@
+"""gated_concat in plain PyTorch: the specification every kernel is tested against.
+
+    g = σ([x; y] Wᵀ + b),  out = [g ∘ x; y; s],  s = Σ_k g_k x_k
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times. It builds the concatenation
+that the gate reads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gated_concat(
+    x: Tensor,  # [*, Kx]
+    y: Tensor,  # [*, Ky]
+    weight: Tensor,  # [Kx, Kx + Ky], or [1, Kx + Ky]: one gate for all features
+    bias: Tensor | None,  # [Kx] or [1]
+) -> Tensor:
+    """Output [*, Kx + Ky + 1]."""
+    gate = torch.sigmoid(F.linear(torch.cat([x, y], -1), weight, bias))  # [*, Kx or 1]
+    gated = gate * x
+    return torch.cat([gated, y, gated.sum(-1, keepdim=True)], -1)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: text features gated by an image's."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return {"x": random(8, 48), "y": random(8, 20), "weight": random(48, 68) / 68**0.5, "bias": random(48)}

@@ -1,0 +1,65 @@
+"""gated_fusion in plain PyTorch: the specification every kernel is tested against.
+
+    h_i = tanh(W_i x_i + b_i),  z = softmax over present i of (W_z [x₁; …; x_M] + b_z),  y = Σ_i z_i ∘ h_i
+
+and for two modalities with one gate per feature z = σ(W_z [x₁; x₂] + b_z), y = z ∘ h₁ + (1 − z) ∘ h₂.
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times. It builds the concatenation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.ops.concat_linear.reference import projection, where_present
+
+
+def gated_fusion(
+    xs: Sequence[Tensor],  # M of [*, K_i]
+    value_weights: Sequence[Tensor],  # M of [N, K_i]
+    value_biases: Sequence[Tensor],  # M of [N], or empty
+    gate_weight: Tensor,  # [M·N, K], or [N, K] for the sigmoid form; K = ΣK_i
+    gate_bias: Tensor | None,  # [M·N] or [N]
+    presence: Tensor | None,  # [*, M] or [M] bool
+) -> Tensor:
+    """Output [*, N]; zeros where every modality is absent."""
+    count, features = len(xs), value_weights[0].shape[0]
+    biases: list[Tensor | None] = [*value_biases] or [None] * count
+    linears = zip(where_present(xs, presence), value_weights, biases, strict=True)
+    values = torch.stack([torch.tanh(F.linear(x, w, b)) for x, w, b in linears], -2)  # [*, M, N]
+    gate = projection(xs, gate_weight, gate_bias, presence)  # [*, M·N or N]
+    absent = None if presence is None else ~presence[..., None]  # [*, M, 1] or [M, 1]
+    if count == 2 and gate_weight.shape[0] == features:
+        weights = torch.stack([torch.sigmoid(gate), torch.sigmoid(-gate)], -2)  # σ(−z) = 1 − σ(z)
+        if absent is not None:  # the other modality gets it all
+            weights = torch.where(absent.flip(-2), torch.ones_like(weights), weights)
+    else:
+        logits = gate.unflatten(-1, (count, features))
+        if absent is not None:  # where all are absent any finite logits will do
+            logits = logits.masked_fill(absent & ~absent.all(-2, keepdim=True), -torch.inf)
+        weights = torch.softmax(logits, -2)
+    if absent is not None:
+        weights, values = weights.masked_fill(absent, 0), values.masked_fill(absent, 0)
+    return (weights * values).sum(-2)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: plot text and poster features of movies, the original use of the gated multimodal unit."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    widths, features = (300, 256), 64
+    return {
+        "xs": [random(8, k) for k in widths],
+        "value_weights": [random(features, k) / k**0.5 for k in widths],
+        "value_biases": [random(features) for _ in widths],
+        "gate_weight": random(features, sum(widths)) / sum(widths) ** 0.5,
+    }
