@@ -14,11 +14,6 @@ constexpr int kLanes = kScoreVectors * VW;  // queries that a score tile holds i
 // Whether products run on bfloat16 pairs, or on float after conversion.
 MMK_INLINE bool runs_on_pairs(const AttentionParams& p) { return kBf16Dot && p.dtype == Dtype::bf16; }
 
-template <bool kPairs>
-MMK_INLINE int64_t units(int64_t features) {
-  return kPairs ? (features + 1) / 2 : features;
-}
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end > begin ? end - begin : 0; }

@@ -8,92 +8,12 @@
 #pragma once
 
 #include "csrc/attention/geometry.h"
-#include "csrc/cpu/element.h"
+#include "csrc/cpu/pack.h"
 #include "csrc/cpu/schedule.h"
 
 namespace mmk {
 namespace MMK_ISA {
 namespace {
-
-// [count][features] of a dtype → [units][stride] floats (or pairs) with one row to a lane; lanes up to a multiple of VW
-// are zero.
-template <bool kPairs>
-inline void pack_lanes(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features, float* out,
-                       int64_t stride) {
-  const int64_t columns = units<kPairs>(features);
-  const auto tile = [&](auto load_chunk) {
-    for (int64_t i = 0; i < count; i += VW) {
-      for (int64_t c = 0; c < columns; c += VW) {
-        vf r[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = i + x < count ? load_chunk(i + x, c) : zero();
-        transpose(r);
-        MMK_UNROLL for (int x = 0; x < VW; ++x) {
-          if (c + x < columns) store(out + (c + x) * stride + i, r[x]);
-        }
-      }
-    }
-  };
-  if constexpr (kPairs) {
-    const auto* p = static_cast<const uint16_t*>(source);
-    tile([&](int64_t row, int64_t unit) {
-      const int64_t n = min(2 * VW, features - 2 * unit);
-      vf x = zero();
-      std::memcpy(&x, p + row * row_stride + 2 * unit, n == 2 * VW ? sizeof x : static_cast<size_t>(n) * 2);
-      return x;
-    });
-  } else {
-    with_element_type(dtype, source, [&](const auto* p) {
-      tile([&](int64_t row, int64_t unit) { return load_as_float(p + row * row_stride + unit, features - unit); });
-    });
-  }
-}
-
-// [count][features] of a dtype → [count][stride] floats, features padded with zeros up to a multiple of VW.
-inline void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
-                               float* out, int64_t stride) {
-  with_element_type(dtype, source, [&](const auto* p) {
-    for (int64_t i = 0; i < count; ++i) {
-      for (int64_t c = 0; c < features; c += VW) {
-        store(out + i * stride + c, load_as_float(p + i * row_stride + c, features - c));
-      }
-    }
-  });
-}
-
-// [count][features] bfloat16 → [count][stride] pairs of features, an odd last one paired with zero.
-inline void pack_rows_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features, float* out,
-                               int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (features % 2 != 0) out[i * stride + features / 2] = 0.f;
-    std::memcpy(out + i * stride, source + i * row_stride, static_cast<size_t>(features) * 2);
-  }
-}
-
-// [count][features] bfloat16 → [(count + 1) / 2][stride] pairs of rows, an odd last row paired with zeros.
-inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
-                                  float* out, int64_t stride) {
-  if constexpr (kBf16Dot) {
-    constexpr uint16_t kZeros[2 * VW] = {};
-    for (int64_t i = 0; i < count; i += 2) {
-      const uint16_t* even = source + i * row_stride;
-      for (int64_t c = 0; c < features; c += 2 * VW) {
-        const int64_t n = features - c;
-        const uint16_t* odd = i + 1 < count ? even + row_stride + c : kZeros;
-        float* to = out + i / 2 * stride + c;
-        if (n >= 2 * VW) {
-          pair_rows(even + c, odd, to);
-        } else {
-          uint16_t x[2 * VW] = {}, y[2 * VW] = {};
-          std::memcpy(x, even + c, static_cast<size_t>(n) * 2);
-          std::memcpy(y, odd, static_cast<size_t>(n) * 2);
-          alignas(64) float both[2 * VW];
-          pair_rows(x, y, both);
-          std::memcpy(to, both, static_cast<size_t>(round_up(n, VW)) * sizeof(float));
-        }
-      }
-    }
-  }
-}
 
 struct Panel {
   const float* data;

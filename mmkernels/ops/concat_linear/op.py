@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from mmkernels._differentiable import DifferentiableOp, native_backend
 from mmkernels.ops.concat_linear import reference
 
 
-def _concat_linear_fake(
+def _keeps_output(
     xs: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -18,23 +19,25 @@ def _concat_linear_fake(
     presence: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> bool:
+    """Whether the activation's derivative follows from the output, which then serves in place of z."""
+    return activation in ("relu", "tanh", "sigmoid") and residual is None and gate is None
+
+
+def _needs_preactivation(*args: Any) -> bool:
+    _, _, _, activation, _, _, gate = args
+    return (activation is not None or gate is not None) and not _keeps_output(*args)
+
+
+def _concat_linear_fake(xs: Sequence[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = xs[0].new_empty((*xs[0].shape[:-1], weight.shape[0]))
-    linear = activation is None and gate is None
-    return out, out.new_empty(0) if linear else out.new_empty(out.shape)
+    return out, out.new_empty(out.shape if _needs_preactivation(xs, weight, *rest) else 0)
 
 
-def _concat_linear_saved(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor]:
-    if activation is None and gate is None:
+def _concat_linear_saved(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
+    if not _needs_preactivation(xs, weight, bias, *rest):
         return (xs[0].new_empty(0),)
+    _, presence, _, _ = rest
     return (reference.projection(xs, weight, bias, presence).contiguous(),)
 
 
@@ -47,4 +50,5 @@ concat_linear_op = DifferentiableOp(
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
     cpu=native_backend("concat_linear"),
+    keeps_outputs=_keeps_output,
 )

@@ -1,0 +1,379 @@
+// The backward products of concatenation fusion, from the gradient dz of z = Σ_i x_i W_iᵀ:
+//
+//   dx_i = dz W_i,  dW_i = dzᵀ x_i
+//
+// Rows are worked on in chunks, so that dz, which is made once, never leaves the caches for long. A chunk has two
+// stages. First, a task is a block of rows: it makes their dz, multiplies it by the weights straight into the dx_i, and
+// leaves it transposed. Then a task is a group of columns of one source: it packs them, 256 rows at a time, and adds
+// their products with dz, in order of the rows, to the columns of dW that it alone writes. Neither sum depends on the
+// number of threads.
+//
+// The call's Policy makes dz and may stand between a source's rows and the products (a norm, say).
+#pragma once
+
+#include "csrc/concat/product.h"
+#include "csrc/cpu/schedule.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
+
+inline void zero_elements(Dtype dtype, char* at, int64_t count) {
+  std::memset(at, 0, static_cast<size_t>(count * element_size(dtype)));
+}
+
+// W of each term in panels of the source's columns: for each source and term, for each chunk of features,
+// [panels][units of features][kPanel].
+template <bool kPairs>
+class PackedWeightColumns {
+ public:
+  explicit PackedWeightColumns(const ConcatSources& sources) : sources_(sources) {
+    for_each_panel([&](const ConcatSource&, const ConcatTerm& term, int64_t) {
+      floats_ += units<kPairs>(term.features) * kPanel;
+      ++panels_;
+    });
+  }
+  int64_t floats() const { return round_up(floats_, 16); }
+
+  void pack(float* memory, const Workers& workers) {
+    memory_ = memory;
+    for_each_claim(workers, panels_, max(1, panels_ / (8 * workers.count)), [&](int, int64_t begin, int64_t end) {
+      int64_t index = 0;
+      float* at = memory;
+      for_each_panel([&](const ConcatSource& source, const ConcatTerm& term, int64_t column) {
+        if (index >= begin && index < end) {
+          for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
+            const char* from = static_cast<const char*>(term.weight) +
+                               (n * term.weight_stride + column) * element_size(sources_.dtype);
+            pack_panels<kPairs>(sources_.dtype, from, term.weight_stride, count, min(kPanel, source.width - column),
+                                at + unit * kPanel);
+          });
+        }
+        ++index;
+        at += units<kPairs>(term.features) * kPanel;
+      });
+    });
+  }
+  const float* data() const { return memory_; }
+
+ private:
+  template <class Function>
+  void for_each_panel(Function f) const {
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      const ConcatSource& source = sources_.items[s];
+      if (source.grad.data == nullptr) continue;
+      for (int64_t t = 0; t < source.term_count; ++t) {
+        for (int64_t column = 0; column < source.width; column += kPanel) f(source, source.terms[t], column);
+      }
+    }
+  }
+
+  const ConcatSources& sources_;
+  int64_t floats_ = 0, panels_ = 0;
+  float* memory_ = nullptr;
+};
+
+// Policy:
+//   kSums                                how many sums over rows it wants per column of z
+//   make(first, rows, dz, stride, sums)  writes dz [rows][stride], zero up to a multiple of VW, adds to sums [kSums][…]
+//   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
+//   wants_dz()                           whether dz is needed at all beyond its sums
+//   kFinishesRows, finish_rows(s, first, rows, map, dx)  what becomes of dz W, [rows][width]
+//   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
+template <bool kPairs, class Policy>
+class ConcatBackward {
+ public:
+  ConcatBackward(const ConcatSources& sources, const Workers& workers, Policy& policy)
+      : sources_(sources),
+        workers_(workers),
+        policy_(policy),
+        packed_(sources),
+        padded_(round_up(sources.features, VW)),
+        rows_units_(units<kPairs>(sources.features)) {
+    for (int64_t s = 0; s < sources.count; ++s) {
+      const ConcatSource& source = sources.items[s];
+      widest_ = max(widest_, source.width);
+      any_dx_ |= source.grad.data != nullptr;
+      for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
+    }
+    constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
+    chunk_ = min(round_up(sources.rows, kBlockRows),
+                 max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
+    transposed_stride_ = round_up(units<kPairs>(chunk_), 16) + 16;
+    groups_ = 0;
+    for (int64_t s = 0; s < sources.count; ++s) groups_ += ceil_div(sources.items[s].width, kGroup);
+  }
+
+  void run() {
+    const int64_t chunk_blocks = chunk_ / kBlockRows, sums = Policy::kSums * padded_;
+    Carver count(nullptr);
+    carve(count, chunk_blocks, sums);
+    Scratch scratch(count.used());
+    Carver carver(scratch.data());
+    carve(carver, chunk_blocks, sums);
+    if (any_dx_) packed_.pack(packed_memory_, workers_);
+    std::memset(totals_, 0, sizeof(float) * static_cast<size_t>(sums));
+    for (int64_t start = 0; start < sources_.rows; start += chunk_) {
+      const int64_t rows = min(chunk_, sources_.rows - start), blocks = ceil_div(rows, kBlockRows);
+      for_each_claim(workers_, blocks, 1, [&](int worker, int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          row_block(worker, start, block, min(kBlockRows, rows - block * kBlockRows));
+        }
+      });
+      for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t i = 0; i < sums; i += VW) {
+          store(totals_ + i, load(totals_ + i) + load(partial_ + block * sums + i));
+        }
+      }
+      if (!any_dw_) continue;
+      for_each_claim(workers_, groups_, 1, [&](int worker, int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) weight_columns(worker, group, start, rows);
+      });
+    }
+    policy_.finish_sums(totals_);
+    if (any_dw_) write_weights();
+  }
+
+ private:
+  void carve(Carver& carver, int64_t chunk_blocks, int64_t sums) {
+    packed_memory_ = carver.take(any_dx_ ? packed_.floats() : 0);
+    totals_ = carver.take(sums);
+    partial_ = carver.take(chunk_blocks * sums);
+    transposed_ = carver.take(any_dw_ ? padded_ * transposed_stride_ : 0);
+    const bool in_place = sources_.dtype == Dtype::f32;
+    weight_sums_ = carver.take(any_dw_ && !in_place ? weight_floats() : 0);
+    dz_floats_ = round_up(kBlockRows * padded_, 16);
+    dx_floats_ = round_up(kBlockRows * round_up(widest_, VW), 16);
+    panel_floats_ = kGroup * kDepth;
+    each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_;
+    worker_memory_ = carver.take(workers_.count * each_);
+  }
+
+  int64_t weight_floats() const {
+    int64_t floats = 0;
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      for (int64_t t = 0; t < sources_.items[s].term_count; ++t) {
+        floats += sources_.items[s].terms[t].features * round_up(sources_.items[s].width, VW);
+      }
+    }
+    return floats;
+  }
+
+  // --- first stage: dz and dx of a block of rows ---
+
+  void row_block(int worker, int64_t start, int64_t block, int64_t rows) {
+    float* const dz = worker_memory_ + worker * each_;
+    float* const spare = dz + dz_floats_;  // dz in units, or its rows of a source that is absent in some
+    float* const dx = worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_;
+    const int64_t first = start + block * kBlockRows, sums = Policy::kSums * padded_;
+    float* const partial = partial_ + block * sums;
+    std::memset(partial, 0, sizeof(float) * static_cast<size_t>(sums));
+    policy_.make(first, rows, dz, padded_, partial);
+    if (!any_dx_ && !any_dw_) return;
+    Operand operand{dz, padded_};
+    if constexpr (kPairs) operand = as_pairs(dz, rows, spare);
+    if (any_dw_) transpose_block(operand, block * kBlockRows, rows, dx);
+    const float* panels = packed_.data();
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      const ConcatSource& source = sources_.items[s];
+      if (source.grad.data != nullptr) row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx);
+    }
+  }
+
+  // Rows of pairs, [rows][units of features].
+  Operand as_pairs(const float* dz, int64_t rows, float* to) const {
+    auto* halves = reinterpret_cast<Bf16*>(to);
+    const int64_t stride = round_up(padded_, 2);
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < padded_; c += VW) store_from_float(halves + i * stride + c, load(dz + i * padded_ + c));
+    }
+    return {to, stride / 2};
+  }
+
+  // Rows of the block → lanes of [features][rows of the chunk], in pairs of rows where products run on pairs.
+  void transpose_block(Operand dz, int64_t at, int64_t rows, float* spare) const {
+    if constexpr (kPairs) {
+      // `spare` holds [units of rows][features] for a moment.
+      pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(dz.data), 2 * dz.stride, rows, sources_.features,
+                            const_cast<float*>(spare_pairs(spare)), padded_);
+      pack_lanes<false>(Dtype::f32, spare_pairs(spare), padded_, units<true>(rows), sources_.features,
+                        transposed_ + at / 2, transposed_stride_);
+    } else {
+      pack_lanes<false>(Dtype::f32, dz.data, dz.stride, rows, sources_.features, transposed_ + at, transposed_stride_);
+    }
+  }
+  float* spare_pairs(float* dx) const { return dx - dz_floats_; }  // the third of the blocks of dz
+
+  // dx of one source; `panels` moves on to the next source's.
+  void row_gradient(int64_t s, int64_t first, int64_t rows, Operand dz, const float*& panels, float* gathered,
+                    float* dx) const {
+    const ConcatSource& source = sources_.items[s];
+    const SourceRows present(source, sources_.dtype, first, rows);
+    const int64_t bytes = element_size(sources_.dtype);
+    char* const grad = static_cast<char*>(source.grad.data) + first * source.grad.inner_stride * bytes;
+    const bool straight = !Policy::kFinishesRows && sources_.dtype == Dtype::f32 && present.map() == nullptr;
+    Operand a = dz;
+    if (present.map() != nullptr) {
+      for (int64_t i = 0; i < present.count(); ++i) {
+        std::memcpy(gathered + i * dz.stride, dz.data + present.map()[i] * dz.stride,
+                    sizeof(float) * static_cast<size_t>(dz.stride));
+      }
+      a.data = gathered;
+    }
+    const int64_t stride = straight ? source.grad.inner_stride : round_up(source.width, VW);
+    float* const to = straight ? reinterpret_cast<float*>(grad) : dx;
+    bool add = false;
+    for (int64_t t = 0; t < source.term_count; ++t) {
+      const ConcatTerm& term = source.terms[t];
+      const int64_t depth = units<kPairs>(term.features), skip = kPairs ? term.column / 2 : term.column;
+      for (int64_t column = 0; column < source.width; column += kPanel, panels += depth * kPanel) {
+        for (int64_t n = 0; n < depth; n += kDepth) {
+          const Block c{to + column, stride, min(kPanel, source.width - column), add || n > 0};
+          multiply_panels<kPairs>({a.data + skip + n, a.stride}, present.count(), panels + n * kPanel,
+                                  min(kDepth, depth - n), c);
+        }
+      }
+      add = true;
+    }
+    if (straight) return;
+    if constexpr (Policy::kFinishesRows) policy_.finish_rows(s, first, present, dx, stride);
+    with_element_type(sources_.dtype, static_cast<void*>(grad), [&](auto* out) {
+      int64_t from = 0;
+      for (int64_t i = 0; i < rows; ++i) {
+        auto* row = out + i * source.grad.inner_stride;
+        if (present.map() != nullptr && (from == present.count() || present.map()[from] != i)) {
+          zero_elements(sources_.dtype, reinterpret_cast<char*>(row), source.width);
+          continue;
+        }
+        for (int64_t c = 0; c < source.width; c += VW) {
+          store_from_float(row + c, load(dx + from * stride + c), source.width - c);
+        }
+        ++from;
+      }
+    });
+  }
+
+  // --- second stage: columns of dW ---
+
+  void weight_columns(int worker, int64_t group, int64_t start, int64_t rows) const {
+    float* const panels = worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_ + dx_floats_;
+    int64_t s = 0, at = 0;
+    for (; group >= ceil_div(sources_.items[s].width, kGroup); ++s) {
+      group -= ceil_div(sources_.items[s].width, kGroup);
+      for (int64_t t = 0; t < sources_.items[s].term_count; ++t) {
+        at += sources_.items[s].terms[t].features * round_up(sources_.items[s].width, VW);
+      }
+    }
+    const ConcatSource& source = sources_.items[s];
+    const int64_t column = group * kGroup, width = min(kGroup, source.width - column);
+    for_chunks<kPairs>(rows, [&](int64_t row, int64_t count, int64_t unit) {
+      policy_.columns(s, start + row, count, column, width, panels);
+      int64_t sums = at;
+      for (int64_t t = 0; t < source.term_count; ++t) {
+        const ConcatTerm& term = source.terms[t];
+        const int64_t padded = round_up(source.width, VW);
+        if (term.grad != nullptr) {
+          Block c{weight_sums_ + sums + column, padded, width, start + row > 0};
+          if (sources_.dtype == Dtype::f32) {
+            c.data = static_cast<float*>(term.grad) + column;
+            c.stride = term.grad_stride;
+          }
+          multiply_panels<kPairs>({transposed_ + term.column * transposed_stride_ + unit, transposed_stride_},
+                                  term.features, panels, units<kPairs>(count), c);
+        }
+        sums += term.features * padded;
+      }
+    });
+  }
+
+  // From the float sums, and what the policy makes of them.
+  void write_weights() const {
+    int64_t at = 0;
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      const ConcatSource& source = sources_.items[s];
+      const int64_t padded = round_up(source.width, VW);
+      for (int64_t t = 0; t < source.term_count; ++t) {
+        const ConcatTerm& term = source.terms[t];
+        if (term.grad != nullptr && sources_.dtype != Dtype::f32) {
+          for_each_claim(workers_, term.features, 16, [&](int, int64_t begin, int64_t end) {
+            with_element_type(sources_.dtype, term.grad, [&](auto* out) {
+              for (int64_t n = begin; n < end; ++n) {
+                for (int64_t c = 0; c < source.width; c += VW) {
+                  store_from_float(out + n * term.grad_stride + c, load(weight_sums_ + at + n * padded + c),
+                                   source.width - c);
+                }
+              }
+            });
+          });
+        }
+        at += term.features * padded;
+      }
+    }
+  }
+
+  const ConcatSources& sources_;
+  const Workers& workers_;
+  Policy& policy_;
+  PackedWeightColumns<kPairs> packed_;
+  int64_t padded_, rows_units_;
+  int64_t widest_ = 0, chunk_ = 0, transposed_stride_ = 0, groups_ = 0;
+  int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, each_ = 0;
+  bool any_dx_ = false, any_dw_ = false;
+  float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
+  float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
+};
+
+// Packs columns of plain rows; rows in which the source is absent are zero.
+template <bool kPairs>
+void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count, int64_t column,
+                         int64_t width, float* panels) {
+  const int64_t depth = units<kPairs>(count), bytes = element_size(dtype);
+  const auto copy = [&](int64_t row, int64_t rows, int64_t at) {
+    const char* from = row_address(source.x, dtype, row) + column * bytes;
+    for (int64_t c = 0; c < width; c += kPanel) {
+      float* to = panels + c * depth + (kPairs ? at / 2 : at) * kPanel;
+      const int64_t lanes = min(kPanel, width - c);
+      if constexpr (kPairs) {
+        pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(from + c * bytes), source.x.inner_stride, rows, lanes,
+                              to, kPanel);
+      } else {
+        pack_rows_as_float(dtype, from + c * bytes, source.x.inner_stride, rows, lanes, to, kPanel);
+      }
+    }
+  };
+  const bool plain = source.present == nullptr && first % source.x.inner + count <= source.x.inner;
+  if (plain) return copy(first, count, 0);
+  if constexpr (kPairs) {  // two rows to a unit: gathered first
+    constexpr int64_t kRows = 32;
+    alignas(64) uint16_t rows[kRows][kGroup];
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t n = min(kRows, count - i);
+      for (int64_t r = 0; r < n; ++r) {
+        const bool present = source.present == nullptr || source.present[(first + i + r) * source.present_stride];
+        if (present) {
+          std::memcpy(rows[r], row_address(source.x, dtype, first + i + r) + column * bytes,
+                      static_cast<size_t>(width * bytes));
+        } else {
+          std::memset(rows[r], 0, sizeof rows[r]);
+        }
+      }
+      for (int64_t c = 0; c < width; c += kPanel) {
+        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel, kPanel);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
+        copy(first + i, 1, i);
+      } else {
+        for (int64_t c = 0; c < width; c += kPanel) std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,222 @@
+// The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the two ways it is cut:
+//
+//   rows broadcast      W is packed once, transposed; rows are the broadcast operand. For many rows.
+//   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come out
+//                       transposed. For few rows, where packing W would cost more than multiplying by it.
+//
+// The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
+// finished tile of z, still in cache, is the caller's epilogue.
+#pragma once
+
+#include "csrc/concat/product.h"
+#include "csrc/cpu/schedule.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int64_t kBlockColumns = (768 + kPanel - 1) / kPanel * kPanel;
+
+MMK_INLINE const void* weight_at(const ConcatTerm& term, Dtype dtype, int64_t feature, int64_t column) {
+  return static_cast<const char*>(term.weight) + (feature * term.weight_stride + column) * element_size(dtype);
+}
+
+// The weights of all sources, transposed, in panels: for each chunk of each source, for each term, [panels][units][kPanel].
+template <bool kPairs>
+class PackedWeights {
+ public:
+  explicit PackedWeights(const ConcatSources& sources) : sources_(sources) {
+    for (int64_t s = 0; s < sources.count; ++s) floats_ += units<kPairs>(sources.items[s].width) * lanes(s);
+  }
+  int64_t floats() const { return round_up(floats_, 16); }
+
+  void pack(float* memory, const Workers& workers) {
+    memory_ = memory;
+    const int64_t panels = ceil_div(sources_.features, kPanel);
+    for_each_claim(workers, panels, 1, [&](int, int64_t begin, int64_t end) {
+      for (int64_t s = 0, at = 0; s < sources_.count; ++s) {
+        const ConcatSource& source = sources_.items[s];
+        for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
+          const int64_t depth = units<kPairs>(width);
+          for (int64_t t = 0; t < source.term_count; ++t) {
+            const ConcatTerm& term = source.terms[t];
+            for (int64_t p = begin; p < min(end, ceil_div(term.features, kPanel)); ++p) {
+              pack_lanes<kPairs>(sources_.dtype, weight_at(term, sources_.dtype, p * kPanel, k), term.weight_stride,
+                                 min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel,
+                                 kPanel);
+            }
+            at += depth * round_up(term.features, kPanel);
+          }
+        });
+      }
+    });
+  }
+  const float* data() const { return memory_; }
+
+ private:
+  int64_t lanes(int64_t s) const {
+    int64_t sum = 0;
+    for (int64_t t = 0; t < sources_.items[s].term_count; ++t) sum += round_up(sources_.items[s].terms[t].features, kPanel);
+    return sum;
+  }
+
+  const ConcatSources& sources_;
+  int64_t floats_ = 0;
+  float* memory_ = nullptr;
+};
+
+inline bool has_row_presence(const ConcatSources& sources) {
+  for (int64_t s = 0; s < sources.count; ++s) {
+    if (sources.items[s].present != nullptr) return true;
+  }
+  return false;
+}
+
+// Reads rows as they are.
+struct PlainLoader {
+  const ConcatSources& sources;
+
+  SourceRows rows(int64_t s, int64_t first, int64_t count) const {
+    return SourceRows(sources.items[s], sources.dtype, first, count);
+  }
+};
+
+// Calls epilogue(first row, rows, first column, columns, z, stride of z) for tiles of z: all columns of at most
+// `block_rows` rows, or where every source has one and the same columns, kBlockColumns of them.
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_rows_broadcast(const ConcatSources& sources, const Workers& workers, const Loader& loader,
+                             int64_t block_rows, int64_t block_columns, Epilogue epilogue) {
+  PackedWeights<kPairs> packed(sources);
+  const int64_t columns = min(block_columns, round_up(sources.features, VW));
+  const int64_t copy_floats = block_rows * (kDepth + VW), each = round_up(copy_floats + block_rows * columns, 16);
+  Scratch scratch(packed.floats() + workers.count * each);
+  packed.pack(scratch.data(), workers);
+  float* const tiles = scratch.data() + packed.floats();
+
+  const int64_t blocks = ceil_div(sources.rows, block_rows), splits = ceil_div(sources.features, block_columns);
+  const bool whole = sources.count > 0 && !has_row_presence(sources) && sources.items[0].term_count == 1;
+  const bool split = blocks < 4 * workers.count;  // else a block is one task, and its rows stay in cache
+  // The rows that are read after the chunk of source s that ends at column k.
+  const auto next_chunk = [&](int64_t s, int64_t k, int64_t first, int64_t steps) {
+    if (k == sources.items[s].width) {
+      k = 0;
+      ++s;
+    }
+    if (s == sources.count) {
+      s = 0;
+      first += block_rows;
+    }
+    if (first >= sources.rows) return RowPrefetch();
+    return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k), steps);
+  };
+  for_each_claim(workers, split ? blocks * splits : blocks, 1, [&](int worker, int64_t begin, int64_t end) {
+    float* copy = tiles + worker * each;
+    float* z = copy + round_up(copy_floats, 16);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = (split ? task / splits : task) * block_rows, rows = min(block_rows, sources.rows - first);
+      const int64_t from = split ? task % splits * block_columns : 0;
+      const int64_t to = split ? min(sources.features, from + block_columns) : sources.features;
+      for (int64_t column = from; column < to; column += block_columns) {
+        if (!whole) std::memset(z, 0, sizeof(float) * static_cast<size_t>(rows * columns));
+        bool add = !whole;
+        const float* panels = packed.data();
+        for (int64_t s = 0; s < sources.count; ++s) {
+          const ConcatSource& source = sources.items[s];
+          const auto present = loader.rows(s, first, rows);
+          for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
+            const int64_t depth = units<kPairs>(width);
+            const Operand x = present.count() == 0 ? Operand{} : present.template operand<kPairs>(k, width, copy);
+            for (int64_t t = 0; t < source.term_count; ++t) {
+              const ConcatTerm& term = source.terms[t];
+              const int64_t skipped = max(0, column - term.column);  // a multiple of kPanel
+              const Block c{z + max(0, term.column - column), columns, min(block_columns, term.features - skipped), add,
+                            present.map()};
+              if (present.count() > 0) {
+                multiply_panels<kPairs>(x, present.count(), panels + skipped * depth, depth, c,
+                                        t == 0 ? next_chunk(s, k + width, first, tiles_of(rows, c.columns)) : RowPrefetch());
+              }
+              panels += depth * round_up(term.features, kPanel);
+            }
+            add = true;
+          });
+        }
+        epilogue(first, rows, column, min(block_columns, to - column), z, columns);
+      }
+    }
+  });
+}
+
+// [rows][stride] → [columns][to_stride], the transposed.
+inline void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                           int64_t to_stride) {
+  pack_lanes<false>(Dtype::f32, from, stride, rows, columns, to, to_stride);
+}
+
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_features_broadcast(const ConcatSources& sources, const Workers& workers, const Loader& loader,
+                                 Epilogue epilogue) {
+  int64_t all_units = 0;
+  for (int64_t s = 0; s < sources.count; ++s) all_units += units<kPairs>(sources.items[s].width);
+  const int64_t block = min(kBlockRows / kPanel * kPanel, round_up(sources.rows, kPanel));
+  const int64_t blocks = ceil_div(sources.rows, block);
+  // Features of a task: as many as keep a chunk of W in the level-2 cache, fewer to give every worker some.
+  constexpr int64_t kMost = 240, kLeast = 48;
+  const int64_t tasks = workers.count == 1 ? 1 : ceil_div(2 * workers.count, blocks);
+  const int64_t even = ceil_div(sources.features, max(tasks, ceil_div(sources.features, kMost)));
+  const int64_t features = round_up(max(even, kLeast), VW);
+  const int64_t splits = ceil_div(sources.features, features);
+  const int64_t panels = all_units * block, tile = features * block, copy = max(features, kBlockRows) * (kDepth + VW);
+  const int64_t each = panels + 2 * tile + copy;
+  Scratch scratch(workers.count * each);
+  for_each_claim(workers, blocks * splits, 1, [&](int worker, int64_t begin, int64_t end) {
+    float* const packed = scratch.data() + worker * each;
+    float *const z_lanes = packed + panels, *const z = z_lanes + tile, *const chunk = z + tile;
+    int64_t packed_block = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / splits * block, rows = min(block, sources.rows - first);
+      const int64_t feature = task % splits * features, count = min(features, sources.features - feature);
+      const bool pack = packed_block != first;
+      packed_block = first;
+      if (sources.count == 0) std::memset(z_lanes, 0, sizeof(float) * static_cast<size_t>(count * block));
+      int64_t unit = 0;
+      for (int64_t s = 0; s < sources.count; ++s) {
+        const ConcatSource& source = sources.items[s];
+        const auto present = loader.rows(s, first, rows);
+        for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
+          const int64_t depth = units<kPairs>(width);
+          float* to = packed + unit * block;
+          if (pack) {
+            const Operand x = present.template operand<kPairs>(k, width, chunk);
+            for (int64_t p = 0; p < rows; p += kPanel) {
+              transpose_tile(x.data + p * x.stride, x.stride, min(kPanel, rows - p), depth, to + p * depth, kPanel);
+            }
+          }
+          const ConcatTerm& term = source.terms[0];
+          const Operand w = operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k),
+                                                    term.weight_stride, count, width, chunk);
+          const Block c{z_lanes, block, round_up(rows, VW), unit > 0};
+          multiply_panels<kPairs>(w, count, to, depth, c);
+          unit += depth;
+        });
+      }
+      transpose_tile(z_lanes, block, count, rows, z, features);
+      epilogue(first, rows, feature, count, z, features);
+    }
+  });
+}
+
+// The cheaper of the two, where every source has one term and all have the same columns of z. Which one depends on the shape alone, so that results do not depend on the threads.
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_concatenation(const ConcatSources& sources, const Workers& workers, const Loader& loader,
+                            Epilogue epilogue) {
+  constexpr int64_t kFewRows = 512;
+  if (sources.rows <= min(sources.features, kFewRows) && !has_row_presence(sources)) {
+    multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);
+  } else {
+    multiply_rows_broadcast<kPairs>(sources, workers, loader, kBlockRows, kBlockColumns, epilogue);
+  }
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,205 @@
+// Products over the columns of a concatenation, one block of rows at a time:
+//
+//   C[rows][columns] (+)= A[rows][depth] · B[depth][columns]
+//
+// A is the broadcast operand of tile.h, read in place where it lies as rows of units, else from a packed copy of the
+// block. B is packed in panels of kPanel columns, [panel][depth][kPanel], zero beyond the last column. Depth is counted
+// in units (floats, or pairs of bfloat16) and cut into chunks of kDepth, so that a panel stays in the level-1 cache
+// while all rows of the block pass over it.
+#pragma once
+
+#include "csrc/concat/sources.h"
+#include "csrc/cpu/pack.h"
+#include "csrc/cpu/prefetch.h"
+#include "csrc/cpu/tile.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int64_t kPanel = kFeatureVectors * VW;
+constexpr int64_t kDepth = 256;                                   // units of a chunk: 16 KB of a panel of 16 floats
+constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
+
+MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row) {
+  const int64_t element = row / view.inner * view.outer_stride + row % view.inner * view.inner_stride;
+  return static_cast<const char*>(view.data) + element * element_size(dtype);
+}
+
+// Rows of units.
+struct Operand {
+  const float* data = nullptr;
+  int64_t stride = 0;  // between rows
+};
+
+// Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
+struct Block {
+  float* data;
+  int64_t stride, columns;
+  bool add;
+  const int32_t* map = nullptr;
+};
+
+template <bool kPairs, int MR, int NR>
+MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, const Block& c, int64_t row,
+                               int64_t column) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, Constant<kPanel>{}, depth);
+  const int64_t last = c.columns - column - (NR - 1) * VW;  // columns of the last vector
+  MMK_UNROLL for (int i = 0; i < MR; ++i) {
+    float* to = c.data + (c.map == nullptr ? row + i : c.map[row + i]) * c.stride + column;
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      if (j < NR - 1 || last >= VW) {
+        store(to + j * VW, c.add ? load(to + j * VW) + acc[i][j] : acc[i][j]);
+      } else {
+        store_partial(to + j * VW, c.add ? load_partial(to + j * VW, last) + acc[i][j] : acc[i][j], last);
+      }
+    }
+  }
+}
+
+MMK_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
+  return ceil_div(rows, kFeatureRows) * ceil_div(columns, kPanel);
+}
+
+// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
+// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
+template <bool kPairs>
+void multiply_panels(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
+                     RowPrefetch&& ahead = {}) {
+  constexpr int64_t kLineFloats = 16;
+  const int64_t panel_lines = depth * kPanel / kLineFloats;
+  for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
+    RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        next_panel.step<false>();
+        ahead.step<false>();
+        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>({a.data + i * a.stride, a.stride},
+                                                                               panels, depth, c, i, column);
+      });
+    });
+  }
+}
+
+// [count][features] rows → panels of the transposed: rows in the lanes, [panel][units][kPanel].
+template <bool kPairs>
+void pack_panels_transposed(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
+                            float* panels) {
+  const int64_t depth = units<kPairs>(features);
+  for (int64_t first = 0; first < count; first += kPanel, panels += depth * kPanel) {
+    const int64_t lanes = min(kPanel, count - first);
+    pack_lanes<kPairs>(dtype, static_cast<const char*>(source) + first * row_stride * element_size(dtype), row_stride,
+                       lanes, features, panels, kPanel);
+  }
+}
+
+// [depth][columns] rows → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
+template <bool kPairs>
+void pack_panels(Dtype dtype, const void* source, int64_t row_stride, int64_t depth, int64_t columns, float* panels) {
+  for (int64_t first = 0; first < columns; first += kPanel, panels += units<kPairs>(depth) * kPanel) {
+    const void* from = static_cast<const char*>(source) + first * element_size(dtype);
+    const int64_t lanes = min(kPanel, columns - first);
+    if constexpr (kPairs) {
+      pack_columns_as_pairs(static_cast<const uint16_t*>(from), row_stride, depth, lanes, panels, kPanel);
+    } else {
+      pack_rows_as_float(dtype, from, row_stride, depth, lanes, panels, kPanel);
+    }
+  }
+}
+
+// Whether rows of a dtype are rows of units as they lie, from an element offset on.
+template <bool kPairs>
+MMK_INLINE bool lies_in_units(Dtype dtype, const void* data, int64_t row_stride, int64_t width) {
+  if (!kPairs) return dtype == Dtype::f32;
+  return row_stride % 2 == 0 && width % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
+}
+
+// `width` elements of `count` rows at a constant stride, as an operand: in place, or copied to `copy`.
+template <bool kPairs>
+Operand operand_of_rows(Dtype dtype, const void* data, int64_t row_stride, int64_t count, int64_t width, float* copy) {
+  if (lies_in_units<kPairs>(dtype, data, row_stride, width)) {
+    return {static_cast<const float*>(data), kPairs ? row_stride / 2 : row_stride};
+  }
+  if constexpr (kPairs) {
+    const int64_t stride = units<true>(width);
+    pack_rows_as_pairs(static_cast<const uint16_t*>(data), row_stride, count, width, copy, stride);
+    return {copy, stride};
+  } else {
+    const int64_t stride = round_up(width, VW);
+    pack_rows_as_float(dtype, data, row_stride, count, width, copy, stride);
+    return {copy, stride};
+  }
+}
+
+// The rows of a block in which a source is present, and a way to read any of their columns as an operand.
+class SourceRows {
+ public:
+  SourceRows(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count)
+      : source_(source), dtype_(dtype), first_(first), count_(count) {
+    if (source.present == nullptr) return;
+    int64_t present = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (source.present[(first + i) * source.present_stride]) map_[present++] = static_cast<int32_t>(i);
+    }
+    some_ = present < count;
+    count_ = present;
+  }
+
+  int64_t count() const { return count_; }
+  const int32_t* map() const { return some_ ? map_ : nullptr; }
+
+  // Columns `column` … `column + width - 1` of the source.
+  template <bool kPairs>
+  Operand operand(int64_t column, int64_t width, float* copy) const {
+    const RowView& x = source_.x;
+    const int64_t bytes = element_size(dtype_);
+    const int64_t inner = first_ % x.inner;
+    if (!some_ && inner + count_ <= x.inner) {
+      const char* data = row_address(x, dtype_, first_) + column * bytes;
+      return operand_of_rows<kPairs>(dtype_, data, x.inner_stride, count_, width, copy);
+    }
+    const int64_t stride = kPairs ? units<true>(width) : round_up(width, VW);
+    for (int64_t i = 0; i < count_; ++i) {
+      const char* data = row_address(x, dtype_, first_ + (some_ ? map_[i] : i)) + column * bytes;
+      if constexpr (kPairs) {
+        pack_rows_as_pairs(reinterpret_cast<const uint16_t*>(data), 0, 1, width, copy + i * stride, stride);
+      } else {
+        pack_rows_as_float(dtype_, data, 0, 1, width, copy + i * stride, stride);
+      }
+    }
+    return {copy, stride};
+  }
+
+ private:
+  const ConcatSource& source_;
+  Dtype dtype_;
+  int64_t first_, count_;
+  bool some_ = false;
+  int32_t map_[kBlockRows];
+};
+
+// Brings columns of the rows from `first` on into cache within `steps` steps.
+inline RowPrefetch prefetch_rows(const ConcatSources& sources, int64_t s, int64_t first, int64_t count, int64_t column,
+                                 int64_t width, int64_t steps) {
+  const RowView& x = sources.items[s].x;
+  const int64_t rows = min(count, min(sources.rows - first, x.inner - first % x.inner));
+  const int64_t bytes = element_size(sources.dtype);
+  return {row_address(x, sources.dtype, first) + column * bytes, width * bytes, x.inner_stride * bytes, rows, steps};
+}
+
+// Calls f(first element, elements, first unit) for the chunks of a source's columns.
+template <bool kPairs>
+constexpr int64_t chunk_elements() {
+  return kPairs ? 2 * kDepth : kDepth;
+}
+template <bool kPairs, class Function>
+MMK_INLINE void for_chunks(int64_t width, Function f) {
+  constexpr int64_t kElements = chunk_elements<kPairs>();
+  for (int64_t k = 0; k < width; k += kElements) f(k, min(kElements, width - k), kPairs ? k / 2 : k);
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

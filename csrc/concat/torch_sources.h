@@ -1,0 +1,119 @@
+// The tensors of a concatenation as ConcatSources. Arguments were checked at the door.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "csrc/concat/sources.h"
+#include "csrc/cpu/activation_kind.h"
+#include "csrc/cpu/torch_tensors.h"
+
+namespace mmk {
+
+// Its rows, over all leading dims, as a view; `keep` holds the copy that more than two strides need.
+inline RowView row_view(const at::Tensor& tensor, std::vector<at::Tensor>& keep) {
+  const auto merge = [](const at::Tensor& t) {
+    RowView view{const_cast<void*>(t.const_data_ptr()), 1, 0, 0};
+    int levels = 0;
+    int64_t outer = 1;
+    for (int64_t dim = t.dim() - 2; dim >= 0; --dim) {
+      const int64_t size = t.size(dim), stride = t.stride(dim);
+      if (size == 1) continue;
+      if (levels == 0) {
+        view.inner = size;
+        view.inner_stride = stride;
+        levels = 1;
+      } else if (levels == 1 && stride == view.inner * view.inner_stride) {
+        view.inner *= size;
+      } else if (levels == 1) {
+        view.outer_stride = stride;
+        outer = size;
+        levels = 2;
+      } else if (stride == outer * view.outer_stride) {
+        outer *= size;
+      } else {
+        levels = 3;
+        break;
+      }
+    }
+    return std::pair{view, levels <= 2};
+  };
+  auto [view, fits] = merge(tensor);
+  if (fits) return view;
+  keep.push_back(tensor.contiguous());
+  return merge(keep.back()).first;
+}
+
+// A dense matrix's.
+inline RowView dense_rows(const at::Tensor& t, int64_t width) {
+  return {t.data_ptr(), INT64_MAX, width, 0};
+}
+
+// A weight from a column on, times whose transposed a source is multiplied into the first columns of z.
+inline ConcatTerm column_term(const at::Tensor& weight, int64_t column) {
+  ConcatTerm term;
+  term.weight = static_cast<const char*>(weight.const_data_ptr()) + column * weight.element_size();
+  term.weight_stride = row_stride(weight);
+  term.features = weight.size(0);
+  return term;
+}
+
+inline void set_grad(ConcatTerm& term, const at::Tensor& grad, int64_t column) {
+  term.grad = static_cast<char*>(grad.data_ptr()) + column * grad.element_size();
+  term.grad_stride = row_stride(grad);
+}
+
+struct TorchSources {
+  std::vector<ConcatSource> items;
+  std::vector<int64_t> index;    // of each item among the xs
+  std::vector<at::Tensor> keep;  // what the views point into
+  int64_t rows = 1, columns = 0;
+  Dtype dtype = Dtype::f32;
+
+  // presence [M] drops the sources that are absent, [*, M] marks the rows of each.
+  TorchSources(const char* op, const at::TensorList& xs, const std::optional<at::Tensor>& presence) {
+    dtype = floating_dtype_of(op, xs[0]);
+    for (const int64_t size : xs[0].sizes().slice(0, static_cast<size_t>(xs[0].dim() - 1))) rows *= size;
+    const bool by_row = presence && presence->dim() > 1;
+    const uint8_t* flags = nullptr;
+    if (presence) {
+      keep.push_back(presence->contiguous());
+      flags = reinterpret_cast<const uint8_t*>(keep.back().const_data_ptr<bool>());
+    }
+    const auto count = static_cast<int64_t>(xs.size());
+    for (int64_t i = 0; i < count; ++i) {
+      ConcatSource source;
+      source.width = xs[static_cast<size_t>(i)].size(-1);
+      source.column = columns;
+      columns += source.width;
+      if (source.width == 0 || (flags != nullptr && !by_row && !flags[i])) continue;
+      source.x = row_view(xs[static_cast<size_t>(i)], keep);
+      if (by_row) {
+        source.present = flags + i;
+        source.present_stride = count;
+      }
+      items.push_back(source);
+      index.push_back(i);
+    }
+  }
+
+  ConcatSources view() {
+    return {items.data(), static_cast<int64_t>(items.size()), rows, columns, 0, dtype};
+  }
+};
+
+inline Activation activation_of(const std::optional<std::string_view>& name) {
+  if (!name) return Activation::none;
+  constexpr std::pair<std::string_view, Activation> kNames[] = {
+      {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+      {"silu", Activation::silu}, {"tanh", Activation::tanh}, {"sigmoid", Activation::sigmoid}};
+  for (const auto& [known, activation] : kNames) {
+    if (known == *name) return activation;
+  }
+  TORCH_CHECK_VALUE(false, "unknown activation ", *name);
+}
+
+}  // namespace mmk
