@@ -79,9 +79,10 @@ class PackedWeightColumns {
 //   kSums                                how many sums over rows it wants per column of z
 //   make(first, rows, dz, stride, sums)  writes dz [rows][stride], zero up to a multiple of VW, adds to sums [kSums][…]
 //   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
-//   wants_dz()                           whether dz is needed at all beyond its sums
 //   kFinishesRows, finish_rows(s, first, rows, map, dx)  what becomes of dz W, [rows][width]
 //   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
+//   kFinishesWeights, finish_weights(products, totals)    receives dzᵀ x of all sources and terms, each [features][width
+//                                                         padded], in place of the terms' grads
 template <bool kPairs, class Policy>
 class ConcatBackward {
  public:
@@ -98,6 +99,7 @@ class ConcatBackward {
       any_dx_ |= source.grad.data != nullptr;
       for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
     }
+    if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     chunk_ = min(round_up(sources.rows, kBlockRows),
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
@@ -133,7 +135,11 @@ class ConcatBackward {
       });
     }
     policy_.finish_sums(totals_);
-    if (any_dw_) write_weights();
+    if constexpr (Policy::kFinishesWeights) {
+      if (any_dw_) policy_.finish_weights(weight_sums_, totals_);
+    } else {
+      if (any_dw_ && !sums_in_place()) write_weights();
+    }
   }
 
  private:
@@ -142,14 +148,16 @@ class ConcatBackward {
     totals_ = carver.take(sums);
     partial_ = carver.take(chunk_blocks * sums);
     transposed_ = carver.take(any_dw_ ? padded_ * transposed_stride_ : 0);
-    const bool in_place = sources_.dtype == Dtype::f32;
-    weight_sums_ = carver.take(any_dw_ && !in_place ? weight_floats() : 0);
+    weight_sums_ = carver.take(any_dw_ && !sums_in_place() ? weight_floats() : 0);
     dz_floats_ = round_up(kBlockRows * padded_, 16);
     dx_floats_ = round_up(kBlockRows * round_up(widest_, VW), 16);
     panel_floats_ = kGroup * kDepth;
     each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
   }
+
+  // Whether the sums over rows are kept in the gradients themselves.
+  bool sums_in_place() const { return !Policy::kFinishesWeights && sources_.dtype == Dtype::f32; }
 
   int64_t weight_floats() const {
     int64_t floats = 0;
@@ -274,9 +282,9 @@ class ConcatBackward {
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
         const int64_t padded = round_up(source.width, VW);
-        if (term.grad != nullptr) {
+        if (Policy::kFinishesWeights || term.grad != nullptr) {
           Block c{weight_sums_ + sums + column, padded, width, start + row > 0};
-          if (sources_.dtype == Dtype::f32) {
+          if (sums_in_place()) {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
           }
@@ -288,7 +296,7 @@ class ConcatBackward {
     });
   }
 
-  // From the float sums, and what the policy makes of them.
+  // From the float sums.
   void write_weights() const {
     int64_t at = 0;
     for (int64_t s = 0; s < sources_.count; ++s) {
@@ -296,7 +304,7 @@ class ConcatBackward {
       const int64_t padded = round_up(source.width, VW);
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
-        if (term.grad != nullptr && sources_.dtype != Dtype::f32) {
+        if (term.grad != nullptr) {
           for_each_claim(workers_, term.features, 16, [&](int, int64_t begin, int64_t end) {
             with_element_type(sources_.dtype, term.grad, [&](auto* out) {
               for (int64_t n = begin; n < end; ++n) {

@@ -76,7 +76,8 @@ inline bool has_row_presence(const ConcatSources& sources) {
 struct PlainLoader {
   const ConcatSources& sources;
 
-  SourceRows rows(int64_t s, int64_t first, int64_t count) const {
+  void prepare(int, int64_t, int64_t) const {}  // called before rows of a block are read
+  SourceRows rows(int, int64_t s, int64_t first, int64_t count) const {
     return SourceRows(sources.items[s], sources.dtype, first, count);
   }
 };
@@ -116,13 +117,14 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
       const int64_t first = (split ? task / splits : task) * block_rows, rows = min(block_rows, sources.rows - first);
       const int64_t from = split ? task % splits * block_columns : 0;
       const int64_t to = split ? min(sources.features, from + block_columns) : sources.features;
+      loader.prepare(worker, first, rows);
       for (int64_t column = from; column < to; column += block_columns) {
         if (!whole) std::memset(z, 0, sizeof(float) * static_cast<size_t>(rows * columns));
         bool add = !whole;
         const float* panels = packed.data();
         for (int64_t s = 0; s < sources.count; ++s) {
           const ConcatSource& source = sources.items[s];
-          const auto present = loader.rows(s, first, rows);
+          const auto present = loader.rows(worker, s, first, rows);
           for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
             const int64_t depth = units<kPairs>(width);
             const Operand x = present.count() == 0 ? Operand{} : present.template operand<kPairs>(k, width, copy);
@@ -177,11 +179,12 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
       const int64_t feature = task % splits * features, count = min(features, sources.features - feature);
       const bool pack = packed_block != first;
       packed_block = first;
+      if (pack) loader.prepare(worker, first, rows);
       if (sources.count == 0) std::memset(z_lanes, 0, sizeof(float) * static_cast<size_t>(count * block));
       int64_t unit = 0;
       for (int64_t s = 0; s < sources.count; ++s) {
         const ConcatSource& source = sources.items[s];
-        const auto present = loader.rows(s, first, rows);
+        const auto present = loader.rows(worker, s, first, rows);
         for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
           const int64_t depth = units<kPairs>(width);
           float* to = packed + unit * block;
@@ -205,15 +208,17 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
   });
 }
 
-// The cheaper of the two, where every source has one term and all have the same columns of z. Which one depends on the shape alone, so that results do not depend on the threads.
+constexpr int64_t kFewRows = 512;  // beyond, packing W costs nothing beside multiplying by it
+
+// The cheaper of the two, where every source has one term and all have the same columns of z. Which one depends on the
+// shape alone.
 template <bool kPairs, class Loader, class Epilogue>
 void multiply_concatenation(const ConcatSources& sources, const Workers& workers, const Loader& loader,
-                            Epilogue epilogue) {
-  constexpr int64_t kFewRows = 512;
+                            int64_t block_rows, Epilogue epilogue) {
   if (sources.rows <= min(sources.features, kFewRows) && !has_row_presence(sources)) {
     multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);
   } else {
-    multiply_rows_broadcast<kPairs>(sources, workers, loader, kBlockRows, kBlockColumns, epilogue);
+    multiply_rows_broadcast<kPairs>(sources, workers, loader, block_rows, kBlockColumns, epilogue);
   }
 }
 

@@ -1,6 +1,7 @@
 // The tensors of a concatenation as ConcatSources. Arguments were checked at the door.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
@@ -69,6 +70,7 @@ inline void set_grad(ConcatTerm& term, const at::Tensor& grad, int64_t column) {
 struct TorchSources {
   std::vector<ConcatSource> items;
   std::vector<int64_t> index;    // of each item among the xs
+  std::vector<ConcatTerm> terms;
   std::vector<at::Tensor> keep;  // what the views point into
   int64_t rows = 1, columns = 0;
   Dtype dtype = Dtype::f32;
@@ -100,10 +102,36 @@ struct TorchSources {
     }
   }
 
-  ConcatSources view() {
-    return {items.data(), static_cast<int64_t>(items.size()), rows, columns, 0, dtype};
+  // One term per source: its columns of one weight, and of the gradient where one is given.
+  void set_weight(const at::Tensor& weight, const at::Tensor& grad = {}) {
+    terms.resize(items.size());
+    for (size_t i = 0; i < items.size(); ++i) {
+      terms[i] = column_term(weight, items[i].column);
+      if (grad.defined()) set_grad(terms[i], grad, items[i].column);
+      items[i].terms = &terms[i];
+      items[i].term_count = 1;
+    }
+  }
+
+  // Where the gradients of the xs go, those that are needed; `grads` has one tensor per x.
+  void set_grads(const std::vector<at::Tensor>& grads, const c10::List<bool>& needed) {
+    for (size_t i = 0; i < items.size(); ++i) {
+      const auto at = static_cast<size_t>(index[i]);
+      if (needed[at]) items[i].grad = dense_rows(grads[at], items[i].width);
+    }
+  }
+
+  ConcatSources view(int64_t features) {
+    return {items.data(), static_cast<int64_t>(items.size()), rows, columns, features, dtype};
   }
 };
+
+// xs' leading dims and a last one.
+inline std::vector<int64_t> output_sizes(const at::TensorList& xs, int64_t features) {
+  std::vector<int64_t> sizes = xs[0].sizes().vec();
+  sizes.back() = features;
+  return sizes;
+}
 
 inline Activation activation_of(const std::optional<std::string_view>& name) {
   if (!name) return Activation::none;

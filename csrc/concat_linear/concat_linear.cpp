@@ -21,7 +21,6 @@ using Name = std::optional<std::string_view>;
 // What both passes are given. The views point into the tensors and into `sources`.
 struct Call {
   TorchSources sources;
-  std::vector<ConcatTerm> terms;  // of each source
   std::vector<Tensor> keep;
   ConcatLinearParams params;
 
@@ -29,14 +28,8 @@ struct Call {
        const OptionalTensor& presence, const OptionalTensor& residual, const OptionalTensor& gate, double products)
       : sources("concat_linear", xs, presence) {
     ConcatLinearParams& p = params;
-    p.sources = sources.view();
-    p.sources.features = weight.size(0);
-    terms.resize(sources.items.size());
-    for (size_t i = 0; i < terms.size(); ++i) {
-      terms[i] = column_term(weight, sources.items[i].column);
-      sources.items[i].terms = &terms[i];
-      sources.items[i].term_count = 1;
-    }
+    sources.set_weight(weight);
+    p.sources = sources.view(weight.size(0));
     if (bias) p.bias = bias->const_data_ptr();
     if (gate) {
       p.gate = gate->const_data_ptr();
@@ -49,19 +42,13 @@ struct Call {
   }
 };
 
-std::vector<int64_t> output_sizes(at::TensorList xs, const Tensor& weight) {
-  std::vector<int64_t> sizes = xs[0].sizes().vec();
-  sizes.back() = weight.size(0);
-  return sizes;
-}
-
 std::tuple<Tensor, Tensor> concat_linear_forward(at::TensorList xs, const Tensor& weight, const OptionalTensor& bias,
                                                  Name activation, const OptionalTensor& presence,
                                                  const OptionalTensor& residual, const OptionalTensor& gate,
                                                  bool training) {
   Call call(xs, weight, bias, activation, presence, residual, gate, 2.);
   ConcatLinearParams& p = call.params;
-  const Tensor out = at::empty(output_sizes(xs, weight), weight.options());
+  const Tensor out = at::empty(output_sizes(xs, weight.size(0)), weight.options());
   const bool from_output = derives_from_output(p.activation) && !gate && (!residual || !activation);
   const bool keeps = training && !from_output;
   const Tensor z = keeps ? at::empty(out.sizes(), out.options()) : at::empty({0}, out.options());
@@ -95,15 +82,10 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
     for (Tensor& t : result) t.zero_();
     return result;
   }
-  for (size_t i = 0; i < call.sources.items.size(); ++i) {
-    const auto at = static_cast<size_t>(call.sources.index[i]);
-    if (wanted(at)) call.sources.items[i].grad = dense_rows(result[at], xs[at].size(-1));
-  }
+  call.sources.set_grads(result, needed);
   if (wanted(count)) {
     if (call.sources.items.size() < count) result[count].zero_();  // columns of modalities that are absent everywhere
-    for (size_t i = 0; i < call.terms.size(); ++i) {
-      set_grad(call.terms[i], result[count], call.sources.items[i].column);
-    }
+    call.sources.set_weight(weight, result[count]);
   }
   if (wanted(count + 1)) p.grad_bias = result[count + 1].data_ptr();
   Tensor gate_sums;

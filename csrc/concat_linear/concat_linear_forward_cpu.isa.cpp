@@ -18,10 +18,10 @@ void concat_linear_forward(const ConcatLinearParams& p) {
   const PlainLoader loader{p.sources};
   if constexpr (kBf16Dot) {
     if (p.sources.dtype == Dtype::bf16) {
-      return multiply_concatenation<true>(p.sources, p.workers, loader, epilogue);
+      return multiply_concatenation<true>(p.sources, p.workers, loader, kBlockRows, epilogue);
     }
   }
-  multiply_concatenation<false>(p.sources, p.workers, loader, epilogue);
+  multiply_concatenation<false>(p.sources, p.workers, loader, kBlockRows, epilogue);
 }
 
 }  // namespace MMK_ISA

@@ -34,6 +34,7 @@ class LinearEpilogue {
     }
   }
 
+  const float* bias() const { return bias_; }  // padded with zeros
   const float* gate() const { return gate_; }  // tanh(gate), padded with zeros
 
   void operator()(int64_t first, int64_t rows, int64_t column, int64_t columns, const float* z, int64_t stride) const {

@@ -54,4 +54,5 @@ concat_norm_linear_op = DifferentiableOp(
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
     cpu=native_backend("concat_norm_linear"),
+    keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
 )

@@ -1,0 +1,113 @@
+// concat_norm_linear on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/concat_norm_linear).
+#include "csrc/concat_norm_linear/concat_norm_linear.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "csrc/concat/torch_sources.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Name = std::optional<std::string_view>;
+
+struct Call {
+  TorchSources sources;
+  std::vector<Tensor> keep;
+  ConcatNormLinearParams params;
+
+  Call(at::TensorList xs, const Tensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& weight,
+       const OptionalTensor& bias, std::string_view norm, double eps, const Name& activation, double products)
+      : sources("concat_norm_linear", xs, {}) {
+    ConcatNormLinearParams& p = params;
+    sources.set_weight(weight);
+    p.linear.sources = sources.view(weight.size(0));
+    p.weight = weight.const_data_ptr();
+    p.weight_stride = row_stride(weight);
+    p.norm_weight = norm_weight.const_data_ptr();
+    if (norm_bias) p.norm_bias = norm_bias->const_data_ptr();
+    if (bias) p.linear.bias = bias->const_data_ptr();
+    p.linear.activation = activation_of(activation);
+    p.rms = norm == "rms";
+    p.eps = static_cast<float>(eps);
+    const ConcatSources& s = p.linear.sources;
+    p.linear.workers = torch_workers(products * static_cast<double>(s.rows) * static_cast<double>(s.features) *
+                                     static_cast<double>(s.columns + 16));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> concat_norm_linear_forward(at::TensorList xs, const Tensor& norm_weight,
+                                                              const OptionalTensor& norm_bias, const Tensor& weight,
+                                                              const OptionalTensor& bias, std::string_view norm,
+                                                              double eps, Name activation, bool training) {
+  Call call(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation, 2.);
+  ConcatNormLinearParams& p = call.params;
+  const Tensor out = at::empty(output_sizes(xs, weight.size(0)), weight.options());
+  const bool keeps = training && activation;
+  const Tensor z = keeps ? at::empty(out.sizes(), out.options()) : at::empty({0}, out.options());
+  const auto rows = p.linear.sources.rows;
+  const auto options = out.options().dtype(at::kFloat);
+  const Tensor statistics = training ? at::empty({rows, 2}, options) : at::empty({0}, options);
+  p.linear.out = out.data_ptr();
+  if (keeps) p.linear.preactivation = z.data_ptr();
+  if (training) p.statistics = statistics.data_ptr<float>();
+  if (out.numel() > 0 || statistics.numel() > 0) concat_norm_linear_kernels().forward(p);
+  return {out, z, statistics};
+}
+
+std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::TensorList xs, const Tensor& norm_weight,
+                                                const OptionalTensor& norm_bias, const Tensor& weight,
+                                                const OptionalTensor& bias, std::string_view norm, double eps,
+                                                Name activation, at::TensorList saved, const c10::List<bool>& needed) {
+  Call call(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation, 4.);
+  ConcatNormLinearParams& p = call.params;
+  const size_t count = xs.size();
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < count; ++i) result.push_back(empty_gradient(xs[i], needed[i]));
+  result.push_back(empty_gradient(norm_weight, needed[count]));
+  result.push_back(empty_gradient(norm_bias ? *norm_bias : weight, needed[count + 1]));
+  result.push_back(empty_gradient(weight, needed[count + 2]));
+  result.push_back(empty_gradient(bias ? *bias : weight, needed[count + 3]));
+  if (p.linear.sources.rows == 0 || p.linear.sources.features == 0) {
+    for (Tensor& t : result) t.zero_();
+    return result;
+  }
+  call.sources.set_grads(result, needed);
+  const auto data_of = [&](size_t i) { return needed[i] ? result[i].data_ptr() : nullptr; };
+  p.grad_norm_weight = data_of(count);
+  p.grad_norm_bias = data_of(count + 1);
+  p.grad_weight = data_of(count + 2);
+  p.linear.grad_bias = data_of(count + 3);
+  p.linear.grad_out = row_view(grads[0], call.keep);
+  // Saved are the output, where it is z, then z, then the statistics.
+  const Tensor& z = activation ? saved[saved.size() - 2] : saved[0];
+  p.linear.preactivation = z.data_ptr();
+  p.statistics = saved.back().data_ptr<float>();
+  concat_norm_linear_kernels().backward(p);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_concat_norm_linear_fwd(Tensor[] xs, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, "
+      "str norm, float eps, str? activation, bool training) -> (Tensor out, Tensor preactivation, Tensor statistics)");
+  m.def(
+      "_concat_norm_linear_bwd(Tensor[] grads, Tensor[] xs, Tensor norm_weight, Tensor? norm_bias, Tensor weight, "
+      "Tensor? bias, str norm, float eps, str? activation, Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_concat_norm_linear_fwd", concat_norm_linear_forward);
+  m.impl("_concat_norm_linear_bwd", concat_norm_linear_backward);
+}
+
+}  // namespace mmk

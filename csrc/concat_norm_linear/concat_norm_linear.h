@@ -1,0 +1,53 @@
+// concat_norm_linear: a norm over the concatenation of several tensors, then a linear layer; neither is ever made.
+//
+//   x̂ = (c - mean) · rstd of c = [x₁; …; x_M] (rms: mean 0),  y = act((x̂ ∘ g + h) Wᵀ + b)
+//
+// Torch-free.
+#pragma once
+
+#include "csrc/concat_linear/concat_linear.h"
+
+namespace mmk {
+
+struct ConcatNormLinearParams {
+  ConcatLinearParams linear;          // no gate, no residual; backward: preactivation holds z whatever the activation
+  const void* weight = nullptr;       // [N, K], of which the terms are columns
+  int64_t weight_stride = 0;
+  const void* norm_weight = nullptr;  // [K]
+  const void* norm_bias = nullptr;    // [K] or null
+  bool rms = false;
+  float eps = 0.f;
+  float* statistics = nullptr;        // [rows, 2], mean and rstd; forward: written if set; backward: read
+
+  void* grad_weight = nullptr;        // [N, K] dense
+  void* grad_norm_weight = nullptr;   // [K]
+  void* grad_norm_bias = nullptr;     // [K]
+};
+
+#define MMK_DECLARE(name)                                          \
+  namespace name {                                                 \
+  void concat_norm_linear_forward(const ConcatNormLinearParams&);  \
+  void concat_norm_linear_backward(const ConcatNormLinearParams&); \
+  }
+MMK_FOR_EACH_ISA(MMK_DECLARE)
+#undef MMK_DECLARE
+
+struct ConcatNormLinearKernels {
+  void (*forward)(const ConcatNormLinearParams&);
+  void (*backward)(const ConcatNormLinearParams&);
+};
+
+inline ConcatNormLinearKernels concat_norm_linear_kernels() {
+  switch (isa()) {
+#define MMK_CASE(name) \
+  case Isa::name:      \
+    return {name::concat_norm_linear_forward, name::concat_norm_linear_backward};
+    MMK_FOR_EACH_ISA(MMK_CASE)
+#undef MMK_CASE
+    case Isa::count:
+      break;
+  }
+  return {};
+}
+
+}  // namespace mmk

@@ -1,0 +1,229 @@
+// With a = dz (W ∘ g), one row of the gradient of x̂, and K features in all:
+//
+//   dx = rstd · (a - mean(a) - x̂ · mean(a ∘ x̂)),  G = dzᵀ x̂
+//   dW = G ∘ g + db hᵀ,  dg_k = Σ_n W_nk G_nk,  dh = Wᵀ db
+//
+// Neither mean needs the whole row of a: mean(a) = Σ_n dz_n Σ_k W_nk g_k / K, and since Σ_k W_nk g_k x̂_k = z_n - b'_n
+// with b' = b + W h, mean(a ∘ x̂) = Σ_n dz_n (z_n - b'_n) / K. Both are known as soon as dz is, and dx is finished on the
+// tile that the product leaves. rms: mean(a) does not appear.
+//
+// Tiling     csrc/concat/backward.h; x̂ is made again, from the rows and their statistics, as the operand of G.
+// Precision  float32 beside the products; x̂ is rounded to bfloat16 where products run on its pairs.
+// Limits     as forward; a gradient that nobody asked for costs nothing.
+#include "csrc/concat_linear/gradient.h"
+#include "csrc/concat_norm_linear/concat_norm_linear.h"
+#include "csrc/concat_norm_linear/normalize.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+template <bool kPairs>
+class NormLinearGradient {
+ public:
+  static constexpr int kSums = LinearGradient<kPairs>::kSums;
+  static constexpr bool kFinishesRows = true, kFinishesWeights = true;
+
+  static int64_t floats(const ConcatNormLinearParams& p) {
+    const ConcatSources& s = p.linear.sources;
+    return 2 * round_up(s.columns + VW, 16) + 2 * round_up(s.features, 16) + round_up(2 * s.rows, 16);
+  }
+
+  NormLinearGradient(const ConcatNormLinearParams& p, const LinearEpilogue& epilogue, float* memory)
+      : p_(p), sources_(p.linear.sources), linear_(p.linear, epilogue) {
+    Carver carver(memory);
+    float* const gain = carver.take(sources_.columns + VW);
+    float* const shift = carver.take(sources_.columns + VW);
+    gained_ = carver.take(sources_.features);
+    offset_ = carver.take(sources_.features);
+    means_ = carver.take(2 * sources_.rows);
+    gain_ = floats_of(sources_.dtype, p.norm_weight, 1, sources_.columns, gain);
+    shift_ = floats_of(sources_.dtype, p.norm_bias, 1, sources_.columns, shift);
+    if (needs_means()) sum_weights();
+    if (p.linear.bias != nullptr) {
+      const float* bias = epilogue.bias();
+      for (int64_t n = 0; n < sources_.features; ++n) offset_[n] += bias[n];
+    }
+  }
+
+  bool wants_weights() const { return p_.grad_weight != nullptr || p_.grad_norm_weight != nullptr; }
+
+  void make(int64_t first, int64_t rows, float* dz, int64_t stride, float* sums) const {
+    linear_.make(first, rows, dz, stride, sums);
+    if (needs_means()) {
+      with_element_type(sources_.dtype, p_.linear.preactivation, [&](auto* z) {
+        for (int64_t i = 0; i < rows; ++i) take_means(first + i, z + (first + i) * sources_.features, dz + i * stride);
+      });
+    }
+  }
+
+  void finish_rows(int64_t s, int64_t first, const SourceRows& present, float* dx, int64_t stride) const {
+    const ConcatSource& source = sources_.items[s];
+    for (int64_t i = 0; i < present.count(); ++i) {
+      const int64_t row = first + i;
+      const vf mean = set1(p_.statistics[2 * row]), rstd = set1(p_.statistics[2 * row + 1]);
+      const vf mean_a = set1(means_[2 * row]), mean_ax = set1(means_[2 * row + 1]);
+      with_element_type(sources_.dtype, row_address(source.x, sources_.dtype, row), [&](const auto* x) {
+        for (int64_t k = 0; k < source.width; k += VW) {
+          const vf a = load(dx + i * stride + k) * load(gain_ + source.column + k);
+          const vf normalized = (load_as_float(x + k, source.width - k) - mean) * rstd;
+          store(dx + i * stride + k, rstd * (a - mean_a - normalized * mean_ax));
+        }
+      });
+    }
+  }
+
+  void columns(int64_t s, int64_t first, int64_t count, int64_t column, int64_t width, float* panels) const {
+    const ConcatSource& source = sources_.items[s];
+    const int64_t depth = units<kPairs>(count);
+    constexpr int64_t kRows = 32;  // even, so that pairs of rows stay together
+    alignas(64) float rows[kRows * kGroup];
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t n = min(kRows, count - i);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = first + i + r;
+        normalize_row<kPairs>(sources_.dtype, row_address(source.x, sources_.dtype, row) + column * element_size(sources_.dtype),
+                              width, {p_.statistics[2 * row], p_.statistics[2 * row + 1]}, nullptr, nullptr,
+                              rows + r * (kPairs ? kGroup / 2 : kGroup));
+      }
+      for (int64_t c = 0; c < width; c += kPanel) {
+        float* to = panels + c * depth + units<kPairs>(i) * kPanel;
+        const int64_t lanes = min(kPanel, width - c);
+        if constexpr (kPairs) {
+          pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(rows) + c, kGroup, n, lanes, to, kPanel);
+        } else {
+          pack_rows_as_float(Dtype::f32, rows + c, kGroup, n, lanes, to, kPanel);
+        }
+      }
+    }
+  }
+
+  void finish_sums(const float* sums) const {
+    linear_.finish_sums(sums);
+    if (p_.grad_norm_bias == nullptr) return;
+    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t n) {
+      vf total = zero();
+      for (int64_t f = 0; f < sources_.features; ++f) {
+        total = fma(load_as_float(weight + f * p_.weight_stride, n), set1(sums[f]), total);
+      }
+      put(p_.grad_norm_bias, source.column + k, total, n);
+    });
+  }
+
+  void finish_weights(const float* products, const float* sums) const {
+    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t n) {
+      const int64_t padded = round_up(source.width, VW), column = source.column + k;
+      const float* g = products + product_start(source) + k;
+      const vf gain = load(gain_ + column), shift = shift_ == nullptr ? zero() : load(shift_ + column);
+      vf total = zero();
+      for (int64_t f = 0; f < sources_.features; ++f) {
+        const vf product = load(g + f * padded);
+        total = fma(load_as_float(weight + f * p_.weight_stride, n), product, total);
+        if (p_.grad_weight != nullptr) {
+          put(p_.grad_weight, f * sources_.columns + column, fma(product, gain, shift * set1(sums[f])), n);
+        }
+      }
+      if (p_.grad_norm_weight != nullptr) put(p_.grad_norm_weight, column, total, n);
+    });
+  }
+
+ private:
+  bool needs_means() const {
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      if (sources_.items[s].grad.data != nullptr) return true;
+    }
+    return false;
+  }
+
+  void put(void* to, int64_t at, vf x, int64_t n) const {
+    with_element_type(sources_.dtype, to, [&](auto* p) { store_from_float(p + at, x, n); });
+  }
+
+  // f(source, its columns of W from k on, k, how many of VW) over all sources, on all workers.
+  template <class Function>
+  void for_columns(Function f) const {
+    for (int64_t s = 0; s < sources_.count; ++s) {
+      const ConcatSource& source = sources_.items[s];
+      for_each_claim(p_.linear.workers, ceil_div(source.width, VW), 8, [&](int, int64_t begin, int64_t end) {
+        with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+          for (int64_t v = begin; v < end; ++v) f(source, weight + v * VW, v * VW, min(VW, source.width - v * VW));
+        });
+      });
+    }
+  }
+
+  // Where the products of a source lie among those of all: [features][width padded] each.
+  int64_t product_start(const ConcatSource& source) const {
+    int64_t start = 0;
+    for (const ConcatSource* s = sources_.items; s != &source; ++s) start += sources_.features * round_up(s->width, VW);
+    return start;
+  }
+
+  // gained_[n] = Σ_k W_nk g_k, offset_[n] = Σ_k W_nk h_k
+  void sum_weights() {
+    for_each_claim(p_.linear.workers, sources_.features, 16, [&](int, int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        vf gained = zero(), offset = zero();
+        for (int64_t s = 0; s < sources_.count; ++s) {
+          const ConcatSource& source = sources_.items[s];
+          with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+            for (int64_t k = 0; k < source.width; k += VW) {
+              // The weight's lanes behind the row are zero, whatever the others hold there.
+              const vf w = load_as_float(weight + n * p_.weight_stride + k, source.width - k);
+              const int64_t lanes = source.width - k;
+              const auto vector = [&](const float* from) {
+                return lanes < VW ? load_partial(from + source.column + k, lanes) : load(from + source.column + k);
+              };
+              gained = fma(w, vector(gain_), gained);
+              if (shift_ != nullptr) offset = fma(w, vector(shift_), offset);
+            }
+          });
+        }
+        gained_[n] = sum(gained);
+        offset_[n] = sum(offset);
+      }
+    });
+  }
+
+  template <class T>
+  void take_means(int64_t row, const T* z, const float* dz) const {
+    vf a = zero(), ax = zero();
+    for (int64_t n = 0; n < sources_.features; n += VW) {
+      const int64_t lanes = sources_.features - n;
+      const auto vector = [&](const float* from) { return lanes < VW ? load_partial(from + n, lanes) : load(from + n); };
+      const vf d = load(dz + n);
+      a = fma(d, vector(gained_), a);
+      ax = fma(d, load_as_float(z + n, lanes) - vector(offset_), ax);
+    }
+    const auto columns = static_cast<float>(sources_.columns);
+    means_[2 * row] = p_.rms ? 0.f : sum(a) / columns;
+    means_[2 * row + 1] = sum(ax) / columns;
+  }
+
+  const ConcatNormLinearParams& p_;
+  const ConcatSources& sources_;
+  LinearGradient<kPairs> linear_;
+  const float *gain_ = nullptr, *shift_ = nullptr;
+  float *gained_ = nullptr, *offset_ = nullptr;
+  float* means_ = nullptr;  // of a and of a ∘ x̂, per row
+};
+
+template <bool kPairs>
+void backward(const ConcatNormLinearParams& p) {
+  Scratch vectors(LinearEpilogue::floats(p.linear)), memory(NormLinearGradient<kPairs>::floats(p));
+  const LinearEpilogue epilogue(p.linear, vectors.data());
+  NormLinearGradient<kPairs> gradient(p, epilogue, memory.data());
+  ConcatBackward<kPairs, NormLinearGradient<kPairs>>(p.linear.sources, p.linear.workers, gradient).run();
+}
+
+}  // namespace
+
+void concat_norm_linear_backward(const ConcatNormLinearParams& p) {
+  if constexpr (kBf16Dot) {
+    if (p.linear.sources.dtype == Dtype::bf16) return backward<true>(p);
+  }
+  backward<false>(p);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk
