@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, native_backend
 from mmkernels.ops.gated_concat import reference
 
 
-def _gated_concat_fake(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-    return (x.new_empty((*x.shape[:-1], x.shape[-1] + y.shape[-1] + 1)),)
+def _gated_concat_fake(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    lead = x.shape[:-1]
+    out = x.new_empty((*lead, x.shape[-1] + y.shape[-1] + 1))
+    return out, out.new_empty((math.prod(lead), weight.shape[0]))
 
 
 gated_concat_op = DifferentiableOp(
     "gated_concat",
     "Tensor x, Tensor y, Tensor weight, Tensor? bias",
     outputs="Tensor out",
+    saved="Tensor gate",  # [rows, Kx or 1]
     reference=reference.gated_concat,
+    reference_saved=lambda *args: (reference.gate(*args).reshape(-1, args[2].shape[0]).contiguous(),),
     fake=_gated_concat_fake,
     cpu=native_backend("gated_concat"),
 )

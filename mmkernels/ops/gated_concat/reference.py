@@ -20,9 +20,13 @@ def gated_concat(
     bias: Tensor | None,  # [Kx] or [1]
 ) -> Tensor:
     """Output [*, Kx + Ky + 1]."""
-    gate = torch.sigmoid(F.linear(torch.cat([x, y], -1), weight, bias))  # [*, Kx or 1]
-    gated = gate * x
+    gated = gate(x, y, weight, bias) * x
     return torch.cat([gated, y, gated.sum(-1, keepdim=True)], -1)
+
+
+def gate(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """g, [*, Kx or 1]."""
+    return torch.sigmoid(F.linear(torch.cat([x, y], -1), weight, bias))
 
 
 def example_inputs(

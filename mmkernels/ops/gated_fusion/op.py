@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, native_backend
@@ -17,8 +20,16 @@ def _gated_fusion_fake(
     gate_weight: Tensor,
     gate_bias: Tensor | None,
     presence: Tensor | None,
-) -> tuple[Tensor]:
-    return (xs[0].new_empty((*xs[0].shape[:-1], value_weights[0].shape[0])),)
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, features = xs[0].shape[:-1], value_weights[0].shape[0]
+    out = xs[0].new_empty((*lead, features))
+    values = out.new_empty((math.prod(lead), len(xs) * features))
+    return out, values, torch.empty_like(values)
+
+
+def _gated_fusion_saved(*args: Any) -> tuple[Tensor, Tensor]:
+    weights, values = reference.weights_and_values(*args)  # [*, M, N]
+    return tuple(t.reshape(-1, t.shape[-2] * t.shape[-1]).contiguous() for t in (values, weights))
 
 
 gated_fusion_op = DifferentiableOp(
@@ -26,7 +37,9 @@ gated_fusion_op = DifferentiableOp(
     "Tensor[] xs, Tensor[] value_weights, Tensor[] value_biases, Tensor gate_weight, Tensor? gate_bias, "
     "Tensor? presence",
     outputs="Tensor out",
+    saved="Tensor values, Tensor weights",  # h_i, and what each is weighted by; [rows, M·N]
     reference=reference.gated_fusion,
+    reference_saved=_gated_fusion_saved,
     fake=_gated_fusion_fake,
     cpu=native_backend("gated_fusion"),
 )

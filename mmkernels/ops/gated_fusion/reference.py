@@ -27,6 +27,19 @@ def gated_fusion(
     presence: Tensor | None,  # [*, M] or [M] bool
 ) -> Tensor:
     """Output [*, N]; zeros where every modality is absent."""
+    weights, values = weights_and_values(xs, value_weights, value_biases, gate_weight, gate_bias, presence)
+    return (weights * values).sum(-2)
+
+
+def weights_and_values(
+    xs: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    value_biases: Sequence[Tensor],
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    presence: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The weight and the value h of each modality, [*, M, N]; zero where it is absent."""
     count, features = len(xs), value_weights[0].shape[0]
     biases: list[Tensor | None] = [*value_biases] or [None] * count
     linears = zip(where_present(xs, presence), value_weights, biases, strict=True)
@@ -44,7 +57,7 @@ def gated_fusion(
         weights = torch.softmax(logits, -2)
     if absent is not None:
         weights, values = weights.masked_fill(absent, 0), values.masked_fill(absent, 0)
-    return (weights * values).sum(-2)
+    return weights, values
 
 
 def example_inputs(

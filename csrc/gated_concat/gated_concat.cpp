@@ -1,0 +1,92 @@
+// gated_concat on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_concat).
+#include "csrc/gated_concat/gated_concat.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "csrc/concat/torch_sources.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Call {
+  std::array<Tensor, 2> xs;
+  TorchSources sources;
+  std::vector<Tensor> keep;
+  GatedConcatParams params;
+
+  Call(const Tensor& x, const Tensor& y, const Tensor& weight, const OptionalTensor& bias, double products)
+      : xs{x, y}, sources("gated_concat", xs, {}) {
+    GatedConcatParams& p = params;
+    sources.set_weight(weight);
+    p.sources = sources.view(weight.size(0));
+    p.x = row_view(x, keep);
+    p.y = row_view(y, keep);
+    p.x_width = x.size(-1);
+    p.y_width = y.size(-1);
+    for (size_t s = 0; s < sources.index.size(); ++s) {
+      (sources.index[s] == 0 ? p.x_item : p.y_item) = static_cast<int64_t>(s);
+    }
+    if (bias) p.bias = bias->const_data_ptr();
+    p.workers = torch_workers(products * static_cast<double>(p.sources.rows) * static_cast<double>(p.sources.features) *
+                              static_cast<double>(p.sources.columns + 16));
+  }
+};
+
+std::tuple<Tensor, Tensor> gated_concat_forward(const Tensor& x, const Tensor& y, const Tensor& weight,
+                                                const OptionalTensor& bias, bool training) {
+  Call call(x, y, weight, bias, 2.);
+  GatedConcatParams& p = call.params;
+  const Tensor out = at::empty(output_sizes(call.xs, p.x_width + p.y_width + 1), x.options());
+  const Tensor gate = at::empty({p.sources.rows, p.sources.features}, x.options());
+  p.out = out.data_ptr();
+  p.gate = gate.data_ptr();
+  if (out.numel() > 0) gated_concat_kernels().forward(p);
+  return {out, training ? gate : at::empty({0}, x.options())};
+}
+
+std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& weight,
+                                          const OptionalTensor& bias, at::TensorList saved,
+                                          const c10::List<bool>& needed) {
+  Call call(x, y, weight, bias, 4.);
+  GatedConcatParams& p = call.params;
+  const Tensor grad_weight = empty_gradient(weight, needed[2]);
+  std::vector<Tensor> result{empty_gradient(x, needed[0]), empty_gradient(y, needed[1]), grad_weight,
+                             empty_gradient(bias ? *bias : weight, needed[3])};
+  if (p.sources.rows == 0) {
+    for (Tensor& t : result) t.zero_();
+    return result;
+  }
+  call.sources.set_grads(result, needed);
+  if (needed[2]) call.sources.set_weight(weight, grad_weight);
+  if (needed[3]) p.grad_bias = result[3].data_ptr();
+  p.grad_out = row_view(grads[0], call.keep);
+  p.gate = saved[0].data_ptr();
+  gated_concat_kernels().backward(p);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_gated_concat_fwd(Tensor x, Tensor y, Tensor weight, Tensor? bias, bool training) -> (Tensor out, Tensor gate)");
+  m.def(
+      "_gated_concat_bwd(Tensor[] grads, Tensor x, Tensor y, Tensor weight, Tensor? bias, Tensor[] saved, "
+      "bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_gated_concat_fwd", gated_concat_forward);
+  m.impl("_gated_concat_bwd", gated_concat_backward);
+}
+
+}  // namespace mmk

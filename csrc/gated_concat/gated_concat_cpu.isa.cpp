@@ -1,0 +1,185 @@
+//   g = σ([x; y] Wᵀ + b),  out = [g ∘ x; y; s],  s = Σ_k g_k x_k
+//
+// With e = dout[: Kx] + ds, the gradient of g ∘ x:
+//
+//   dz = (e ∘ x) ∘ g ∘ (1 - g), summed over k where one gate serves all,  dx = e ∘ g + dz W_x,  dy = dout[Kx :] + dz W_y
+//
+// Tiling     the gates are a product over the two sources (csrc/concat/forward.h); a second pass over the rows writes
+//            them out beside y. The backward is that of a linear layer, its dx finished on the tile.
+// Precision  float32 beside the products; g is kept in the dtype.
+// Limits     any widths.
+#include "csrc/concat/backward.h"
+#include "csrc/concat/forward.h"
+#include "csrc/cpu/activation.h"
+#include "csrc/gated_concat/gated_concat.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+template <class T>
+const T* row_of(const RowView& view, int64_t row) {
+  const int64_t element = row / view.inner * view.outer_stride + row % view.inner * view.inner_stride;
+  return static_cast<const T*>(view.data) + element;
+}
+
+// [g ∘ x; y; s] of one row.
+template <class T>
+void write_row(const GatedConcatParams& p, int64_t row) {
+  const int64_t gates = p.sources.features, width = p.x_width + p.y_width + 1;
+  const T *x = row_of<T>(p.x, row), *y = row_of<T>(p.y, row), *g = static_cast<const T*>(p.gate) + row * gates;
+  T* out = static_cast<T*>(p.out) + row * width;
+  const vf shared = set1(gates == 1 ? sum(load_as_float(g, 1)) : 0.f);
+  vf total = zero();
+  for (int64_t k = 0; k < p.x_width; k += VW) {
+    const int64_t n = p.x_width - k;
+    const vf gated = load_as_float(x + k, n) * (gates == 1 ? shared : load_as_float(g + k, n));
+    total = total + gated;
+    store_from_float(out + k, gated, n);
+  }
+  std::memcpy(out + p.x_width, y, static_cast<size_t>(p.y_width) * sizeof(T));
+  store_from_float(out + width - 1, set1(sum(total)), 1);
+}
+
+template <bool kPairs>
+void forward(const GatedConcatParams& p) {
+  Scratch bias(round_up(p.sources.features + VW, 16));
+  std::memset(bias.data(), 0, sizeof(float) * static_cast<size_t>(p.sources.features + VW));
+  if (p.bias != nullptr) {
+    with_element_type(p.sources.dtype, p.bias, [&](const auto* b) {
+      for (int64_t c = 0; c < p.sources.features; c += VW) {
+        store(bias.data() + c, load_as_float(b + c, p.sources.features - c));
+      }
+    });
+  }
+  const auto write_gates = [&](int64_t first, int64_t rows, int64_t column, int64_t columns, const float* z,
+                               int64_t stride) {
+    with_element_type(p.sources.dtype, p.gate, [&](auto* gate) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t c = 0; c < columns; c += VW) {
+          const vf logit = load(z + i * stride + c) + load(bias.data() + column + c);
+          store_from_float(gate + (first + i) * p.sources.features + column + c, sigmoid(logit), columns - c);
+        }
+      }
+    });
+  };
+  multiply_concatenation<kPairs>(p.sources, p.workers, PlainLoader{p.sources}, kBlockRows, write_gates);
+  for_each_claim(p.workers, p.sources.rows, 64, [&](int, int64_t begin, int64_t end) {
+    with_element_type(p.sources.dtype, p.out, [&](auto* out) {
+      for (int64_t row = begin; row < end; ++row) write_row<std::remove_pointer_t<decltype(out)>>(p, row);
+    });
+  });
+}
+
+template <bool kPairs>
+class GatedConcatGradient {
+ public:
+  static constexpr int kSums = 1;
+  static constexpr bool kFinishesRows = true, kFinishesWeights = false;
+
+  explicit GatedConcatGradient(const GatedConcatParams& p) : p_(p) {}
+
+  void make(int64_t first, int64_t rows, float* dz, int64_t stride, float* sums) const {
+    with_element_type(p_.sources.dtype, p_.gate, [&](const auto* gate) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(gate)>>;
+      for (int64_t i = 0; i < rows; ++i) {
+        make_row<T>(first + i, dz + i * stride);
+        for (int64_t c = 0; c < stride; c += VW) store(sums + c, load(sums + c) + load(dz + i * stride + c));
+      }
+    });
+  }
+
+  void finish_rows(int64_t s, int64_t first, const SourceRows& present, float* dx, int64_t stride) const {
+    with_element_type(p_.sources.dtype, p_.gate, [&](const auto* gate) {
+      using T = std::remove_const_t<std::remove_pointer_t<decltype(gate)>>;
+      for (int64_t i = 0; i < present.count(); ++i) {
+        const int64_t row = first + i;
+        const T* grad = row_of<T>(p_.grad_out, row);
+        float* to = dx + i * stride;
+        if (s == p_.y_item) {
+          for (int64_t k = 0; k < p_.y_width; k += VW) {
+            store(to + k, load(to + k) + load_as_float(grad + p_.x_width + k, p_.y_width - k));
+          }
+          continue;
+        }
+        const vf of_sum = set1(sum(load_as_float(grad + p_.x_width + p_.y_width, 1)));
+        for (int64_t k = 0; k < p_.x_width; k += VW) {
+          const vf e = load_as_float(grad + k, p_.x_width - k) + of_sum;
+          store(to + k, fma(e, gates(gate, row, k), load(to + k)));
+        }
+      }
+    });
+  }
+
+  void columns(int64_t s, int64_t first, int64_t count, int64_t column, int64_t width, float* panels) const {
+    pack_source_columns<kPairs>(p_.sources.items[s], p_.sources.dtype, first, count, column, width, panels);
+  }
+
+  void finish_sums(const float* sums) const {
+    if (p_.grad_bias == nullptr) return;
+    with_element_type(p_.sources.dtype, p_.grad_bias, [&](auto* out) {
+      for (int64_t c = 0; c < p_.sources.features; c += VW) {
+        store_from_float(out + c, load(sums + c), p_.sources.features - c);
+      }
+    });
+  }
+
+ private:
+  // Gates of the features from k on.
+  template <class T>
+  vf gates(const T* gate, int64_t row, int64_t k) const {
+    const int64_t count = p_.sources.features;
+    return count == 1 && p_.x_width != 1 ? set1(sum(load_as_float(gate + row, 1)))
+                                         : load_as_float(gate + row * count + k, count - k);
+  }
+
+  template <class T>
+  void make_row(int64_t row, float* dz) const {
+    const T *grad = row_of<T>(p_.grad_out, row), *x = row_of<T>(p_.x, row);
+    const T* gate = static_cast<const T*>(p_.gate);
+    const vf of_sum = set1(sum(load_as_float(grad + p_.x_width + p_.y_width, 1)));
+    const bool shared = p_.sources.features == 1;
+    vf total = zero();
+    for (int64_t k = 0; k < p_.x_width; k += VW) {
+      const int64_t n = p_.x_width - k;
+      const vf g = gates(gate, row, k);
+      const vf d = (load_as_float(grad + k, n) + of_sum) * load_as_float(x + k, n) * g * (set1(1.f) - g);
+      if (shared) {
+        total = total + d;
+      } else {
+        store(dz + k, d);
+      }
+    }
+    if (shared) {
+      store(dz, zero());
+      dz[0] = sum(total);
+    }
+  }
+
+  const GatedConcatParams& p_;
+};
+
+template <bool kPairs>
+void backward(const GatedConcatParams& p) {
+  GatedConcatGradient<kPairs> gradient(p);
+  ConcatBackward<kPairs, GatedConcatGradient<kPairs>>(p.sources, p.workers, gradient).run();
+}
+
+}  // namespace
+
+void gated_concat_forward(const GatedConcatParams& p) {
+  if constexpr (kBf16Dot) {
+    if (p.sources.dtype == Dtype::bf16) return forward<true>(p);
+  }
+  forward<false>(p);
+}
+
+void gated_concat_backward(const GatedConcatParams& p) {
+  if constexpr (kBf16Dot) {
+    if (p.sources.dtype == Dtype::bf16) return backward<true>(p);
+  }
+  backward<false>(p);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

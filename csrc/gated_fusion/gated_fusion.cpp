@@ -1,0 +1,139 @@
+// gated_fusion on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_fusion).
+#include "csrc/gated_fusion/gated_fusion.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "csrc/concat/torch_sources.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Call {
+  TorchSources sources;
+  std::vector<ConcatTerm> terms;  // two for each source: values, gates
+  std::vector<Tensor> keep;
+  std::vector<const void*> biases;
+  GatedFusionParams params;
+
+  Call(at::TensorList xs, at::TensorList value_weights, at::TensorList value_biases, const Tensor& gate_weight,
+       const OptionalTensor& gate_bias, const OptionalTensor& presence, double products)
+      : sources("gated_fusion", xs, presence) {
+    GatedFusionParams& p = params;
+    p.modalities = static_cast<int64_t>(xs.size());
+    p.features = value_weights[0].size(0);
+    p.sigmoid = p.modalities == 2 && gate_weight.size(0) == p.features;
+    terms.resize(2 * sources.items.size());
+    for (size_t s = 0; s < sources.items.size(); ++s) {
+      const int64_t i = sources.index[s];
+      ConcatTerm* pair = &terms[2 * s];
+      pair[0] = column_term(value_weights[static_cast<size_t>(i)], 0);
+      pair[0].column = i * p.features;
+      pair[1] = column_term(gate_weight, sources.items[s].column);
+      pair[1].column = p.modalities * p.features;
+      sources.items[s].terms = pair;
+      sources.items[s].term_count = 2;
+    }
+    p.sources = sources.view(p.modalities * p.features + gate_weight.size(0));
+    for (const Tensor& bias : value_biases) biases.push_back(bias.const_data_ptr());
+    if (!biases.empty()) p.value_biases = biases.data();
+    if (gate_bias) p.gate_bias = gate_bias->const_data_ptr();
+    if (presence) {
+      keep.push_back(presence->contiguous());
+      p.present = reinterpret_cast<const uint8_t*>(keep.back().const_data_ptr<bool>());
+      p.present_stride = presence->dim() > 1 ? p.modalities : 0;
+    }
+    p.workers = torch_workers(products * static_cast<double>(p.sources.rows) * static_cast<double>(p.sources.features) *
+                              static_cast<double>(p.sources.columns + 16));
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> gated_fusion_forward(at::TensorList xs, at::TensorList value_weights,
+                                                        at::TensorList value_biases, const Tensor& gate_weight,
+                                                        const OptionalTensor& gate_bias, const OptionalTensor& presence,
+                                                        bool training) {
+  Call call(xs, value_weights, value_biases, gate_weight, gate_bias, presence, 2.);
+  GatedFusionParams& p = call.params;
+  const auto options = gate_weight.options();
+  const Tensor out = at::empty(output_sizes(xs, p.features), options);
+  const int64_t rows = training ? p.sources.rows : 0;
+  const Tensor values = training ? at::empty({rows, p.modalities * p.features}, options) : at::empty({0}, options);
+  const Tensor weights = at::empty(values.sizes(), options);
+  p.out = out.data_ptr();
+  if (training) {
+    p.values = values.data_ptr();
+    p.weights = weights.data_ptr();
+  }
+  if (out.numel() > 0) gated_fusion_kernels().forward(p);
+  return {out, values, weights};
+}
+
+std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList xs, at::TensorList value_weights,
+                                          at::TensorList value_biases, const Tensor& gate_weight,
+                                          const OptionalTensor& gate_bias, const OptionalTensor& presence,
+                                          at::TensorList saved, const c10::List<bool>& needed) {
+  Call call(xs, value_weights, value_biases, gate_weight, gate_bias, presence, 4.);
+  GatedFusionParams& p = call.params;
+  const size_t count = xs.size(), biases = value_biases.size(), gate = 2 * count + biases;
+  std::vector<Tensor> result;
+  // Where a source has no row to read, nothing writes its gradient and those of its weights.
+  std::vector<bool> dropped(count, true);
+  for (const int64_t i : call.sources.index) dropped[static_cast<size_t>(i)] = false;
+  const auto add = [&](const Tensor& like, bool zero) {
+    const bool wanted = needed[result.size()];
+    result.push_back(wanted && zero ? at::zeros(like.sizes(), like.options()) : empty_gradient(like, wanted));
+  };
+  for (size_t i = 0; i < count; ++i) add(xs[i], dropped[i]);
+  for (size_t i = 0; i < count; ++i) add(value_weights[i], dropped[i]);
+  for (size_t i = 0; i < biases; ++i) add(value_biases[i], false);
+  add(gate_weight, call.sources.items.size() < count);
+  add(gate_bias ? *gate_bias : gate_weight, false);
+  result.push_back(at::empty({0}, gate_weight.options()));  // presence
+  if (p.sources.rows == 0 || p.features == 0) {
+    for (Tensor& t : result) t.zero_();
+    return result;
+  }
+  call.sources.set_grads(result, needed);
+  for (size_t s = 0; s < call.sources.items.size(); ++s) {
+    const auto i = static_cast<size_t>(call.sources.index[s]);
+    if (needed[count + i]) set_grad(call.terms[2 * s], result[count + i], 0);
+    if (needed[gate]) set_grad(call.terms[2 * s + 1], result[gate], call.sources.items[s].column);
+  }
+  std::vector<void*> grad_biases;
+  for (size_t i = 0; i < biases; ++i) {
+    grad_biases.push_back(needed[2 * count + i] ? result[2 * count + i].data_ptr() : nullptr);
+  }
+  if (biases > 0) p.grad_value_biases = grad_biases.data();
+  if (needed[gate + 1]) p.grad_gate_bias = result[gate + 1].data_ptr();
+  p.grad_out = row_view(grads[0], call.keep);
+  p.values = saved[0].data_ptr();
+  p.weights = saved[1].data_ptr();
+  gated_fusion_kernels().backward(p);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_gated_fusion_fwd(Tensor[] xs, Tensor[] value_weights, Tensor[] value_biases, Tensor gate_weight, "
+      "Tensor? gate_bias, Tensor? presence, bool training) -> (Tensor out, Tensor values, Tensor weights)");
+  m.def(
+      "_gated_fusion_bwd(Tensor[] grads, Tensor[] xs, Tensor[] value_weights, Tensor[] value_biases, "
+      "Tensor gate_weight, Tensor? gate_bias, Tensor? presence, Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_gated_fusion_fwd", gated_fusion_forward);
+  m.impl("_gated_fusion_bwd", gated_fusion_backward);
+}
+
+}  // namespace mmk
