@@ -96,11 +96,16 @@ MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int
                                      const RowStats& stats, bool dropout) {
   constexpr int kDegree = kPairs ? 3 : 5;
   const vf scale = set1(exponent_scale);
+  vf minus_shift[NR], log2_sum[NR];
+  MMK_UNROLL for (int j = 0; j < NR; ++j) {
+    minus_shift[j] = -load(stats.shift + lane + j * VW);
+    log2_sum[j] = load(stats.log2_sum + lane + j * VW);
+  }
   for (int64_t i = 0; i < keys; ++i) {
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       const int64_t x = lane + j * VW;
       const vf s = load(tile.scores + i * kQueryBlock + x);
-      vf p = exp2<kDegree>(fma(s, scale, -load(stats.shift + x)) - load(stats.log2_sum + x));
+      vf p = exp2<kDegree>(fma(s, scale, minus_shift[j]) - log2_sum[j]);
       if constexpr (kMasked) p = select(s == set1(-kInfinity), zero(), p);  // also in a row of NaN
       vf kept = p;
       store(tile.scores + i * kQueryBlock + x, p);
@@ -293,7 +298,9 @@ void backward_task(const BackwardCall& call, const Task& task, const BackwardTil
       const Panel key_rows = call.keys.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
       const Panel value_rows = call.values.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
       const Panel key_columns = call.keys.columns(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
-      const bool finish = call.steps.always || !(all.begin <= block.key && block.key + block.keys <= all.end);
+      const bool inside = all.begin <= block.key && block.key + block.keys <= all.end;
+      const bool finish = call.steps.always || !inside;
+      const bool masks_at_once = inside && mask.kind == MaskTile::full && call.steps.only_mask();
       if (p.dropout_p > 0.f) dropout_factors(p, block, q.vectors * VW, kQueryBlock, tile.dropped);
       std::memset(tile.mask_key_sums, 0, sizeof(float) * kKeyBlock);
       // The first group meets new keys and values, and the sums that the block will be added to.
@@ -310,18 +317,22 @@ void backward_task(const BackwardCall& call, const Task& task, const BackwardTil
           constexpr int NR = static_cast<int>(vectors);
           vf best[NR];
           MMK_UNROLL for (int v = 0; v < NR; ++v) best[v] = zero();
-          multiply_scores<kPairs, NR, kQueryBlock>(key_rows, block.keys, tile.query_lanes + lane,
-                                                   units<kPairs>(p.head_dim), tile.scores + lane, best, [&] {
-                                                     next_keys.step<false>();
-                                                     next_values.step<false>();
-                                                     sums[0].step<true>();
-                                                     sums[1].step<true>();
-                                                     next_query.step<false>();
-                                                     next_grad.step<false>();
-                                                     next_out.step<false>();
-                                                     next_dq.step<true>();
-                                                   });
-          if (finish) {
+          const auto between_tiles = [&] {
+            next_keys.step<false>();
+            next_values.step<false>();
+            sums[0].step<true>();
+            sums[1].step<true>();
+            next_query.step<false>();
+            next_grad.step<false>();
+            next_out.step<false>();
+            next_dq.step<true>();
+          };
+          with_bool(masks_at_once, [&](auto masks) {
+            multiply_scores<kPairs, masks, NR, kQueryBlock>(key_rows, block.keys, tile.query_lanes + lane,
+                                                            units<kPairs>(p.head_dim), tile.scores + lane, best,
+                                                            {p.scale, mask.entries + lane}, between_tiles);
+          });
+          if (finish && !masks_at_once) {
             finish_scores<NR, kQueryBlock>(p, call.steps, block, window, mask, lane, tile.scores + lane,
                                            p.softcap > 0.f ? tile.capped + lane : nullptr, best);
           }

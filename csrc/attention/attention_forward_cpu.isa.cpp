@@ -163,14 +163,18 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   }
   vf best[NR];
   MMK_UNROLL for (int j = 0; j < NR; ++j) best[j] = set1(-kInfinity);
-  multiply_scores<kPairs, NR, kLanes>(keys, block.keys, group.query, depth, tile.scores, best, [&] {
-    next_keys.step<false>();
-    next_values.step<false>();
-    next_out.step<true>();
-    next_queries.step<false>();
-  });
   const bool inside = group.all.begin <= block.key && block.key + block.keys <= group.all.end;
-  if (call.steps.always || !inside) {
+  const bool masks_at_once = inside && mask.kind == MaskTile::full && call.steps.only_mask();
+  with_bool(masks_at_once, [&](auto masks) {
+    multiply_scores<kPairs, masks, NR, kLanes>(keys, block.keys, group.query, depth, tile.scores, best,
+                                               {p.scale, mask.entries}, [&] {
+                                                 next_keys.step<false>();
+                                                 next_values.step<false>();
+                                                 next_out.step<true>();
+                                                 next_queries.step<false>();
+                                               });
+  });
+  if (!masks_at_once && (call.steps.always || !inside)) {
     finish_scores<NR, kLanes>(p, call.steps, block, window, mask, 0, tile.scores, nullptr, best);
   }
   if (dropout != nullptr) dropout_factors(p, block, NR * VW, kLanes, dropout);
