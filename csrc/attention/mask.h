@@ -98,6 +98,15 @@ MMK_NOINLINE vf transpose_rows(const T* from, int64_t row, int64_t queries, int6
   return lowest;
 }
 
+// The rows of a block of a full mask, of which `keys` are still to be cut by lengths and windows.
+inline RowPrefetch prefetch_mask(const AttentionMask& mask, int64_t b, int64_t h, int64_t query, int64_t queries,
+                                 const KeyBlock& keys, int64_t steps) {
+  if (mask.data == nullptr || mask.query == 0 || mask.key != 1) return {};
+  const int64_t size = mask.dtype == Dtype::boolean ? 1 : element_size(mask.dtype);
+  const int64_t at = b * mask.batch + h * mask.head + query * mask.query + keys.position;
+  return {static_cast<const char*>(mask.data) + at * size, keys.count * size, mask.query * size, queries, steps};
+}
+
 inline void load_mask_tile(const AttentionMask& mask, const ScoreBlock& block, int64_t stride, MaskTile& tile) {
   if (mask.data == nullptr) return;
   const int64_t queries = block.queries, keys = block.keys;

@@ -59,6 +59,13 @@ class MaskGradientSum {
       }
     }
   }
+  RowPrefetch prefetch(const ScoreBlock& block, int64_t steps) const {
+    if (!wanted() || g_.query == 0 || g_.key != 1) return {};
+    const int64_t size = element_size(g_.dtype);
+    return {static_cast<const char*>(g_.data) + at(block, block.query, block.key) * size, block.keys * size,
+            g_.query * size, block.queries, steps};
+  }
+
   // A mask with an entry for each key, the sums over the queries of a block being `sums` [keys].
   void add_per_key(const ScoreBlock& block, const float* sums) const {
     for (int64_t k = 0; k < block.keys; k += VW) {
