@@ -45,11 +45,13 @@ fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
 	$(PYTEST) -n 2 tests/test_cross_attention_fuzz.py $(ARGS)
 
-# Both sanitizers at -O1 are slow: SANITIZE_TESTS chooses what runs. -s, because an aborting
-# test cannot hand pytest the report it captured.
-SANITIZE_TESTS ?= -k "not bitwise and not float16"
+# Both sanitizers at -O1 are slow to compile and to run: SANITIZE_ISAS chooses the instruction sets (a machine with
+# AVX-512 can name avx512_bf16), SANITIZE_TESTS the tests. -s, because an aborting test cannot hand pytest the report
+# it captured.
+SANITIZE_ISAS ?= avx2
+SANITIZE_TESTS ?= -k "$(firstword $(SANITIZE_ISAS)) and not bitwise and not float16"
 sanitize: $(INSTALLED)
-	@MMKERNELS_SANITIZE=1 $(COMPILE)
+	@MMKERNELS_SANITIZE=1 MMKERNELS_ISAS="$(SANITIZE_ISAS)" $(COMPILE)
 	MMKERNELS_LIBRARY_DIR=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(PYTEST) -s -p no:cacheprovider tests/test_cross_attention.py $(SANITIZE_TESTS) $(ARGS)

@@ -4,6 +4,7 @@ MMKERNELS_REQUIRE_NATIVE=1  fail where the library cannot be built, instead of i
 MMKERNELS_BUILD_NATIVE=0    install the pure Python package without trying
 MMKERNELS_TEST_ISA=1        add the widest ISA's code with emulated intrinsics, for tests on machines without it
 MMKERNELS_SANITIZE=1        build with ASan and UBSan into build/sanitize, and leave the package's own library alone
+MMKERNELS_ISAS="a b"        compile these instruction sets only; baseline always is
 CXX, MAX_JOBS               the compiler; the number of parallel compile jobs
 """
 
@@ -136,6 +137,7 @@ def build_native() -> Path:
         f"-DLIBRARY_NAME={LIBRARY}",
         f"-DMMKERNELS_TEST_ISA={'ON' if TEST_ISA else 'OFF'}",
         f"-DMMKERNELS_SANITIZE={'ON' if SANITIZE else 'OFF'}",
+        f"-DMMKERNELS_ISAS={';'.join(os.environ.get('MMKERNELS_ISAS', '').split())}",
     ]
     stamp = directory / "configured.txt"
     arguments = "\n".join(configure)

@@ -38,6 +38,7 @@ struct AttentionMask {  // [B, H, Σ query lengths, Σ key lengths], stride 0 wh
   const void* data = nullptr;
   Dtype dtype = Dtype::f32;  // or boolean: true attends
   int64_t batch = 0, head = 0, query = 0, key = 0;
+  bool* hides = nullptr;  // set to true once an entry hides a score
 };
 
 // The gradient of a float mask, summed over what is broadcast.

@@ -96,11 +96,16 @@ MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int
                                      const RowStats& stats, bool dropout) {
   constexpr int kDegree = kPairs ? 3 : 5;
   const vf scale = set1(exponent_scale);
+  vf minus_shift[NR], log2_sum[NR];
+  MMK_UNROLL for (int j = 0; j < NR; ++j) {
+    minus_shift[j] = -load(stats.shift + lane + j * VW);
+    log2_sum[j] = load(stats.log2_sum + lane + j * VW);
+  }
   for (int64_t i = 0; i < keys; ++i) {
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       const int64_t x = lane + j * VW;
       const vf s = load(tile.scores + i * kQueryBlock + x);
-      vf p = exp2<kDegree>(fma(s, scale, -load(stats.shift + x)) - load(stats.log2_sum + x));
+      vf p = exp2<kDegree>(fma(s, scale, minus_shift[j]) - log2_sum[j]);
       if constexpr (kMasked) p = select(s == set1(-kInfinity), zero(), p);  // also in a row of NaN
       vf kept = p;
       store(tile.scores + i * kQueryBlock + x, p);
@@ -249,7 +254,8 @@ Panel pack_columns(Dtype dtype, const Rows& rows, int64_t b, int64_t h, const Qu
 }
 
 template <bool kPairs>
-void backward_task(const BackwardCall& call, const Task& task, const BackwardTile& tile, float* partial_dq) {
+void backward_task(const BackwardCall& call, const Task& task, const KeyHead* next_head, const BackwardTile& tile,
+                   float* partial_dq) {
   const AttentionParams& p = call.p;
   const int64_t b = task.b, h = task.h, dq_stride = round_up(p.head_dim, VW);
   const QueryBlock q = call.blocks.query_block(task.t);
@@ -270,8 +276,8 @@ void backward_task(const BackwardCall& call, const Task& task, const BackwardTil
   load_stats(call, q, b, h, stats);
 
   const int groups = static_cast<int>(ceil_div(q.vectors, kScoreVectors));
-  const int64_t block_tiles = max(1, min(kKeyBlock, call.blocks.keys) / score_rows(kScoreVectors));
-  const int64_t tiles = groups * block_tiles * part.size(), element = element_size(p.dtype);
+  const int64_t block_tiles = score_tiles(q.vectors, min(kKeyBlock, call.blocks.keys));
+  const int64_t tiles = block_tiles * part.size(), element = element_size(p.dtype);
   RowPrefetch next_query = next_rows(p, segment.query, p.head_dim, q, b, h, tiles);
   RowPrefetch next_grad = next_rows(p, segment.grad_out, p.value_dim, q, b, h, tiles);
   RowPrefetch next_out = next_rows(p, segment.out, p.value_dim, q, b, h, tiles);
@@ -293,35 +299,46 @@ void backward_task(const BackwardCall& call, const Task& task, const BackwardTil
       const Panel key_rows = call.keys.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
       const Panel value_rows = call.values.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
       const Panel key_columns = call.keys.columns(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
-      const bool finish = call.steps.always || !(all.begin <= block.key && block.key + block.keys <= all.end);
+      const bool inside = all.begin <= block.key && block.key + block.keys <= all.end;
+      const bool finish = call.steps.always || !inside;
+      const bool masks_at_once = inside && mask.kind == MaskTile::full && call.steps.only_mask();
       if (p.dropout_p > 0.f) dropout_factors(p, block, q.vectors * VW, kQueryBlock, tile.dropped);
       std::memset(tile.mask_key_sums, 0, sizeof(float) * kKeyBlock);
-      // The first group meets new keys and values, and the sums that the block will be added to.
-      constexpr int64_t kAhead = 16;
-      RowPrefetch next_keys(key_rows.data + kAhead * key_rows.stride, units<kPairs>(p.head_dim) * 4,
-                            key_rows.stride * 4, block.keys, block_tiles);
-      RowPrefetch next_values(value_rows.data + kAhead * value_rows.stride, units<kPairs>(p.value_dim) * 4,
-                              value_rows.stride * 4, block.keys, block_tiles);
-      RowPrefetch sums[2] = {call.grad_key.prefetch(task.slot, b, task.kv_head, keys, block_tiles),
-                             call.grad_value.prefetch(task.slot, b, task.kv_head, keys, block_tiles)};
+      // What the block adds to at its end, and what the next block reads.
+      RowPrefetch sums[3] = {call.grad_key.prefetch(task.slot, b, task.kv_head, keys, block_tiles),
+                             call.grad_value.prefetch(task.slot, b, task.kv_head, keys, block_tiles),
+                             call.grad_mask.prefetch(block, block_tiles)};
+      RowPrefetch next[3];
+      const bool same_task = j + 1 < part.end;
+      const KeyHead here{task.slot, b, task.kv_head};
+      const KeyHead* const head = same_task ? &here : next_head;
+      if (head != nullptr) {
+        const KeyBlock ahead = call.blocks.key_block(same_task ? j + 1 : 0);
+        next[0] = call.keys.prefetch(false, *head, ahead, block_tiles);
+        next[1] = call.values.prefetch(false, *head, ahead, block_tiles);
+      }
+      next[2] = prefetch_mask(p.mask, b, h, q.position + (same_task ? 0 : q.count), q.count,
+                              call.blocks.key_block(same_task ? j + 1 : part.begin), block_tiles);
       for (int g = 0; g < groups; ++g) {
         const int64_t begin = q.vectors * g / groups, lane = begin * VW;
         with_constant<kScoreVectors>(q.vectors * (g + 1) / groups - begin, [&](auto vectors) {
           constexpr int NR = static_cast<int>(vectors);
           vf best[NR];
           MMK_UNROLL for (int v = 0; v < NR; ++v) best[v] = zero();
-          multiply_scores<kPairs, NR, kQueryBlock>(key_rows, block.keys, tile.query_lanes + lane,
-                                                   units<kPairs>(p.head_dim), tile.scores + lane, best, [&] {
-                                                     next_keys.step<false>();
-                                                     next_values.step<false>();
-                                                     sums[0].step<true>();
-                                                     sums[1].step<true>();
-                                                     next_query.step<false>();
-                                                     next_grad.step<false>();
-                                                     next_out.step<false>();
-                                                     next_dq.step<true>();
-                                                   });
-          if (finish) {
+          const auto between_tiles = [&] {
+            for (RowPrefetch& x : next) x.step<false>();
+            for (RowPrefetch& x : sums) x.step<true>();
+            next_query.step<false>();
+            next_grad.step<false>();
+            next_out.step<false>();
+            next_dq.step<true>();
+          };
+          with_bool(masks_at_once, [&](auto masks) {
+            multiply_scores<kPairs, masks, NR, kQueryBlock>(key_rows, block.keys, tile.query_lanes + lane,
+                                                            units<kPairs>(p.head_dim), tile.scores + lane, best,
+                                                            {p.scale, mask.entries + lane}, between_tiles);
+          });
+          if (finish && !masks_at_once) {
             finish_scores<NR, kQueryBlock>(p, call.steps, block, window, mask, lane, tile.scores + lane,
                                            p.softcap > 0.f ? tile.capped + lane : nullptr, best);
           }
@@ -433,7 +450,11 @@ void backward(const AttentionParams& p) {
                         x % call.parts,
                         static_cast<int32_t>(of_head),
                         of_head == group * blocks - 1};
-        backward_task<kPairs>(call, task, tile, partials > 0 ? partial_memory + x * partial_size : nullptr);
+        const int64_t following = begin + (x + 1) / tasks_per_head;
+        const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
+        const bool meets_keys = following < begin + heads && (following != head || key_blocks > 1);
+        backward_task<kPairs>(call, task, meets_keys ? &next : nullptr, tile,
+                              partials > 0 ? partial_memory + x * partial_size : nullptr);
       }
     });
     if (partials == 0) continue;

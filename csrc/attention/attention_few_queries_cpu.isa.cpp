@@ -136,7 +136,7 @@ inline float weigh(const AttentionParams& p, const ScoreSteps& steps, const Scor
     }
     s = load(lanes);
     best = max(best, s);
-    store(scores + i, steps.scale_first ? select(s == set1(-kInfinity), s, exponent_shift(s)) : s);
+    store(scores + i, steps.scale_first ? exponent_or_hidden(s) : s);
   }
   const float block_max = max_lane(best) * steps.score_scale;
   const float raised = !(block_max <= row_max) ? block_max : row_max;

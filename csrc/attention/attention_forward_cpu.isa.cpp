@@ -136,8 +136,7 @@ struct Group {
 
 template <bool kPairs, int NR>
 void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& block, const Window& window, int64_t slot,
-                   const ForwardTile& tile, bool first_group, bool last_block, const Destination* out,
-                   RowPrefetch& next_queries) {
+                   const ForwardTile& tile, bool last_block, const Destination* out, RowPrefetch (&next)[4]) {
   const AttentionParams& p = call.p;
   const int s = static_cast<int>(block.segment - p.keys);
   const int64_t depth = units<kPairs>(p.head_dim), stride = round_up(p.value_dim, VW);
@@ -149,28 +148,24 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   load_mask_tile(p.mask, block, kLanes, mask);
   if (mask.all_masked) return;
 
-  // The first group of a task meets new keys and values, its last block new rows of O.
-  const int64_t tiles = max(1, block.keys / score_rows(NR));
-  RowPrefetch next_keys, next_values, next_out;
-  if (first_group) {
-    constexpr int64_t kAhead = 16;
-    next_keys = {keys.data + kAhead * keys.stride, depth * 4, keys.stride * 4, block.keys, tiles};
-    next_values = {values.data, p.value_dim * 4, values.stride * 4, units<kPairs>(block.keys), tiles};
-  }
+  RowPrefetch rows_of_out;  // met by the last block
   if (last_block && out != nullptr) {
     const int64_t size = element_size(out->dtype);
-    next_out = {out->data, out->features * size, out->stride * size, group.queries.count, tiles};
+    rows_of_out = {out->data, out->features * size, out->stride * size, group.queries.count,
+                   max(1, block.keys / score_rows(NR))};
   }
   vf best[NR];
   MMK_UNROLL for (int j = 0; j < NR; ++j) best[j] = set1(-kInfinity);
-  multiply_scores<kPairs, NR, kLanes>(keys, block.keys, group.query, depth, tile.scores, best, [&] {
-    next_keys.step<false>();
-    next_values.step<false>();
-    next_out.step<true>();
-    next_queries.step<false>();
-  });
   const bool inside = group.all.begin <= block.key && block.key + block.keys <= group.all.end;
-  if (call.steps.always || !inside) {
+  const bool masks_at_once = inside && mask.kind == MaskTile::full && call.steps.only_mask();
+  with_bool(masks_at_once, [&](auto masks) {
+    multiply_scores<kPairs, masks, NR, kLanes>(keys, block.keys, group.query, depth, tile.scores, best,
+                                               {p.scale, mask.entries}, [&] {
+                                                 for (RowPrefetch& x : next) x.step<false>();
+                                                 rows_of_out.step<true>();
+                                               });
+  });
+  if (!masks_at_once && (call.steps.always || !inside)) {
     finish_scores<NR, kLanes>(p, call.steps, block, window, mask, 0, tile.scores, nullptr, best);
   }
   if (dropout != nullptr) dropout_factors(p, block, NR * VW, kLanes, dropout);
@@ -191,7 +186,7 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
 // One task: a block of queries against the key blocks of `part`.
 template <bool kPairs>
 void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b, int64_t h, int64_t slot, Range part,
-                  const ForwardTile& tile, const Partial* partial) {
+                  const KeyHead* next_head, const ForwardTile& tile, const Partial* partial) {
   const AttentionParams& p = call.p;
   const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, kScoreVectors);
   const QuerySegment& segment = *queries.segment;
@@ -219,22 +214,33 @@ void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b,
     pack_lanes<kPairs>(p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
                        x.queries.count, p.head_dim, x.query, kLanes);
   }
-  const int64_t tiles =
-      groups * (part.end - part.begin) * (min(kKeyBlock, call.blocks.keys) / score_rows(kScoreVectors));
-  RowPrefetch next_queries = next_rows(p, segment.query, p.head_dim, queries, b, h, tiles);
-  for (int64_t j = part.begin; j < part.end; ++j) {
+  const int64_t block_tiles = score_tiles(queries.vectors, min(kKeyBlock, call.blocks.keys));
+  int64_t last_block = part.begin - 1;
+  for (int64_t g = 0; g < groups; ++g) last_block = max(last_block, group[g].last_block);
+  RowPrefetch next[4];  // queries; keys, values and mask
+  next[0] = next_rows(p, segment.query, p.head_dim, queries, b, h, block_tiles * (last_block + 1 - part.begin));
+  for (int64_t j = part.begin; j <= last_block; ++j) {
     const KeyBlock keys = call.blocks.key_block(j);
-    bool first_group = true;
+    const KeyHead here{slot, b, h / (p.heads / p.kv_heads)};
+    const KeyHead* const head = j < last_block ? &here : next_head;
+    if (head != nullptr) {
+      const KeyBlock ahead = call.blocks.key_block(j < last_block ? j + 1 : 0);
+      next[1] = call.keys.prefetch(false, *head, ahead, block_tiles);
+      next[2] = call.values.prefetch(true, *head, ahead, block_tiles);
+    }
+    next[3] = j < last_block ? prefetch_mask(p.mask, b, h, queries.position, queries.count,
+                                             call.blocks.key_block(j + 1), block_tiles)
+                             : prefetch_mask(p.mask, b, h, queries.position + queries.count, queries.count,
+                                             call.blocks.key_block(part.begin), block_tiles);
     for (int64_t g = 0; g < groups; ++g) {
       const ScoreBlock block = score_block<kPairs>(p, keys, group[g].any, group[g].queries, b, h);
       if (block.keys == 0) continue;
       const Destination out = out_of(group[g].queries);
       with_constant<kScoreVectors>(group[g].queries.vectors, [&](auto vectors) {
-        forward_group<kPairs, static_cast<int>(vectors)>(call, group[g], block, window, slot, tile, first_group,
+        forward_group<kPairs, static_cast<int>(vectors)>(call, group[g], block, window, slot, tile,
                                                          j == group[g].last_block, partial == nullptr ? &out : nullptr,
-                                                         next_queries);
+                                                         next);
       });
-      first_group = false;
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -308,7 +314,11 @@ void forward(const AttentionParams& p) {
         const Range range{call.blocks.key_blocks * part / call.parts, call.blocks.key_blocks * (part + 1) / call.parts};
         const QueryBlock queries = call.blocks.query_block(t);
         const Partial partial = partial_of(task);
-        forward_task<kPairs>(call, queries, b, h, head - begin, range, tile, call.parts > 1 ? &partial : nullptr);
+        const int64_t following = begin + (task + 1) / tasks_per_head;
+        const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
+        const bool meets_keys = following < begin + heads && (following != head || call.blocks.key_blocks > 1);
+        forward_task<kPairs>(call, queries, b, h, head - begin, range, meets_keys ? &next : nullptr, tile,
+                             call.parts > 1 ? &partial : nullptr);
       }
     });
     if (call.parts == 1) continue;

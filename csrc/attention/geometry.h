@@ -114,6 +114,21 @@ MMK_INLINE int64_t total_queries(const AttentionParams& p) {
   return total;
 }
 
+// How many score tiles `keys` keys make for `vectors` vectors of queries, cut into groups of kScoreVectors.
+MMK_INLINE int64_t score_tiles(int64_t vectors, int64_t keys) {
+  const int64_t groups = ceil_div(vectors, kScoreVectors);
+  int64_t tiles = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    tiles += keys / score_rows(static_cast<int>(vectors * (g + 1) / groups - vectors * g / groups));
+  }
+  return max(1, tiles);
+}
+
+// A key head, and where it is packed.
+struct KeyHead {
+  int64_t slot, b, h;
+};
+
 // Keys of a segment that are not padding.
 MMK_INLINE int64_t valid_keys(const KeySegment& s, int64_t batch) {
   return s.lengths == nullptr ? s.length : min(s.length, max(0, s.lengths[batch]));

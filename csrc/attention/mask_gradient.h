@@ -39,6 +39,14 @@ class MaskGradientSum {
   // A mask with an entry for each query and key: adds dS of a group of lanes.
   void add_full(const ScoreBlock& block, const float* ds, int64_t stride, int64_t lane, int64_t lanes) const {
     const int64_t count = min(lanes, block.queries - lane);
+    if (g_.key == 1) {
+      with_element_type(g_.dtype, g_.data, [&](auto* p) {
+        p += at(block, block.query + lane, block.key);
+        with_bool(g_.zeroed,
+                  [&](auto adds) { transpose_lanes<adds>(ds + lane, stride, count, block.keys, p, g_.query); });
+      });
+      return;
+    }
     for (int64_t i = 0; i < count; i += VW) {
       for (int64_t k = 0; k < block.keys; k += VW) {
         const int64_t n = min(VW, block.keys - k);
@@ -51,6 +59,13 @@ class MaskGradientSum {
       }
     }
   }
+  RowPrefetch prefetch(const ScoreBlock& block, int64_t steps) const {
+    if (!wanted() || g_.query == 0 || g_.key != 1) return {};
+    const int64_t size = element_size(g_.dtype);
+    return {static_cast<const char*>(g_.data) + at(block, block.query, block.key) * size, block.keys * size,
+            g_.query * size, block.queries, steps};
+  }
+
   // A mask with an entry for each key, the sums over the queries of a block being `sums` [keys].
   void add_per_key(const ScoreBlock& block, const float* sums) const {
     for (int64_t k = 0; k < block.keys; k += VW) {
@@ -73,6 +88,31 @@ class MaskGradientSum {
   }
 
  private:
+  // dS [keys][lanes] to (with kAdd: onto) rows of entries, one to a query. Reads whole vectors of keys.
+  template <bool kAdd, class T>
+  static MMK_NOINLINE void transpose_lanes(const float* ds, int64_t stride, int64_t queries, int64_t keys, T* to,
+                                           int64_t row) {
+    for (int64_t i = 0; i < queries; i += VW) {
+      const int64_t count = min(VW, queries - i);
+      for (int64_t k = 0; k < keys; k += VW) {
+        vf r[VW];
+        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load(ds + (k + x) * stride + i);
+        transpose(r);
+        T* const entries = to + i * row + k;
+        const auto put = [&](int x, int64_t n) {
+          T* const e = entries + x * row;
+          store_from_float(e, kAdd ? load_as_float(e, n) + r[x] : r[x], n);
+        };
+        if (count == VW && k + VW <= keys) {
+          MMK_UNROLL for (int x = 0; x < VW; ++x) put(x, VW);
+        } else {
+          const int64_t n = min(VW, keys - k);
+          for (int x = 0; x < count; ++x) put(x, n);
+        }
+      }
+    }
+  }
+
   int64_t at(const ScoreBlock& block, int64_t query, int64_t key) const {
     return block.b * g_.batch + block.h * g_.head + query * g_.query + key * g_.key;
   }

@@ -87,6 +87,15 @@ class Panels {
     if (!pairs_) return rows(slot, b, h, s, first);
     return {memory_ + slot * size_ + columns_at_[s] + first / 2 * padded_, padded_};
   }
+  // The rows of a block, or its columns.
+  RowPrefetch prefetch(bool as_columns, const KeyHead& x, const KeyBlock& k, int64_t steps) const {
+    if (pairs_ && as_columns) {
+      const Panel panel = columns(x.slot, x.b, x.h, k.index, k.first);
+      return {panel.data, features_ * 4, panel.stride * 4, units<true>(k.count), steps};
+    }
+    const Panel panel = rows(x.slot, x.b, x.h, k.index, k.first);
+    return {panel.data, (pairs_ ? units<true>(features_) : features_) * 4, panel.stride * 4, k.count, steps};
+  }
 
  private:
   const Rows& source(int s) const { return values_ ? p_->keys[s].value : p_->keys[s].key; }

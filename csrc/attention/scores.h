@@ -3,6 +3,7 @@
 // A row of the block is `stride` floats long; a group of NR vectors of lanes is worked on at a time.
 #pragma once
 
+#include "csrc/attention/mask.h"
 #include "csrc/attention/pack.h"
 #include "csrc/cpu/philox.h"
 
@@ -10,40 +11,60 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-template <bool kPairs, int MR, int NR, int kStride>
-MMK_NOINLINE void score_tile(Panel key, const float* query_lanes, int64_t depth, float* scores, vf (&best)[NR]) {
+// Probabilities are made as 2^(exponent_scale · S - shift), where shift is row_max · log2e, rounded: one rounding in
+// all, so that their error does not grow with the scores. A shift is finite, so that a difference of two is never NaN.
+MMK_INLINE float exponent_shift(float row_max) {
+  const float shift = row_max * kLog2e;
+  return shift < -FLT_MAX ? -FLT_MAX : shift;
+}
+MMK_INLINE vf exponent_shift(vf row_max) { return max(set1(-FLT_MAX), row_max * set1(kLog2e)); }
+// A score as an exponent of 2; one of -inf stays hidden.
+MMK_INLINE vf exponent_or_hidden(vf s) { return select(s == set1(-kInfinity), s, exponent_shift(s)); }
+
+// A float mask's full tile of entries and the scale that precede it, as much as a tile of scores needs to be finished
+// at once.
+struct ScaleAndMask {
+  float scale;
+  const float* entries;  // laid out as the scores
+};
+
+// scale · S + entry; -inf hides whatever it is added to.
+MMK_INLINE vf masked_score(vf s, vf scale, vf entry) {
+  return select(entry == set1(-kInfinity), entry, fma(s, scale, entry));
+}
+
+// With kMask the scores are finished: best is their maximum, what is stored is exponents of 2.
+template <bool kPairs, bool kMask, int MR, int NR, int kStride>
+MMK_NOINLINE void score_tile(Panel key, const float* query_lanes, int64_t depth, float* scores, vf (&best)[NR],
+                             const ScaleAndMask& mask) {
   vf acc[MR][NR];
   clear(acc);
   accumulate<kPairs>(acc, key.data, key.stride, Constant<1>{}, query_lanes, Constant<kStride>{}, depth);
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
     vf top = best[j];
     MMK_UNROLL for (int r = 0; r < MR; ++r) {
-      store(scores + r * kStride + j * VW, acc[r][j]);
-      top = max(top, acc[r][j]);
+      const int64_t at = r * kStride + j * VW;
+      vf s = acc[r][j];
+      if constexpr (kMask) s = masked_score(s, set1(mask.scale), load(mask.entries + at));
+      top = max(top, s);
+      store(scores + at, kMask ? exponent_or_hidden(s) : s);
     }
     best[j] = top;
   }
 }
 
 // S[keys][NR·VW] = K · Qᵀ; best[j] becomes the maximum of itself and the scores in its lane. Calls between_tiles() once
-// per tile, of which there are keys / score_rows(NR).
-template <bool kPairs, int NR, int kStride, class Function>
+// per tile, of which there are keys / score_rows(NR). With kMask as score_tile.
+template <bool kPairs, bool kMask, int NR, int kStride, class Function>
 MMK_INLINE void multiply_scores(Panel key, int64_t keys, const float* query_lanes, int64_t depth, float* scores,
-                                vf (&best)[NR], Function between_tiles) {
+                                vf (&best)[NR], const ScaleAndMask& mask, Function between_tiles) {
   for_runs<score_rows(NR)>(keys, [&](auto rows, int64_t i) {
     between_tiles();
-    score_tile<kPairs, static_cast<int>(rows), NR, kStride>({key.data + i * key.stride, key.stride}, query_lanes, depth,
-                                                            scores + i * kStride, best);
+    score_tile<kPairs, kMask, static_cast<int>(rows), NR, kStride>({key.data + i * key.stride, key.stride}, query_lanes,
+                                                                   depth, scores + i * kStride, best,
+                                                                   {mask.scale, mask.entries + i * kStride});
   });
 }
-
-// Where a block of scores stands.
-struct ScoreBlock {
-  int64_t b = 0, h = 0, kv_head = 0;
-  const KeySegment* segment = nullptr;
-  int64_t key_in_segment = 0, key = 0, keys = 0;  // first key in its segment and among all keys, and their number
-  int64_t query = 0, queries = 0;                 // first query among all queries, and their number
-};
 
 // What of a block of keys the queries of `q` may attend to, `any` being their window; no keys if nothing.
 template <bool kPairs>
@@ -64,82 +85,6 @@ ScoreBlock score_block(const AttentionParams& p, const KeyBlock& k, Range any, c
           q.count};
 }
 
-// A mask's entries for a block of scores. Boolean masks are read as 0 and -inf; -inf masks whatever it is added to.
-struct MaskTile {
-  enum Kind { none, per_key, per_query, full } kind = none;
-  float* entries = nullptr;  // [keys], [lanes] or [keys][stride]
-  bool all_masked = false;   // only told of a mask per key
-};
-
-MMK_INLINE vf load_mask(const AttentionMask& mask, int64_t at, int64_t n) {
-  vf result = zero();
-  if (mask.dtype == Dtype::boolean) {
-    alignas(16) uint8_t bytes[VW] = {};
-    const auto* p = static_cast<const uint8_t*>(mask.data) + at;
-    if (n < VW) std::memcpy(bytes, p, static_cast<size_t>(n));
-    return select(load_bool(n < VW ? bytes : p), zero(), set1(-kInfinity));
-  }
-  with_element_type(mask.dtype, mask.data, [&](const auto* p) { result = load_as_float(p + at, n); });
-  return result;
-}
-
-// `count` entries that lie `step` apart.
-inline void load_mask_strided(const AttentionMask& mask, int64_t at, int64_t step, int64_t count, float* out) {
-  for (int64_t i = 0; i < count;) {
-    const int64_t n = step == 1 ? min(VW, count - i) : 1;
-    store_partial(out + i, load_mask(mask, at + i * step, n), n);
-    i += n;
-  }
-}
-
-inline void load_mask_tile(const AttentionMask& mask, const ScoreBlock& block, int64_t stride, MaskTile& tile) {
-  if (mask.data == nullptr) return;
-  const int64_t queries = block.queries, keys = block.keys;
-  const int64_t at = block.b * mask.batch + block.h * mask.head + block.query * mask.query + block.key * mask.key;
-  if (mask.query == 0) {  // also a mask that is the same everywhere
-    tile.kind = MaskTile::per_key;
-    load_mask_strided(mask, at, mask.key, keys, tile.entries);
-    tile.all_masked = true;
-    for (int64_t i = 0; i < keys && tile.all_masked; ++i) tile.all_masked = tile.entries[i] == -kInfinity;
-  } else if (mask.key == 0) {
-    tile.kind = MaskTile::per_query;
-    for (int64_t i = queries; i < round_up(queries, VW); ++i) tile.entries[i] = 0.f;
-    load_mask_strided(mask, at, mask.query, queries, tile.entries);
-  } else {
-    tile.kind = MaskTile::full;
-    for (int64_t i = 0; i < queries; i += VW) {
-      for (int64_t k = 0; k < keys; k += VW) {
-        const int64_t n = min(VW, keys - k);
-        vf r[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) {
-          r[x] = zero();
-          if (i + x >= queries) continue;
-          const int64_t from = at + (i + x) * mask.query + k * mask.key;
-          if (mask.key == 1) {
-            r[x] = load_mask(mask, from, n);
-          } else {
-            alignas(64) float lanes[VW] = {};
-            load_mask_strided(mask, from, mask.key, n, lanes);
-            r[x] = load(lanes);
-          }
-        }
-        transpose(r);
-        MMK_UNROLL for (int x = 0; x < VW; ++x) {
-          if (x < n) store(tile.entries + (k + x) * stride + i, r[x]);
-        }
-      }
-    }
-  }
-}
-
-// Probabilities are made as 2^(exponent_scale · S - shift), where shift is row_max · log2e, rounded: one rounding in
-// all, so that their error does not grow with the scores. A shift is finite, so that a difference of two is never NaN.
-MMK_INLINE float exponent_shift(float row_max) {
-  const float shift = row_max * kLog2e;
-  return shift < -FLT_MAX ? -FLT_MAX : shift;
-}
-MMK_INLINE vf exponent_shift(vf row_max) { return max(set1(-FLT_MAX), row_max * set1(kLog2e)); }
-
 // Which of the steps between product and softmax a call needs.
 struct ScoreSteps {
   explicit ScoreSteps(const AttentionParams& p) {
@@ -159,6 +104,9 @@ struct ScoreSteps {
     return scale_first ? 0.f : static_cast<float>(exponent_shift(row_max) * 0.6931471805599453 - row_max);
   }
 
+  // Whether all there is to do is to scale and to add a float mask's entries, but for a window.
+  bool only_mask() const { return float_mask && !softcap && !poisoned; }
+
   bool float_mask, scale_first, softcap, poisoned = false, always;
   float score_scale;     // what is left to multiply a maximum by
   float exponent_scale;  // what is left to multiply a finished score by to make it an exponent of 2
@@ -169,13 +117,13 @@ struct ScoreSteps {
 template <int NR, int kStride>
 void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, const Window& window,
                    const MaskTile& mask, int64_t lane, float* scores, float* capped, vf (&best)[NR]) {
-  const vf scale = set1(steps.scale_first ? p.scale : 1.f);
-  const vf cap = set1(p.softcap);
+  const float scale_or_1 = steps.scale_first ? p.scale : 1.f;
+  const vf scale = set1(scale_or_1), cap = set1(p.softcap);
   vf first[NR], last[NR];  // positions of the first and last key that the query in a lane attends to
   const bool windowed = window.bounded();
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
     alignas(64) float begin[VW] = {}, end[VW] = {};
-    for (int x = 0; x < VW; ++x) {
+    for (int x = 0; windowed && x < VW; ++x) {
       const int64_t query = block.query + lane + j * VW + x;
       begin[x] = static_cast<float>(max(-1, min(block.keys, window.begin(query) - block.key)));
       end[x] = static_cast<float>(max(-1, min(block.keys, window.end(query) - block.key)));
@@ -193,23 +141,26 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
     const bool poison = poisoned != nullptr && poisoned[i] != 0;
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       float* at = scores + i * kStride + j * VW;
-      vf s = poison ? set1(NAN) : load(at) * scale;
+      vf s = poison ? set1(NAN) : load(at), factor = scale;
       if (steps.softcap) {
-        s = cap * tanh(s / cap);
+        s = cap * tanh(s * scale / cap);
+        factor = set1(1.f);
         if (capped != nullptr) store(capped + i * kStride + j * VW, s);
       }
       if (mask.kind != MaskTile::none) {
         const vf entry = mask.kind == MaskTile::per_key     ? set1(mask.entries[i])
                          : mask.kind == MaskTile::per_query ? load(mask.entries + lane + j * VW)
                                                             : load(mask.entries + i * kStride + lane + j * VW);
-        s = select(entry == set1(-kInfinity), entry, s + entry);
+        s = masked_score(s, factor, entry);
+      } else {
+        s = s * factor;
       }
       if (windowed) {
         s = select(index < first[j], set1(-kInfinity), s);
         s = select(index >= last[j], set1(-kInfinity), s);
       }
       best[j] = max(best[j], s);
-      if (steps.scale_first) s = select(s == set1(-kInfinity), s, exponent_shift(s));
+      if (steps.scale_first) s = exponent_or_hidden(s);
       store(at, s);
     }
   }

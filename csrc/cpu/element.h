@@ -39,6 +39,9 @@ MMK_INLINE void store_from_float(T* p, vf x, int64_t n) {
   std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
 }
 
+MMK_INLINE vf load_as_float(const float* p, int64_t n) { return n >= VW ? load(p) : load_partial(p, n); }
+MMK_INLINE void store_from_float(float* p, vf x, int64_t n) { n >= VW ? store(p, x) : store_partial(p, x, n); }
+
 // Calls f(T*) with the pointer in its element type.
 template <class Function>
 MMK_INLINE void with_element_type(Dtype dtype, const void* p, Function f) {

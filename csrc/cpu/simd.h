@@ -3,7 +3,8 @@
 //
 //   vf                         VW floats in one register; +, -, *, comparison and ?: work as for floats
 //   kRegisters, kFma, kBf16Dot how many registers there are, and whether fma and the bf16 pair product are instructions
-//   load, store, set1, fma, max, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair operations
+//   load_partial, store_partial  the first n <= VW floats, zero behind them; nothing beyond is read or written
+//   load, store, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair operations
 //
 // Everything is in an anonymous namespace inside mmk::<isa>, so that the linker cannot merge two instruction sets.
 #pragma once
@@ -95,19 +96,6 @@ MMK_INLINE vf tanh(vf x) {
   const vf size = max(-x, x), bounded = select(size > set1(10.f), set1(10.f), size);  // tanh 10 rounds to 1; NaN stays
   const vf far = set1(1.f) - set1(2.f) / (exp2<5>(bounded * set1(2.f * kLog2e)) + set1(1.f));
   return select(size < set1(0.625f), near, select(x < zero(), -far, far));
-}
-
-// The first n < VW floats, zero behind them; nothing beyond is read.
-MMK_INLINE vf load_partial(const float* p, int64_t n) {
-  alignas(64) float lanes[VW] = {};
-  std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
-  return load(lanes);
-}
-
-MMK_INLINE void store_partial(float* p, vf x, int64_t n) {
-  alignas(64) float lanes[VW];
-  store(lanes, x);
-  std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(float));
 }
 
 }  // namespace

@@ -17,10 +17,17 @@ typedef int32_t vi __attribute__((vector_size(32)));
 
 MMK_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 MMK_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+MMK_INLINE __m256i first_lanes(int64_t n) {
+  static constexpr int32_t kMasks[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kMasks + 8 - n));
+}
+MMK_INLINE vf load_partial(const float* p, int64_t n) { return _mm256_maskload_ps(p, first_lanes(n)); }
+MMK_INLINE void store_partial(float* p, vf x, int64_t n) { _mm256_maskstore_ps(p, first_lanes(n), x); }
 MMK_INLINE vf set1(float x) { return _mm256_set1_ps(x); }
 MMK_INLINE vf zero() { return _mm256_setzero_ps(); }
 MMK_INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 MMK_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+MMK_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }  // the same
 MMK_INLINE vf select(vi mask, vf a, vf b) { return _mm256_blendv_ps(b, a, (vf)mask); }
 MMK_INLINE vf round_down(vf x) { return _mm256_floor_ps(x); }
 

@@ -21,10 +21,14 @@ typedef int32_t vi __attribute__((vector_size(64)));
 
 MMK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 MMK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+MMK_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+MMK_INLINE vf load_partial(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+MMK_INLINE void store_partial(float* p, vf x, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
 MMK_INLINE vf set1(float x) { return _mm512_set1_ps(x); }
 MMK_INLINE vf zero() { return _mm512_setzero_ps(); }
 MMK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 MMK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+MMK_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }  // the same
 MMK_INLINE vf select(vi mask, vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask((__m512i)mask), a); }
 MMK_INLINE vf round_down(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 

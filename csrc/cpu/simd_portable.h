@@ -34,10 +34,17 @@ MMK_INLINE vf load(const float* p) {
   return x;
 }
 MMK_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+MMK_INLINE vf load_partial(const float* p, int64_t n) {
+  vf x{};
+  std::memcpy(&x, p, static_cast<size_t>(n) * sizeof(float));
+  return x;
+}
+MMK_INLINE void store_partial(float* p, vf x, int64_t n) { std::memcpy(p, &x, static_cast<size_t>(n) * sizeof(float)); }
 MMK_INLINE vf set1(float x) { return x - vf{}; }
 MMK_INLINE vf zero() { return vf{}; }
 MMK_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 MMK_INLINE vf max(vf a, vf b) { return a > b ? a : b; }  // b where either is NaN
+MMK_INLINE vf min(vf a, vf b) { return a < b ? a : b; }  // the same
 MMK_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 
 MMK_INLINE vf round_down(vf x) {

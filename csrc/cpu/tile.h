@@ -67,6 +67,12 @@ MMK_INLINE void with_constant(int64_t n, Function f) {
   }
 }
 
+// Calls f(std::true_type) or f(std::false_type).
+template <class Function>
+MMK_INLINE void with_bool(bool b, Function f) {
+  b ? f(std::true_type{}) : f(std::false_type{});
+}
+
 // Cuts 0 … n into runs of kStep and a shorter last one: f(Constant<length>, start).
 template <int kStep, class Function>
 MMK_INLINE void for_runs(int64_t n, Function f) {

@@ -123,8 +123,9 @@ bool has_no_scores(const Inputs& in) {
   return in.query.size(0) * in.query.size(1) * in.query.size(2) * in.key.size(2) == 0;
 }
 
-bool is_masked(const Inputs& in, const Options& o) {
-  return in.mask || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
+// Whether some score was hidden: by lengths, a window, or as the kernel found by an entry of the mask.
+bool is_masked(const Inputs& in, const Options& o, bool mask_hides) {
+  return mask_hides || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
 }
 
 bool is_finite(const Tensor& t) {
@@ -162,8 +163,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
     return {out, row_max, log_sum};
   }
   const AttentionKernels kernels = attention_kernels();
+  bool mask_hides = false;
   const auto run = [&](const Tensor& poisoned) {
     AttentionParams p = make_params(in, o, 2.);
+    p.mask.hides = &mask_hides;
     p.queries[0].out = rows_of(out);
     if (with_lse) {
       p.queries[0].row_max = row_max.data_ptr<float>();
@@ -176,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
   };
   run({});
   // What is masked must not reach the output, and 0 · NaN would: only then are K and V looked at.
-  if (is_masked(in, o) && !is_finite(out)) {
+  if (is_masked(in, o, mask_hides) && !is_finite(out)) {
     if (const Tensor poisoned = take_out_poison(in); poisoned.defined()) run(poisoned);
   }
   return {out, row_max, log_sum};
@@ -200,8 +203,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
       grad_mask[3] && !(mask->size(0) == query.size(0) && mask->size(1) == query.size(1) &&
                         mask->size(2) == query.size(2) && mask->size(3) == key.size(2));
 
+  bool mask_hides = false;
   const auto run = [&](const Tensor& poisoned) {
     AttentionParams p = make_params(in, o, 5.);
+    p.mask.hides = &mask_hides;
     QuerySegment& q = p.queries[0];
     q.out = rows_of(out);
     q.grad_out = rows_of(grad);
@@ -228,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     return {dq, dk, dv, dmask};
   }
   run({});
-  if (is_masked(in, o) && !(is_finite(dq) && is_finite(dk) && is_finite(dv) && is_finite(dmask))) {
+  if (is_masked(in, o, mask_hides) && !(is_finite(dq) && is_finite(dk) && is_finite(dv) && is_finite(dmask))) {
     const Tensor empty = row_max_dense.eq(-kInfinity).unsqueeze(-1);
     in.query = query.masked_fill(empty, 0);
     grad = grad_out.masked_fill(empty, 0);
