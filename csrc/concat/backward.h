@@ -243,7 +243,10 @@ class ConcatBackward {
                                   min(kDepth, depth - n), c);
         }
       }
-      add = true;
+      add |= depth > 0;
+    }
+    if (!add) {  // no feature, no sum
+      for (int64_t i = 0; i < rows; ++i) std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
     }
     if (straight) return;
     if constexpr (Policy::kFinishesRows) policy_.finish_rows(s, first, present, dx, stride);
@@ -288,12 +291,26 @@ class ConcatBackward {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
           }
-          multiply_panels<kPairs>({transposed_ + term.column * transposed_stride_ + unit, transposed_stride_},
-                                  term.features, panels, units<kPairs>(count), c);
+          multiply_features(term, unit, units<kPairs>(count), panels, c);
         }
         sums += term.features * padded;
       }
     });
+  }
+
+  // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
+  // all panels pass, the next block being fetched meanwhile.
+  void multiply_features(const ConcatTerm& term, int64_t unit, int64_t depth, const float* panels, Block c) const {
+    const float* dz = transposed_ + term.column * transposed_stride_ + unit;
+    float* const to = c.data;
+    for (int64_t n = 0; n < term.features; n += kBlockRows) {
+      const int64_t count = min(kBlockRows, term.features - n);
+      c.data = to + n * c.stride;
+      const float* next = dz + (n + count) * transposed_stride_;
+      multiply_panels<kPairs>({dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
+                              RowPrefetch(next, depth * 4, transposed_stride_ * 4,
+                                          min(kBlockRows, term.features - n - count), tiles_of(count, c.columns)));
+    }
   }
 
   // From the float sums.

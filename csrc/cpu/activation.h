@@ -9,7 +9,6 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-MMK_INLINE vf min(vf a, vf b) { return select(a < b, a, b); }  // b where either is NaN
 MMK_INLINE vf exp_of(vf x) { return exp2<5>(x * set1(kLog2e)); }
 
 // 1 / (1 + e^-z), from e^-|z|, which does not overflow.

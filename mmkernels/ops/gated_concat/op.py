@@ -16,13 +16,18 @@ def _gated_concat_fake(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None
     return out, out.new_empty((math.prod(lead), weight.shape[0]))
 
 
+def _gated_concat_saved(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    gate = reference.gate(x, y, weight, bias)
+    return (gate.reshape(math.prod(gate.shape[:-1]), gate.shape[-1]).contiguous(),)
+
+
 gated_concat_op = DifferentiableOp(
     "gated_concat",
     "Tensor x, Tensor y, Tensor weight, Tensor? bias",
     outputs="Tensor out",
     saved="Tensor gate",  # [rows, Kx or 1]
     reference=reference.gated_concat,
-    reference_saved=lambda *args: (reference.gate(*args).reshape(-1, args[2].shape[0]).contiguous(),),
+    reference_saved=_gated_concat_saved,
     fake=_gated_concat_fake,
     cpu=native_backend("gated_concat"),
 )

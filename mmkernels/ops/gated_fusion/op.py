@@ -29,7 +29,8 @@ def _gated_fusion_fake(
 
 def _gated_fusion_saved(*args: Any) -> tuple[Tensor, Tensor]:
     weights, values = reference.weights_and_values(*args)  # [*, M, N]
-    return tuple(t.reshape(-1, t.shape[-2] * t.shape[-1]).contiguous() for t in (values, weights))
+    rows = math.prod(values.shape[:-2]), values.shape[-2] * values.shape[-1]
+    return values.reshape(rows), weights.reshape(rows)
 
 
 gated_fusion_op = DifferentiableOp(
