@@ -67,6 +67,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=native_only)])
+def either_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, the library on the machine's own instruction set: for tests that the kernel hardly matters to."""
+    yield from use_implementation(Implementation(request.param))
+
+
 @pytest.fixture(params=NATIVE_PARAMETERS)
 def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, the compiled library alone."""

@@ -106,11 +106,12 @@ def test_the_reference_is_the_written_out_formula() -> None:
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @each_dtype
 def test_a_mean_of_a_thousand_deviations_loses_nothing(norm: str, dtype: torch.dtype, backend: str) -> None:
-    """E[x²] − E[x]² in float32 would be off by several per cent here."""
+    """E[x²] − E[x]² in float32 would be off by several per cent here. In float32 the mean's own last digit decides."""
     xs, g, h, weight, bias = make((33,), (150, 70), 40, dtype, mean=1e3)
     for activation in (None, "gelu"):
         options: dict[str, Any] = {"norm": norm, "activation": activation}
-        (got,) = check_op(mmk.concat_norm_linear, xs, g, h, weight, bias, backend=backend, **options)
+        factor = 4.0 if dtype == torch.float32 else 2.0
+        (got,) = check_op(mmk.concat_norm_linear, xs, g, h, weight, bias, backend=backend, factor=factor, **options)
         if dtype == torch.float32:
             wide = [x.double() for x in xs], *(x.double() for x in (g, h, weight, bias))
             with mmk.use_backend("reference"):

@@ -51,6 +51,8 @@ def eager_values_readable(*tensors: Tensor) -> bool:
 
 
 def autocast_is_on(device: torch.device) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # the cheap question, and nearly always the last
+        return False
     kind = device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
