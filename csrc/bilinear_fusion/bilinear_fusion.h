@@ -34,10 +34,10 @@ struct BilinearKernels {
   void (*backward)(const BilinearParams&);  // reads both projections, writes each gradient that is set
 };
 
-#define MMK_DECLARE(name)                         \
-  namespace name {                                \
-  void bilinear_forward(const BilinearParams&);   \
-  void bilinear_backward(const BilinearParams&);  \
+#define MMK_DECLARE(name)                        \
+  namespace name {                               \
+  void bilinear_forward(const BilinearParams&);  \
+  void bilinear_backward(const BilinearParams&); \
   }
 MMK_FOR_EACH_ISA(MMK_DECLARE)
 #undef MMK_DECLARE

@@ -12,7 +12,6 @@
 // Precision  float32; the kept projections have the inputs' dtype, as where plain code would keep them.
 // Limits     any sizes.
 #include "csrc/bilinear_fusion/bilinear_fusion.h"
-
 #include "csrc/cpu/products.h"
 
 namespace mmk {
@@ -21,7 +20,7 @@ namespace {
 
 constexpr int64_t kMostLanes = 96, kProjections = 256, kDepth = 128;
 constexpr int64_t kFewRowsDepth = 1024;
-constexpr int64_t kTileRows = 96, kTileColumns = 256, kChunk = 256;
+constexpr int64_t kTileRows = 96, kTileColumns = 256, kChunk = 128;
 
 const void* element(const void* data, Dtype dtype, int64_t at) {
   return static_cast<const char*>(data) + at * element_size(dtype);
@@ -40,7 +39,8 @@ FloatRows as_floats(Dtype dtype, const void* from, int64_t stride, int64_t rows,
   return {scratch, scratch_stride};
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
 
 // Whether so many rows leave too many lanes of a panel idle.
 bool are_few(int64_t rows) { return 2 * rows <= 3 * VW; }
@@ -73,9 +73,9 @@ struct ForwardTile {
     const bool converts = p.dtype != Dtype::f32;
     const int64_t lane_depth = plan.few ? 0 : kDepth;
     features = memory.take(plan.block * lane_depth);
-    weight = memory.take(converts ? (plan.few ? kDotOthers * spread_stride(kFewRowsDepth)
-                                              : plan.projections * spread_stride(kDepth))
-                                  : 0);
+    weight = memory.take(
+        converts ? (plan.few ? kDotOthers * spread_stride(kFewRowsDepth) : plan.projections * spread_stride(kDepth))
+                 : 0);
     for (float*& side : projections) side = memory.take(plan.projections * plan.block);
     pooled = memory.take(plan.outputs * plan.lanes);
     rows = memory.take(plan.lanes * spread_stride(plan.outputs));
@@ -93,9 +93,8 @@ void project(const BilinearParams& p, const BilinearSide& side, const ForwardPla
   if (side.width == 0) std::memset(out, 0, static_cast<size_t>(plan.projections * plan.block) * sizeof(float));
   for (int64_t k = 0; k < side.width; k += kDepth) {
     const int64_t count = min(kDepth, side.width - k);
-    const FloatRows weight =
-        as_floats(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k), side.weight_stride,
-                  projections, count, true, t.weight, spread_stride(kDepth));
+    const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k),
+                                       side.weight_stride, projections, count, true, t.weight, spread_stride(kDepth));
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
       float* features = t.features + i * kDepth * lanes;
@@ -116,14 +115,12 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
   for (int64_t k = 0; k < side.width; k += kFewRowsDepth) {
     const int64_t count = min(kFewRowsDepth, side.width - k);
     constexpr int64_t ld = spread_stride(kFewRowsDepth);
-    const FloatRows x =
-        as_floats(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, count, true, t.x, ld);
+    const FloatRows x = as_floats(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, count, true, t.x, ld);
     const int64_t step = p.dtype == Dtype::f32 ? projections : kDotOthers;
     for (int64_t c = 0; c < projections; c += step) {
       const int64_t some = min(step, projections - c);
-      const FloatRows weight =
-          as_floats(p.dtype, element(side.weight, p.dtype, (first + c) * side.weight_stride + k), side.weight_stride,
-                    some, count, true, t.weight, ld);
+      const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, (first + c) * side.weight_stride + k),
+                                         side.weight_stride, some, count, true, t.weight, ld);
       dot_rows(x.data, x.stride, p.batch, weight.data, weight.stride, some, count, t.partial + c * VW, ldp);
     }
   }
@@ -169,7 +166,8 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
   }
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
 
 struct BackwardTile {
   float *grad_projection, *operand, *sums;  // [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns], the tile
@@ -183,9 +181,8 @@ struct BackwardTile {
 };
 
 // dP of `projections` × `rows`: dz of the output times the other side's projection.
-void form_grad_projection(const BilinearParams& p, const void* other, const float* grad_out, int64_t ldg,
-                          int64_t first, int64_t projections, int64_t first_row, int64_t rows, float* out,
-                          int64_t ldo) {
+void form_grad_projection(const BilinearParams& p, const void* other, const float* grad_out, int64_t ldg, int64_t first,
+                          int64_t projections, int64_t first_row, int64_t rows, float* out, int64_t ldo) {
   with_element_type(p.dtype, other, [&](const auto* q) {
     for (int64_t c = 0; c < projections; ++c) {
       const float* g = grad_out + (first + c) / p.rank * ldg + first_row;
@@ -217,8 +214,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
           multiply(tile.grad_projection, Constant<1>{}, ldd, rows, weight.data, weight.stride, depth, columns,
                    {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
         }
-        write_rows(tile.sums, ldo, rows, columns, p.dtype,
-                   element(side.grad_x, p.dtype, row * side.width + column), side.width);
+        write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
+                   side.width);
       }
     });
   }

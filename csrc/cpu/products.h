@@ -78,7 +78,8 @@ inline void sum_columns(const float* from, int64_t from_stride, int64_t rows, in
   });
 }
 
-// --- C = A · B --------------------------------------------------------------------------------------------------------
+// --- C = A · B
+// --------------------------------------------------------------------------------------------------------
 
 // What becomes of a tile: C = tile; C = C + tile; C = C · tile; or sum = sum + factor · C · tile.
 enum class Combine { store, add, multiply, add_product };
@@ -110,9 +111,8 @@ MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_s
     case Combine::multiply:
       return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
     case Combine::add_product:
-      return each([&](vf x, int64_t at) {
-        store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at)));
-      });
+      return each(
+          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
   }
 }
 
@@ -135,7 +135,8 @@ void multiply(const float* a, RowStride row_stride, KStride k_stride, int64_t ro
   run(Constant<kFeatureRows>{}, Constant<kFeatureVectors>{});
 }
 
-// --- C = A · Bᵀ -------------------------------------------------------------------------------------------------------
+// --- C = A · Bᵀ
+// -------------------------------------------------------------------------------------------------------
 
 // Rows of A and of B of a tile: their products fill the registers beside the rows of A and one of B.
 constexpr int kDotRows = kRegisters == 32 ? 4 : kFma ? 3 : 2;

@@ -19,8 +19,7 @@ std::vector<LowRankModality> modalities_of(const std::vector<Tensor>& xs, const 
   for (size_t i = 0; i < xs.size(); ++i) {
     const Tensor &x = xs[i], &f = factors[i];
     TORCH_INTERNAL_ASSERT(f.dim() == 3 && (f.size(2) <= 1 || f.stride(2) == 1));
-    modalities.push_back(
-        {x.const_data_ptr(), row_stride(x), x.size(1), f.const_data_ptr(), f.stride(0), f.stride(1)});
+    modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1), f.const_data_ptr(), f.stride(0), f.stride(1)});
   }
   return modalities;
 }

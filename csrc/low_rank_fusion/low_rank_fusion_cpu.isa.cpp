@@ -4,15 +4,15 @@
 //   dP_i[r] = w[r] · dy ∘ Π_{j≠i} P_j[r],  dx_i = Σ_r dP_i[r] F_i[r]ᵀ,  dF_i[r] = [1; x_i]ᵀ dP_i[r],
 //   dw[r] = Σ dy ∘ Π_i P_i[r],  dbias = Σ_b dy
 //
-// Tiling     forward: a task owns kRows rows × kOutputs outputs; a rank after the other, the product over the modalities
+// Tiling     forward: a task owns kRows rows × kOutputs outputs; a rank after the other, the product over the
+// modalities
 //            is taken on the register tile and added to y, which stay in the second cache.
 //            backward: a task owns a rank, and walks over blocks of rows; P is formed again, dF stays in scratch.
 // Threads    ranks are added to dx in their order, whichever worker has them; no other sum is shared by two tasks.
 // Precision  float32.
 // Limits     any number of modalities, any widths and ranks.
-#include "csrc/low_rank_fusion/low_rank_fusion.h"
-
 #include "csrc/cpu/products.h"
+#include "csrc/low_rank_fusion/low_rank_fusion.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -86,7 +86,8 @@ FloatRows factor(const LowRankParams& p, const LowRankModality& m, int64_t r, in
   return {scratch, stride};
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
 
 struct ForwardTile {
   Inputs x;
@@ -127,7 +128,8 @@ void forward_task(const LowRankParams& p, const ForwardTile& t, int64_t stride, 
   write_rows(t.sum, stride, rows, outputs, p.dtype, element(p.out, p.dtype, first_row * p.outputs + first), p.outputs);
 }
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
 
 struct BackwardTile {
   Inputs x;
@@ -218,9 +220,9 @@ void backward_rank(const LowRankParams& p, const BackwardTile& t, int64_t r, con
                  {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
       }
       if (m.grad_x != nullptr) {
-        multiply(t.grad_projection, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), p.outputs, m.width,
-                 {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i],
-                  inputs.strides[i]});
+        multiply(
+            t.grad_projection, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), p.outputs, m.width,
+            {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
       }
       grad_factor += (m.width + 1) * ldn;
       columns += p.outputs * spread_stride(m.width);

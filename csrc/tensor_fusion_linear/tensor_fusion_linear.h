@@ -1,4 +1,5 @@
-// tensor_fusion_linear:  y[b, n] = Σ_k W[n, k] · A[b, k] + bias[n],  A[b] = vec(⊗_i [1; x_i[b]]),  first modality slowest.
+// tensor_fusion_linear:  y[b, n] = Σ_k W[n, k] · A[b, k] + bias[n],  A[b] = vec(⊗_i [1; x_i[b]]),  first modality
+// slowest.
 #pragma once
 
 #include "csrc/cpu/dtype.h"

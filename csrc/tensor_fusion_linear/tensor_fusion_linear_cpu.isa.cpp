@@ -15,7 +15,7 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;         // entries of A formed at a time
+constexpr int64_t kDepth = 256;          // entries of A formed at a time
 constexpr int64_t kFewRowsDepth = 1024;  // bound by reading W: longer runs of each of its rows
 constexpr int64_t kBatch = 256, kColumns = 128;
 
@@ -27,7 +27,8 @@ const void* element(const void* data, Dtype dtype, int64_t at) {
 }
 void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
 
-// --- few rows ----------------------------------------------------------------------------------------------------------
+// --- few rows
+// ----------------------------------------------------------------------------------------------------------
 
 struct FewRowsTile {
   Factors x;
@@ -93,11 +94,13 @@ void forward_few_rows(const TensorFusionParams& p) {
   });
 }
 
-// --- rows in the lanes --------------------------------------------------------------------------------------------------
+// --- rows in the lanes
+// --------------------------------------------------------------------------------------------------
 
 struct ForwardTile {
   Position at;
-  float *weight, *expanded, *rows, *sums;  // [outputs][kDepth], [kDepth][lanes], [lanes][outputs], panels of [outputs][lanes]
+  float *weight, *expanded, *rows,
+      *sums;  // [outputs][kDepth], [kDepth][lanes], [lanes][outputs], panels of [outputs][lanes]
   int64_t floats, panel_floats;
   float* panels;
 
@@ -182,7 +185,8 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
   });
 }
 
-// --- the weight's gradient ----------------------------------------------------------------------------------------------
+// --- the weight's gradient
+// ----------------------------------------------------------------------------------------------
 
 struct WeightGradientTile {
   Factors x;

@@ -1,7 +1,8 @@
 //
 //   dA[b, k] = Σ_n dy[b, n] · W[n, k],  and from it dx_i[b, j] = Σ_{k with index j in i} dA[b, k] · Π_{m≠i} [1; x_m][b]
 //
-// Tiling     a task owns a block of rows, cut into panels of a few vectors with the rows in the lanes. kDepth entries of
+// Tiling     a task owns a block of rows, cut into panels of a few vectors with the rows in the lanes. kDepth entries
+// of
 //            W at a time are copied to scratch, dA of a panel is formed for them and contracted at once, lane by lane:
 //            with the last modality as it comes, with each slower one whenever a run of the faster ones is complete.
 // Threads    a task writes the gradients of its own rows; what a lane sums does not depend on the block.
