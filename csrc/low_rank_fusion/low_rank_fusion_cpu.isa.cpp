@@ -158,17 +158,19 @@ float form_grad_projection(const LowRankParams& p, const BackwardTile& t, int64_
                            const float* grad_out, int64_t rows, int64_t block, int64_t ldn) {
   vf total = zero();
   for (int64_t b = 0; b < rows; ++b) {
+    vf of_row = zero();  // apart from the other rows', so that a long sum keeps its digits
     for (int64_t n = 0; n < p.outputs; n += VW) {
       vf g = load(grad_out + b * ldn + n) * set1(weight);
       for (int64_t j = 0; j < p.count; ++j) {
         if (j != i) g = g * load(t.projections + (j * block + b) * ldn + n);
       }
       if (i < 0) {
-        total = total + g;  // beyond the last output dy is zero, and so is the copied factor
+        of_row = of_row + g;  // beyond the last output dy is zero, and so is the copied factor
       } else {
         store(t.grad_projection + b * ldn + n, g);
       }
     }
+    total = total + of_row;
   }
   return i < 0 ? sum(total) : 0.f;
 }

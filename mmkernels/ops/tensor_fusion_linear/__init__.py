@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -53,7 +52,9 @@ def tensor_fusion_linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | No
         xs, weight, bias = fusion.autocast(first.device, xs, weight, bias)
         first = xs[0]
     lead, _ = fusion.check_sources(name, xs)
-    features = math.prod(x.shape[-1] + 1 for x in xs)
+    features = 1
+    for x in xs:
+        features = features * (x.shape[-1] + 1)
     outputs = fusion.check_weight(name, "weight", weight, features, first)
     if bias is not None:
         fusion.check_shaped(name, "bias", bias, (outputs,), first)
