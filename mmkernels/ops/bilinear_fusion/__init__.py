@@ -91,8 +91,9 @@ def _check_inputs(op: str, x: Tensor, y: Tensor) -> None:
         raise checks.type_error(op, "x", "dtype float32, bfloat16, float16 or float64", x.dtype)
     if x.dim() == 0:
         raise checks.value_error(op, "x", "at least 1 dim (*, Kx)", "a scalar")
-    checks.check_tensor(op, "y", y)
-    fusion.check_kind(op, "y", y, x, "x")
+    if not isinstance(y, Tensor) or y.dtype != x.dtype or y.device != x.device:
+        checks.check_tensor(op, "y", y)
+        fusion.check_kind(op, "y", y, x, "x")
     if y.dim() == 0 or y.shape[:-1] != x.shape[:-1]:
         expected = f"shape {fusion.shape_text((*x.shape[:-1], 'Ky'))}, the leading dims of x"
         raise checks.value_error(op, "y", expected, tuple(y.shape))
@@ -100,8 +101,9 @@ def _check_inputs(op: str, x: Tensor, y: Tensor) -> None:
 
 def _check_matrix(op: str, argument: str, weight: Tensor, shape: tuple[int | str, int], x: Tensor) -> int:
     """The number of rows of a weight of that shape; a name stands for a size that is free."""
-    checks.check_tensor(op, argument, weight)
-    fusion.check_kind(op, argument, weight, x, "x")
+    if not isinstance(weight, Tensor) or weight.dtype != x.dtype or weight.device != x.device:
+        checks.check_tensor(op, argument, weight)
+        fusion.check_kind(op, argument, weight, x, "x")
     got = weight.shape
     if len(got) != 2 or got[1] != shape[1] or (not isinstance(shape[0], str) and got[0] != shape[0]):
         raise checks.value_error(op, argument, f"shape {fusion.shape_text(shape)}", tuple(got))

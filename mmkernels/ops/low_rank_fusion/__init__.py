@@ -73,8 +73,9 @@ def _check_factors(op: str, factors: Sequence[Tensor], xs: Sequence[Tensor]) -> 
     outputs: int | str = "N"
     for i, (factor, x) in enumerate(zip(factors, xs, strict=True)):
         argument = f"factors[{i}]"
-        checks.check_tensor(op, argument, factor)
-        fusion.check_kind(op, argument, factor, xs[0])
+        if not isinstance(factor, Tensor) or factor.dtype != xs[0].dtype or factor.device != xs[0].device:
+            checks.check_tensor(op, argument, factor)
+            fusion.check_kind(op, argument, factor, xs[0])
         if i == 0 and factor.dim() == 3:
             rank, _, outputs = factor.shape
         shape = (rank, x.shape[-1] + 1, outputs)
@@ -86,8 +87,9 @@ def _check_factors(op: str, factors: Sequence[Tensor], xs: Sequence[Tensor]) -> 
 
 def _check_row(op: str, argument: str, value: Tensor, size: int, first: Tensor) -> Tensor:
     """``value``, of shape (size,) or (1, size), as (size,)."""
-    checks.check_tensor(op, argument, value)
-    fusion.check_kind(op, argument, value, first)
+    if not isinstance(value, Tensor) or value.dtype != first.dtype or value.device != first.device:
+        checks.check_tensor(op, argument, value)
+        fusion.check_kind(op, argument, value, first)
     if value.shape != (size,) and value.shape != (1, size):
         raise checks.value_error(op, argument, f"shape {(size,)} or {(1, size)}", tuple(value.shape))
     return value if value.dim() == 1 else value.squeeze(0)
