@@ -5,24 +5,30 @@ from __future__ import annotations
 from mmkernels import nn
 from mmkernels._dispatch import Explanation, explain, use_backend
 from mmkernels._errors import UnsupportedError
+from mmkernels.ops.bilinear_fusion import bilinear_fusion
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
+from mmkernels.ops.low_rank_fusion import low_rank_fusion
+from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
     "UnsupportedError",
+    "bilinear_fusion",
     "concat_linear",
     "concat_norm_linear",
     "cross_attention",
     "explain",
     "gated_concat",
     "gated_fusion",
+    "low_rank_fusion",
     "nn",
     "scaled_dot_product_attention",
+    "tensor_fusion_linear",
     "use_backend",
 ]

@@ -3,5 +3,12 @@
 from mmkernels.nn.concat_fusion import ConcatFusion
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
+from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
 
-__all__ = ["ConcatFusion", "GatedFusion", "MultiheadCrossAttention"]
+__all__ = [
+    "ConcatFusion",
+    "GatedFusion",
+    "LowRankFusion",
+    "MultiheadCrossAttention",
+    "TensorFusion",
+]

@@ -1,0 +1,94 @@
+// bilinear_fusion on the CPU, as torch sees it. Arguments were checked at the door.
+#include "csrc/bilinear_fusion/bilinear_fusion.h"
+
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "csrc/cpu/torch_tensors.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+
+BilinearParams make_params(const Tensor& x, const Tensor& y, const Tensor& x_weight, const Tensor& y_weight,
+                           int64_t rank, double products) {
+  BilinearParams p;
+  const auto set = [](BilinearSide& side, const Tensor& t, const Tensor& weight) {
+    side.x = t.const_data_ptr();
+    side.x_stride = row_stride(t);
+    side.width = t.size(1);
+    side.weight = weight.const_data_ptr();
+    side.weight_stride = row_stride(weight);
+  };
+  set(p.sides[0], x, x_weight);
+  set(p.sides[1], y, y_weight);
+  p.batch = x.size(0);
+  p.outputs = x_weight.size(0) / rank;
+  p.rank = rank;
+  p.dtype = floating_dtype_of("bilinear_fusion", x);
+  p.workers = torch_workers(products * static_cast<double>(p.batch) * static_cast<double>(x_weight.size(0)) *
+                            static_cast<double>(x.size(1) + y.size(1)));
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& x, const Tensor& y, const Tensor& x_weight,
+                                                           const Tensor& y_weight, int64_t rank, bool training) {
+  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 1.);
+  const Tensor out = at::empty({p.batch, p.outputs}, x.options());
+  const std::vector<int64_t> kept =
+      training ? std::vector<int64_t>{x_weight.size(0), p.batch} : std::vector<int64_t>{0};
+  const Tensor x_projection = at::empty(kept, x.options()), y_projection = at::empty(kept, x.options());
+  if (out.numel() > 0) {
+    p.out = out.data_ptr();
+    if (training) {
+      p.sides[0].projection = x_projection.data_ptr();
+      p.sides[1].projection = y_projection.data_ptr();
+    }
+    bilinear_kernels().forward(p);
+  }
+  return {out, x_projection, y_projection};
+}
+
+std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, const Tensor& x, const Tensor& y,
+                                             const Tensor& x_weight, const Tensor& y_weight, int64_t rank,
+                                             const std::vector<Tensor>& saved, const c10::List<bool>& needed) {
+  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
+  const std::vector<Tensor> results{empty_gradient(x, needed[0]), empty_gradient(y, needed[1]),
+                                    empty_gradient(x_weight, needed[2]), empty_gradient(y_weight, needed[3])};
+  if (p.batch == 0 || p.outputs == 0) {
+    for (const Tensor& t : results) t.zero_();
+    return results;
+  }
+  const std::vector<Tensor> projections{saved[0].contiguous(), saved[1].contiguous()};
+  p.grad_out = grads[0].const_data_ptr();
+  p.grad_out_stride = row_stride(grads[0]);
+  for (int s = 0; s < 2; ++s) {
+    p.sides[s].projection = projections[s].data_ptr();
+    if (needed[s]) p.sides[s].grad_x = results[s].data_ptr();
+    if (needed[2 + s]) p.sides[s].grad_weight = results[2 + s].data_ptr();
+  }
+  bilinear_kernels().backward(p);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_bilinear_fusion_fwd(Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, bool training) -> "
+      "(Tensor out, Tensor x_projection, Tensor y_projection)");
+  m.def(
+      "_bilinear_fusion_bwd(Tensor[] grads, Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, "
+      "Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_bilinear_fusion_fwd", bilinear_fusion_forward);
+  m.impl("_bilinear_fusion_bwd", bilinear_fusion_backward);
+}
+
+}  // namespace mmk

@@ -1,0 +1,58 @@
+// bilinear_fusion:  z[b, n] = Σ_{j < rank} P[c, b] · Q[c, b],  c = n·rank + j,  P = U xᵀ,  Q = V yᵀ.
+#pragma once
+
+#include "csrc/cpu/dtype.h"
+#include "csrc/cpu/isa.h"
+#include "csrc/cpu/workers.h"
+
+namespace mmk {
+
+// One of the two modalities.
+struct BilinearSide {
+  const void* x = nullptr;  // [B][width]
+  int64_t x_stride = 0;
+  int64_t width = 0;
+  const void* weight = nullptr;  // [rank·N][width]
+  int64_t weight_stride = 0;
+  void* projection = nullptr;   // [rank·N][B], contiguous; null where the forward need not keep it
+  void* grad_x = nullptr;       // [B][width], contiguous, or null
+  void* grad_weight = nullptr;  // [rank·N][width], contiguous, or null
+};
+
+struct BilinearParams {
+  BilinearSide sides[2];
+  int64_t batch = 0, outputs = 0, rank = 1;
+  Dtype dtype = Dtype::f32;
+  void* out = nullptr;             // [B][N], contiguous
+  const void* grad_out = nullptr;  // [B][N]
+  int64_t grad_out_stride = 0;
+  Workers workers;
+};
+
+struct BilinearKernels {
+  void (*forward)(const BilinearParams&);
+  void (*backward)(const BilinearParams&);  // reads both projections, writes each gradient that is set
+};
+
+#define MMK_DECLARE(name)                        \
+  namespace name {                               \
+  void bilinear_forward(const BilinearParams&);  \
+  void bilinear_backward(const BilinearParams&); \
+  }
+MMK_FOR_EACH_ISA(MMK_DECLARE)
+#undef MMK_DECLARE
+
+inline BilinearKernels bilinear_kernels() {
+  switch (isa()) {
+#define MMK_CASE(name) \
+  case Isa::name:      \
+    return {name::bilinear_forward, name::bilinear_backward};
+    MMK_FOR_EACH_ISA(MMK_CASE)
+#undef MMK_CASE
+    case Isa::count:
+      break;
+  }
+  return {};
+}
+
+}  // namespace mmk

@@ -1,0 +1,267 @@
+//
+//   P = U xᵀ,  Q = V yᵀ,  z[b, n] = Σ_{j < rank} P[n·rank + j, b] · Q[n·rank + j, b]
+//
+//   dP[c, b] = dz[b, c / rank] · Q[c, b],  dx = dPᵀ U,  dU = dP x,  and alike for the other side
+//
+// Tiling     forward: a task owns a block of rows, cut into panels with the rows in the lanes, and the projections of
+//            whole outputs; products, pooling and all happen on the tile, lane by lane. kDepth features of x at a time
+//            are transposed; U and V are read as they lie. Too few rows for the lanes: the features are in the lanes,
+//            and rows of x and of U are multiplied as dot products.
+//            backward: a task owns a tile of one gradient; dP is formed in scratch, kChunk of the summed dim at a time.
+// Threads    no sum is shared by two tasks.
+// Precision  float32; the kept projections have the inputs' dtype, as where plain code would keep them.
+// Limits     any sizes.
+#include "csrc/bilinear_fusion/bilinear_fusion.h"
+#include "csrc/cpu/products.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int64_t kMostLanes = 96, kProjections = 256, kDepth = 128;
+constexpr int64_t kFewRowsDepth = 1024;
+constexpr int64_t kTileRows = 96, kTileColumns = 256, kChunk = 128;
+
+const void* element(const void* data, Dtype dtype, int64_t at) {
+  return static_cast<const char*>(data) + at * element_size(dtype);
+}
+void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
+
+// Rows [rows][columns] of a tensor as floats: in place, or as a copy in `scratch`.
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+FloatRows as_floats(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, bool in_place,
+                    float* scratch, int64_t scratch_stride) {
+  if (dtype == Dtype::f32 && in_place) return {static_cast<const float*>(from), stride};
+  copy_rows(dtype, from, stride, rows, columns, scratch, scratch_stride);
+  return {scratch, scratch_stride};
+}
+
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
+
+// Whether so many rows leave too many lanes of a panel idle.
+bool are_few(int64_t rows) { return 2 * rows <= 3 * VW; }
+
+// A block of rows [panels][lanes], and the projections of the outputs that a task owns.
+struct ForwardPlan {
+  bool few;
+  int64_t panels, lanes, block, outputs, projections;
+
+  explicit ForwardPlan(const BilinearParams& p) : few(are_few(p.batch)) {
+    const int64_t vectors = max(1, min(kMostLanes / VW, ceil_div(p.batch, VW)));
+    panels = few ? 1 : ceil_div(vectors, kFeatureVectors);
+    lanes = VW * ceil_div(vectors, panels);
+    block = panels * lanes;
+    const int64_t most = max(1, kProjections / p.rank);
+    const int64_t parts = max(ceil_div(p.outputs, most), ceil_div(p.workers.count, ceil_div(p.batch, block)));
+    outputs = ceil_div(p.outputs, parts);
+    projections = outputs * p.rank;
+  }
+};
+
+struct ForwardTile {
+  float *features, *weight;   // panels of [kDepth][lanes]; [projections][kDepth]
+  float* projections[2];      // panels of [projections][lanes]
+  float *pooled, *rows;       // [outputs][lanes], [lanes][outputs]
+  float *x, *partial, *dots;  // few rows: [B][kFewRowsDepth], [B][projections][VW], [B][projections]
+  int64_t floats;
+
+  ForwardTile(const BilinearParams& p, const ForwardPlan& plan, Carver memory) {
+    const bool converts = p.dtype != Dtype::f32;
+    const int64_t lane_depth = plan.few ? 0 : kDepth;
+    features = memory.take(plan.block * lane_depth);
+    weight = memory.take(
+        converts ? (plan.few ? kDotOthers * spread_stride(kFewRowsDepth) : plan.projections * spread_stride(kDepth))
+                 : 0);
+    for (float*& side : projections) side = memory.take(plan.projections * plan.block);
+    pooled = memory.take(plan.outputs * plan.lanes);
+    rows = memory.take(plan.lanes * spread_stride(plan.outputs));
+    x = memory.take(plan.few && converts ? p.batch * spread_stride(kFewRowsDepth) : 0);
+    partial = memory.take(plan.few ? p.batch * round_up(plan.projections, VW) * VW : 0);
+    dots = memory.take(plan.few ? p.batch * spread_stride(plan.projections) : 0);
+    floats = memory.used();
+  }
+};
+
+// The projections `first` … of a block of rows, into panels of [projections][lanes].
+void project(const BilinearParams& p, const BilinearSide& side, const ForwardPlan& plan, const ForwardTile& t,
+             int64_t first_row, int64_t rows, int64_t first, int64_t projections, float* out) {
+  const int64_t lanes = plan.lanes, panels = ceil_div(rows, lanes);
+  if (side.width == 0) std::memset(out, 0, static_cast<size_t>(plan.projections * plan.block) * sizeof(float));
+  for (int64_t k = 0; k < side.width; k += kDepth) {
+    const int64_t count = min(kDepth, side.width - k);
+    const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k),
+                                       side.weight_stride, projections, count, true, t.weight, spread_stride(kDepth));
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
+      float* features = t.features + i * kDepth * lanes;
+      if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(count * lanes) * sizeof(float));
+      copy_transposed(p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, count, features,
+                      lanes);
+      multiply(weight.data, weight.stride, Constant<1>{}, projections, features, lanes, count, lanes,
+               {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
+    }
+  }
+}
+
+// As `project` for so few rows that the features are in the lanes.
+void project_few_rows(const BilinearParams& p, const BilinearSide& side, const ForwardPlan& plan, const ForwardTile& t,
+                      int64_t first, int64_t projections, float* out) {
+  const int64_t ldp = round_up(plan.projections, VW), ldd = spread_stride(plan.projections);
+  std::memset(t.partial, 0, static_cast<size_t>(p.batch * ldp * VW) * sizeof(float));
+  for (int64_t k = 0; k < side.width; k += kFewRowsDepth) {
+    const int64_t count = min(kFewRowsDepth, side.width - k);
+    constexpr int64_t ld = spread_stride(kFewRowsDepth);
+    const FloatRows x = as_floats(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, count, true, t.x, ld);
+    const int64_t step = p.dtype == Dtype::f32 ? projections : kDotOthers;
+    for (int64_t c = 0; c < projections; c += step) {
+      const int64_t some = min(step, projections - c);
+      const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, (first + c) * side.weight_stride + k),
+                                         side.weight_stride, some, count, true, t.weight, ld);
+      dot_rows(x.data, x.stride, p.batch, weight.data, weight.stride, some, count, t.partial + c * VW, ldp);
+    }
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t c = 0; c < projections; c += VW) {
+      store(t.dots + b * ldd + c, finish_dots(t.partial + b * ldp * VW, c));
+    }
+  }
+  copy_transposed(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+}
+
+void forward_task(const BilinearParams& p, const ForwardPlan& plan, const ForwardTile& t, int64_t first_row,
+                  int64_t first_output) {
+  const int64_t rows = min(plan.block, p.batch - first_row), outputs = min(plan.outputs, p.outputs - first_output);
+  const int64_t first = first_output * p.rank, projections = outputs * p.rank, lanes = plan.lanes;
+  for (int s = 0; s < 2; ++s) {
+    if (plan.few) {
+      project_few_rows(p, p.sides[s], plan, t, first, projections, t.projections[s]);
+    } else {
+      project(p, p.sides[s], plan, t, first_row, rows, first, projections, t.projections[s]);
+    }
+  }
+  for (int64_t i = 0; i < ceil_div(rows, lanes); ++i) {
+    const int64_t at = i * plan.projections * lanes, row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
+    for (int64_t n = 0; n < outputs; ++n) {
+      for (int64_t b = 0; b < lanes; b += VW) {
+        vf z = zero();
+        for (int64_t c = n * p.rank; c < (n + 1) * p.rank; ++c) {
+          z = fma(load(t.projections[0] + at + c * lanes + b), load(t.projections[1] + at + c * lanes + b), z);
+        }
+        store(t.pooled + n * lanes + b, z);
+      }
+    }
+    const int64_t stride = spread_stride(plan.outputs);
+    copy_transposed(Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
+    write_rows(t.rows, stride, some, outputs, p.dtype, element(p.out, p.dtype, row * p.outputs + first_output),
+               p.outputs);
+    for (int s = 0; s < 2; ++s) {
+      if (p.sides[s].projection == nullptr) continue;
+      write_rows(t.projections[s] + at, lanes, projections, some, p.dtype,
+                 element(p.sides[s].projection, p.dtype, first * p.batch + row), p.batch);
+    }
+  }
+}
+
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
+
+struct BackwardTile {
+  float *grad_projection, *operand, *sums;  // [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns], the tile
+  int64_t floats;
+
+  explicit BackwardTile(Carver memory)
+      : grad_projection(memory.take(kChunk * spread_stride(kChunk))),
+        operand(memory.take(kChunk * spread_stride(kTileColumns))),
+        sums(memory.take(kTileRows * spread_stride(kTileColumns))),
+        floats(memory.used()) {}
+};
+
+// dP of `projections` × `rows`: dz of the output times the other side's projection.
+void form_grad_projection(const BilinearParams& p, const void* other, const float* grad_out, int64_t ldg, int64_t first,
+                          int64_t projections, int64_t first_row, int64_t rows, float* out, int64_t ldo) {
+  with_element_type(p.dtype, other, [&](const auto* q) {
+    for (int64_t c = 0; c < projections; ++c) {
+      const float* g = grad_out + (first + c) / p.rank * ldg + first_row;
+      const auto* row = q + (first + c) * p.batch + first_row;
+      for (int64_t b = 0; b < rows; b += VW) {
+        store(out + c * ldo + b, load(g + b) * load_as_float(row + b, rows - b));
+      }
+    }
+  });
+}
+
+void backward_side(const BilinearParams& p, const BilinearSide& side, const void* other, const float* grad_out,
+                   int64_t ldg, float* memory, int64_t floats) {
+  const int64_t all = p.outputs * p.rank, column_tiles = ceil_div(side.width, kTileColumns);
+  constexpr int64_t ldo = spread_stride(kTileColumns), ldd = spread_stride(kChunk);
+  // A copy pays when it is read again, and columns come in whole vectors only from a copy.
+  const auto is_in_place = [&](int64_t rows) { return rows <= 2 * kFeatureRows && side.width % VW == 0; };
+  if (side.grad_x != nullptr) {
+    for_each_claim(p.workers, ceil_div(p.batch, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
+      const BackwardTile tile(Carver(memory + worker * floats));
+      for (; t < end; ++t) {
+        const int64_t row = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
+        const int64_t rows = min(kTileRows, p.batch - row), columns = min(kTileColumns, side.width - column);
+        for (int64_t c = 0; c < all; c += kChunk) {
+          const int64_t depth = min(kChunk, all - c);
+          form_grad_projection(p, other, grad_out, ldg, c, depth, row, rows, tile.grad_projection, ldd);
+          const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, c * side.weight_stride + column),
+                                             side.weight_stride, depth, columns, is_in_place(rows), tile.operand, ldo);
+          multiply(tile.grad_projection, Constant<1>{}, ldd, rows, weight.data, weight.stride, depth, columns,
+                   {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        }
+        write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
+                   side.width);
+      }
+    });
+  }
+  if (side.grad_weight == nullptr) return;
+  for_each_claim(p.workers, ceil_div(all, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
+    const BackwardTile tile(Carver(memory + worker * floats));
+    for (; t < end; ++t) {
+      const int64_t c = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
+      const int64_t rows = min(kTileRows, all - c), columns = min(kTileColumns, side.width - column);
+      for (int64_t b = 0; b < p.batch; b += kChunk) {
+        const int64_t depth = min(kChunk, p.batch - b);
+        form_grad_projection(p, other, grad_out, ldg, c, rows, b, depth, tile.grad_projection, ldd);
+        const FloatRows x = as_floats(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
+                                      depth, columns, is_in_place(rows), tile.operand, ldo);
+        multiply(tile.grad_projection, ldd, Constant<1>{}, rows, x.data, x.stride, depth, columns,
+                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+      }
+      write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, c * side.width + column),
+                 side.width);
+    }
+  });
+}
+
+}  // namespace
+
+void bilinear_forward(const BilinearParams& p) {
+  const ForwardPlan plan(p);
+  const int64_t parts = ceil_div(p.outputs, plan.outputs);
+  const int64_t floats = ForwardTile(p, plan, Carver(nullptr)).floats;
+  const Scratch memory(floats * p.workers.count);
+  for_each_claim(p.workers, ceil_div(p.batch, plan.block) * parts, 1, [&](int worker, int64_t begin, int64_t end) {
+    const ForwardTile tile(p, plan, Carver(memory.data() + worker * floats));
+    for (int64_t task = begin; task < end; ++task) {
+      forward_task(p, plan, tile, task / parts * plan.block, task % parts * plan.outputs);
+    }
+  });
+}
+
+void bilinear_backward(const BilinearParams& p) {
+  const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
+  const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
+  copy_transposed(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
+  for (int s = 0; s < 2; ++s) {
+    backward_side(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);
+  }
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

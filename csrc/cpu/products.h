@@ -1,0 +1,194 @@
+// Products of blocks of float rows that fit a core's cache, for ops made of several of them:
+//
+//   multiply      C[i, :] = Σ_k A[i, k] · B[k, :]    B's rows in vectors, A one element at a time in any layout
+//   dot_rows      C[i, j] = Σ_k A[i, k] · B[j, k]    rows of both in vectors, nothing packed, any number of rows
+//
+// and the copies of operands into float scratch. Sums are float32, in an order that depends on neither how the caller
+// cuts rows and columns nor how many rows there are.
+#pragma once
+
+#include "csrc/cpu/element.h"
+#include "csrc/cpu/schedule.h"
+#include "csrc/cpu/tile.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+// A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
+constexpr int64_t spread_stride(int64_t n) {
+  const int64_t lines = (n + 15) / 16;
+  return 16 * (lines + (lines + 1) % 2);
+}
+
+// [rows][columns] of a dtype → floats, zeros up to a multiple of VW columns.
+inline void copy_rows(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                      int64_t to_stride) {
+  with_element_type(dtype, from, [&](const auto* p) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        store(to + i * to_stride + c, load_as_float(p + i * stride + c, columns - c));
+      }
+    }
+  });
+}
+
+// [rows][columns] of a dtype → floats [columns][rows], zeros up to a multiple of VW rows.
+inline void copy_transposed(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                            int64_t to_stride) {
+  with_element_type(dtype, from, [&](const auto* p) {
+    for (int64_t i = 0; i < rows; i += VW) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        vf r[VW];
+        MMK_UNROLL for (int x = 0; x < VW; ++x) {
+          r[x] = i + x < rows ? load_as_float(p + (i + x) * stride + c, columns - c) : zero();
+        }
+        transpose(r);
+        for (int x = 0; x < VW && c + x < columns; ++x) store(to + (c + x) * to_stride + i, r[x]);
+      }
+    }
+  });
+}
+
+// Floats [rows][columns] → a dtype; nothing beyond the last column is written.
+inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                       int64_t stride) {
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        store_from_float(p + i * stride + c, load(from + i * from_stride + c), columns - c);
+      }
+    }
+  });
+}
+
+// to[column] = Σ_rows of [rows][columns] floats, in blocks of rows so that a long sum keeps its digits.
+inline void sum_columns(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to) {
+  constexpr int64_t kRun = 64;
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t c = 0; c < columns; c += VW) {
+      vf total = zero();
+      for (int64_t i = 0; i < rows; i += kRun) {
+        vf part = zero();
+        for (int64_t x = i; x < min(i + kRun, rows); ++x) part = part + load(from + x * from_stride + c);
+        total = total + part;
+      }
+      store_from_float(p + c, total, columns - c);
+    }
+  });
+}
+
+// --- C = A · B
+// --------------------------------------------------------------------------------------------------------
+
+// What becomes of a tile: C = tile; C = C + tile; C = C · tile; or sum = sum + factor · C · tile.
+enum class Combine { store, add, multiply, add_product };
+
+struct Result {
+  Combine how;
+  float* data;  // C
+  int64_t stride;
+  float* sum = nullptr;  // add_product alone, of C's stride
+  float factor = 1.f;
+};
+
+template <int MR, int NR, class RowStride, class KStride>
+MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_stride, const float* b, int64_t ldb,
+                               int64_t depth, const Result& c, int64_t row, int64_t column) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<false>(acc, a, row_stride, k_stride, b, ldb, depth);
+  const auto each = [&](auto f) {
+    MMK_UNROLL for (int i = 0; i < MR; ++i) {
+      MMK_UNROLL for (int j = 0; j < NR; ++j) f(acc[i][j], (row + i) * c.stride + column + j * VW);
+    }
+  };
+  switch (c.how) {
+    case Combine::store:
+      return each([&](vf x, int64_t at) { store(c.data + at, x); });
+    case Combine::add:
+      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) + x); });
+    case Combine::multiply:
+      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
+    case Combine::add_product:
+      return each(
+          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
+  }
+}
+
+// A[rows][depth] · B[depth][columns]. B and C are read and written in whole vectors, up to a multiple of VW columns.
+template <class RowStride, class KStride>
+void multiply(const float* a, RowStride row_stride, KStride k_stride, int64_t rows, const float* b, int64_t ldb,
+              int64_t depth, int64_t columns, const Result& c) {
+  const int64_t vectors = ceil_div(columns, VW);
+  const auto run = [&](auto most_rows, auto most_vectors) {
+    for_runs<static_cast<int>(most_vectors)>(vectors, [&](auto width, int64_t v) {
+      for_runs<static_cast<int>(most_rows)>(rows, [&](auto height, int64_t i) {
+        product_tile<static_cast<int>(height), static_cast<int>(width)>(a + i * row_stride, row_stride, k_stride,
+                                                                        b + v * VW, ldb, depth, c, i, v * VW);
+      });
+    });
+  };
+  // Few rows leave registers free: a wider tile then hides the latency of the sums.
+  if (rows == 1) return run(Constant<1>{}, Constant<8>{});
+  if (rows == 2) return run(Constant<2>{}, Constant<4>{});
+  run(Constant<kFeatureRows>{}, Constant<kFeatureVectors>{});
+}
+
+// --- C = A · Bᵀ
+// -------------------------------------------------------------------------------------------------------
+
+// Rows of A and of B of a tile: their products fill the registers beside the rows of A and one of B.
+constexpr int kDotRows = kRegisters == 32 ? 4 : kFma ? 3 : 2;
+constexpr int kDotOthers = kRegisters == 32 ? 6 : 4;
+
+// partial[i][j] += Σ_k a[i][k] · b[j][k], one sum per lane.
+template <int MR, int NR>
+MMK_NOINLINE void dot_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* partial,
+                           int64_t ldp) {
+  vf acc[MR][NR];
+  clear(acc);
+  const auto step = [&](auto load_row) {
+    vf x[MR];
+    MMK_UNROLL for (int i = 0; i < MR; ++i) x[i] = load_row(a + i * lda);
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const vf y = load_row(b + j * ldb);
+      MMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = fma(x[i], y, acc[i][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + VW <= depth; k += VW) step([&](const float* p) { return load(p + k); });
+  if (k < depth) step([&](const float* p) { return load_partial(p + k, depth - k); });
+  MMK_UNROLL for (int i = 0; i < MR; ++i) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      float* to = partial + (i * ldp + j) * VW;
+      store(to, load(to) + acc[i][j]);
+    }
+  }
+}
+
+// partial [rows][ldp][VW] += A[rows][depth] · B[others][depth]ᵀ, one sum per lane; `finish_dots` adds the lanes up.
+inline void dot_rows(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t others,
+                     int64_t depth, float* partial, int64_t ldp) {
+  constexpr int64_t kRowsInCache = 4 * kDotRows;  // rows of A that stay in the first cache while B passes by
+  for (int64_t first = 0; first < rows; first += kRowsInCache) {
+    for_runs<kDotOthers>(others, [&](auto width, int64_t j) {
+      for_runs<kDotRows>(min(kRowsInCache, rows - first), [&](auto height, int64_t x) {
+        const int64_t i = first + x;
+        dot_tile<static_cast<int>(height), static_cast<int>(width)>(a + i * lda, lda, b + j * ldb, ldb, depth,
+                                                                    partial + (i * ldp + j) * VW, ldp);
+      });
+    });
+  }
+}
+
+// The VW products others j … j + VW - 1 of a row of partial sums.
+MMK_INLINE vf finish_dots(const float* partial_row, int64_t j) {
+  vf r[VW];
+  MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load(partial_row + (j + x) * VW);
+  return sum_rows(r);
+}
+
+}  // namespace
+}  // namespace MMK_ISA
+}  // namespace mmk

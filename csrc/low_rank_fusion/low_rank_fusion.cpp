@@ -1,0 +1,102 @@
+// low_rank_fusion on the CPU, as torch sees it. Arguments were checked at the door.
+#include "csrc/low_rank_fusion/low_rank_fusion.h"
+
+#include <torch/library.h>
+
+#include <vector>
+
+#include "csrc/cpu/torch_tensors.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+std::vector<LowRankModality> modalities_of(const std::vector<Tensor>& xs, const std::vector<Tensor>& factors) {
+  std::vector<LowRankModality> modalities;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i], &f = factors[i];
+    TORCH_INTERNAL_ASSERT(f.dim() == 3 && (f.size(2) <= 1 || f.stride(2) == 1));
+    modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1), f.const_data_ptr(), f.stride(0), f.stride(1)});
+  }
+  return modalities;
+}
+
+LowRankParams make_params(const std::vector<LowRankModality>& modalities, const Tensor& x, const Tensor& factor,
+                          const Tensor& rank_weights, double products) {
+  LowRankParams p;
+  p.modalities = modalities.data();
+  p.count = static_cast<int64_t>(modalities.size());
+  p.batch = x.size(0);
+  p.rank = factor.size(0);
+  p.outputs = factor.size(2);
+  p.dtype = floating_dtype_of("low_rank_fusion", x);
+  p.rank_weights = rank_weights.const_data_ptr();
+  double entries = 0.;
+  for (const LowRankModality& m : modalities) entries += static_cast<double>(m.width + 1);
+  p.workers = torch_workers(products * static_cast<double>(p.batch) * static_cast<double>(p.rank) *
+                            static_cast<double>(p.outputs) * entries);
+  return p;
+}
+
+Tensor low_rank_fusion_forward(const std::vector<Tensor>& xs, const std::vector<Tensor>& factors,
+                               const Tensor& rank_weights, const OptionalTensor& bias, bool) {
+  const auto modalities = modalities_of(xs, factors);
+  LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 1.);
+  const Tensor out = at::empty({p.batch, p.outputs}, xs[0].options());
+  if (out.numel() == 0) return out;
+  if (bias) p.bias = bias->const_data_ptr();
+  p.out = out.data_ptr();
+  low_rank_kernels().forward(p);
+  return out;
+}
+
+std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& xs,
+                                             const std::vector<Tensor>& factors, const Tensor& rank_weights,
+                                             const OptionalTensor& bias, const std::vector<Tensor>&,
+                                             const c10::List<bool>& needed) {
+  auto modalities = modalities_of(xs, factors);
+  LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 3.);
+  p.grad_out = grads[0].const_data_ptr();
+  p.grad_out_stride = row_stride(grads[0]);
+  const size_t count = xs.size();
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < count; ++i) results.push_back(empty_gradient(xs[i], needed[i]));
+  for (size_t i = 0; i < count; ++i) results.push_back(empty_gradient(factors[i], needed[count + i]));
+  results.push_back(empty_gradient(rank_weights, needed[2 * count]));
+  const bool bias_needed = bias && needed[2 * count + 1];
+  results.push_back(bias ? empty_gradient(*bias, bias_needed) : at::empty({0}, rank_weights.options()));
+  if (p.batch == 0 || p.outputs == 0 || p.rank == 0) {
+    for (const Tensor& t : results) t.zero_();
+    if (bias_needed && p.batch > 0 && p.outputs > 0) results.back().copy_(grads[0].sum(0));
+    return results;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (needed[i] && xs[i].numel() > 0) modalities[i].grad_x = results[i].data_ptr();
+    if (needed[count + i]) modalities[i].grad_factor = results[count + i].data_ptr();
+  }
+  if (needed[2 * count]) p.grad_rank_weights = results[2 * count].data_ptr();
+  if (bias_needed) p.grad_bias = results.back().data_ptr();
+  low_rank_kernels().backward(p);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_low_rank_fusion_fwd(Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, bool training) -> "
+      "Tensor out");
+  m.def(
+      "_low_rank_fusion_bwd(Tensor[] grads, Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, "
+      "Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_low_rank_fusion_fwd", low_rank_fusion_forward);
+  m.impl("_low_rank_fusion_bwd", low_rank_fusion_backward);
+}
+
+}  // namespace mmk

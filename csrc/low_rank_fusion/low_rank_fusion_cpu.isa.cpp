@@ -1,0 +1,324 @@
+//
+//   P_i[r] = [1; x_i] F_i[r],  y = Σ_r w[r] · Π_i P_i[r] + bias
+//
+//   dP_i[r] = w[r] · dy ∘ Π_{j≠i} P_j[r],  dx_i = Σ_r dP_i[r] F_i[r]ᵀ,  dF_i[r] = [1; x_i]ᵀ dP_i[r],
+//   dw[r] = Σ dy ∘ Π_i P_i[r],  dbias = Σ_b dy
+//
+// Tiling     forward: a task owns kRows rows × kOutputs outputs; a rank after the other, the product over the
+// modalities
+//            is taken on the register tile and added to y, which stay in the second cache.
+//            backward: a task owns a rank, and walks over blocks of rows; P is formed again, dF stays in scratch.
+// Threads    ranks are added to dx in their order, whichever worker has them; no other sum is shared by two tasks.
+// Precision  float32.
+// Limits     any number of modalities, any widths and ranks.
+#include "csrc/cpu/products.h"
+#include "csrc/low_rank_fusion/low_rank_fusion.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+constexpr int64_t kRows = 96, kOutputs = 128;
+constexpr int64_t kBackwardFloats = 48 << 10;  // P of all modalities for a block of rows
+constexpr int64_t kRowsInPlace = 2 * kFeatureRows;
+
+const void* element(const void* data, Dtype dtype, int64_t at) {
+  return static_cast<const char*>(data) + at * element_size(dtype);
+}
+void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
+
+float scalar(Dtype dtype, const void* data, int64_t at) {
+  alignas(64) float lanes[VW];
+  with_element_type(dtype, data, [&](const auto* p) { store(lanes, load_as_float(p + at, 1)); });
+  return lanes[0];
+}
+
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+
+// [1; x_i] of a block of rows, all modalities side by side.
+class Inputs {
+ public:
+  Inputs(const LowRankParams& p, Carver& memory, int64_t rows) : p_(&p) {
+    for (int64_t i = 0; i < p.count; ++i) stride_ += offset(i);
+    stride_ = spread_stride(stride_);
+    data_ = memory.take(rows * stride_);
+  }
+  // Fills modality by modality; calls f(i, [1; x_i]) for each.
+  template <class Function>
+  void for_each(Function f) const {
+    float* at = data_;
+    for (int64_t i = 0; i < p_->count; at += offset(i++)) f(i, at);
+  }
+  void fill(int64_t first, int64_t rows) const {
+    for_each([&](int64_t i, float* to) {
+      const LowRankModality& m = p_->modalities[i];
+      for (int64_t b = 0; b < rows; ++b) to[b * stride_] = 1.f;
+      copy_rows(p_->dtype, element(m.x, p_->dtype, first * m.x_stride), m.x_stride, rows, m.width, to + 1, stride_);
+    });
+  }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t offset(int64_t i) const { return round_up(p_->modalities[i].width, VW) + VW; }
+
+  const LowRankParams* p_;
+  int64_t stride_ = 0;
+  float* data_;
+};
+
+int64_t widest(const LowRankParams& p) {
+  int64_t width = 0;
+  for (int64_t i = 0; i < p.count; ++i) width = max(width, p.modalities[i].width);
+  return width;
+}
+
+// Columns `first` … of F_i[r], [width + 1][columns]: in place where few rows will read it, else as a copy.
+FloatRows factor(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t columns,
+                 int64_t rows, float* scratch, int64_t stride) {
+  const void* from = element(m.factor, p.dtype, r * m.factor_rank_stride + first);
+  if (p.dtype == Dtype::f32 && rows <= kRowsInPlace && columns % VW == 0) {
+    return {static_cast<const float*>(from), m.factor_stride};
+  }
+  copy_rows(p.dtype, from, m.factor_stride, m.width + 1, columns, scratch, stride);
+  return {scratch, stride};
+}
+
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
+
+struct ForwardTile {
+  Inputs x;
+  float *factor, *product, *sum;  // [width + 1][outputs], [rows][outputs] each
+  int64_t floats;
+
+  ForwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t stride)
+      : x(p, memory, rows),
+        factor(memory.take((widest(p) + 1) * stride)),
+        product(memory.take(rows * stride)),
+        sum(memory.take(rows * stride)),
+        floats(memory.used()) {}
+};
+
+void forward_task(const LowRankParams& p, const ForwardTile& t, int64_t stride, int64_t first_row, int64_t rows,
+                  int64_t first, int64_t outputs) {
+  t.x.fill(first_row, rows);
+  for (int64_t b = 0; b < rows; ++b) {
+    if (p.bias != nullptr) {
+      copy_rows(p.dtype, element(p.bias, p.dtype, first), 0, 1, outputs, t.sum + b * stride, stride);
+    } else {
+      std::memset(t.sum + b * stride, 0, static_cast<size_t>(round_up(outputs, VW)) * sizeof(float));
+    }
+    if (p.count == 1) {
+      for (int64_t n = 0; n < outputs; n += VW) store(t.product + b * stride + n, set1(1.f));
+    }
+  }
+  for (int64_t r = 0; r < p.rank; ++r) {
+    const float weight = scalar(p.dtype, p.rank_weights, r);
+    t.x.for_each([&](int64_t i, const float* x) {
+      const LowRankModality& m = p.modalities[i];
+      const FloatRows f = factor(p, m, r, first, outputs, rows, t.factor, stride);
+      const Combine how = i + 1 == p.count ? Combine::add_product : i == 0 ? Combine::store : Combine::multiply;
+      multiply(x, t.x.stride(), Constant<1>{}, rows, f.data, f.stride, m.width + 1, outputs,
+               {how, t.product, stride, t.sum, weight});
+    });
+  }
+  write_rows(t.sum, stride, rows, outputs, p.dtype, element(p.out, p.dtype, first_row * p.outputs + first), p.outputs);
+}
+
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
+
+struct BackwardTile {
+  Inputs x;
+  float *factors, *transposed, *grad_factors;         // [Σ width + 1][N], [N][Σ width], [Σ width + 1][N]
+  float *projections, *grad_projection, *grad_input;  // [M][rows][N], [rows][N], [rows][widest]
+  int64_t floats;
+
+  BackwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t ldn) : x(p, memory, rows) {
+    int64_t entries = 0, transposed_width = 0;
+    for (int64_t i = 0; i < p.count; ++i) {
+      entries += p.modalities[i].width + 1;
+      transposed_width += spread_stride(p.modalities[i].width);
+    }
+    factors = memory.take(entries * ldn);
+    transposed = memory.take(p.outputs * transposed_width);
+    grad_factors = memory.take(entries * ldn);
+    projections = memory.take(p.count * rows * ldn);
+    grad_projection = memory.take(rows * ldn);
+    grad_input = memory.take(rows * spread_stride(widest(p)));
+    floats = memory.used();
+  }
+};
+
+// dP of modality i, without the weight of the rank; for i = -1 the product of all P with dy, whose sum is returned.
+float form_grad_projection(const LowRankParams& p, const BackwardTile& t, int64_t i, float weight,
+                           const float* grad_out, int64_t rows, int64_t block, int64_t ldn) {
+  vf total = zero();
+  for (int64_t b = 0; b < rows; ++b) {
+    vf of_row = zero();  // apart from the other rows', so that a long sum keeps its digits
+    for (int64_t n = 0; n < p.outputs; n += VW) {
+      vf g = load(grad_out + b * ldn + n) * set1(weight);
+      for (int64_t j = 0; j < p.count; ++j) {
+        if (j != i) g = g * load(t.projections + (j * block + b) * ldn + n);
+      }
+      if (i < 0) {
+        of_row = of_row + g;  // beyond the last output dy is zero, and so is the copied factor
+      } else {
+        store(t.grad_projection + b * ldn + n, g);
+      }
+    }
+    total = total + of_row;
+  }
+  return i < 0 ? sum(total) : 0.f;
+}
+
+struct InputGradients {
+  float* const* sums;  // per modality [B][stride], null where not wanted
+  const int64_t* strides;
+  int32_t* turns;  // per block of rows: how many ranks have been added
+};
+
+void backward_rank(const LowRankParams& p, const BackwardTile& t, int64_t r, const float* grad_out, int64_t ldn,
+                   int64_t block, const InputGradients& inputs) {
+  const float weight = scalar(p.dtype, p.rank_weights, r);
+  float *copies = t.factors, *transposed = t.transposed;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const LowRankModality& m = p.modalities[i];
+    const void* from = element(m.factor, p.dtype, r * m.factor_rank_stride);
+    copy_rows(p.dtype, from, m.factor_stride, m.width + 1, p.outputs, copies, ldn);
+    copies += (m.width + 1) * ldn;
+    if (m.grad_x != nullptr) {
+      copy_transposed(p.dtype, element(from, p.dtype, m.factor_stride), m.factor_stride, m.width, p.outputs, transposed,
+                      spread_stride(m.width));
+    }
+    transposed += p.outputs * spread_stride(m.width);
+  }
+  float grad_weight = 0.f;
+  for (int64_t first = 0; first < p.batch; first += block) {
+    const int64_t rows = min(block, p.batch - first);
+    const float* dy = grad_out + first * ldn;
+    t.x.fill(first, rows);
+    const float* f = t.factors;
+    t.x.for_each([&](int64_t i, const float* x) {
+      const int64_t entries = p.modalities[i].width + 1;
+      multiply(x, t.x.stride(), Constant<1>{}, rows, f, ldn, entries, p.outputs,
+               {Combine::store, t.projections + i * block * ldn, ldn});
+      f += entries * ldn;
+    });
+    if (p.grad_rank_weights != nullptr) grad_weight += form_grad_projection(p, t, -1, 1.f, dy, rows, block, ldn);
+    int32_t* turn = inputs.turns + first / block;
+    wait_turn(turn, static_cast<int32_t>(r));
+    float *grad_factor = t.grad_factors, *columns = t.transposed;
+    t.x.for_each([&](int64_t i, const float* x) {
+      const LowRankModality& m = p.modalities[i];
+      if (m.grad_x != nullptr || m.grad_factor != nullptr) {
+        form_grad_projection(p, t, i, weight, dy, rows, block, ldn);
+      }
+      if (m.grad_factor != nullptr) {
+        multiply(x, Constant<1>{}, t.x.stride(), m.width + 1, t.grad_projection, ldn, rows, p.outputs,
+                 {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
+      }
+      if (m.grad_x != nullptr) {
+        multiply(
+            t.grad_projection, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), p.outputs, m.width,
+            {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
+      }
+      grad_factor += (m.width + 1) * ldn;
+      columns += p.outputs * spread_stride(m.width);
+    });
+    end_turn(turn, static_cast<int32_t>(r));
+  }
+  const float* grad_factor = t.grad_factors;
+  for (int64_t i = 0; i < p.count; ++i) {
+    const LowRankModality& m = p.modalities[i];
+    const int64_t entries = m.width + 1;
+    if (m.grad_factor != nullptr) {
+      write_rows(grad_factor, ldn, entries, p.outputs, p.dtype,
+                 element(m.grad_factor, p.dtype, r * entries * p.outputs), p.outputs);
+    }
+    grad_factor += entries * ldn;
+  }
+  if (p.grad_rank_weights != nullptr) {
+    with_element_type(p.dtype, p.grad_rank_weights, [&](auto* to) { store_from_float(to + r, set1(grad_weight), 1); });
+  }
+}
+
+}  // namespace
+
+void low_rank_forward(const LowRankParams& p) {
+  const int64_t rows = min(p.batch, kRows), row_blocks = ceil_div(p.batch, kRows);
+  // Fewer outputs a task where there are fewer rows than workers could use; no sum depends on it.
+  const int64_t parts = max(ceil_div(p.outputs, kOutputs), ceil_div(p.workers.count, row_blocks));
+  const int64_t outputs = round_up(ceil_div(p.outputs, parts), VW), stride = spread_stride(outputs);
+  const int64_t blocks = ceil_div(p.outputs, outputs);
+  const int64_t floats = ForwardTile(p, Carver(nullptr), rows, stride).floats;
+  const Scratch memory(floats * p.workers.count);
+  for_each_claim(p.workers, row_blocks * blocks, 1, [&](int worker, int64_t begin, int64_t end) {
+    const ForwardTile tile(p, Carver(memory.data() + worker * floats), rows, stride);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks * kRows, n = task % blocks * outputs;
+      forward_task(p, tile, stride, b, min(kRows, p.batch - b), n, min(outputs, p.outputs - n));
+    }
+  });
+}
+
+void low_rank_backward(const LowRankParams& p) {
+  const int64_t ldn = spread_stride(p.outputs);
+  const int64_t block = min(p.batch, max(kFeatureRows, min(kRows, kBackwardFloats / (p.count * ldn))));
+  const int64_t blocks = ceil_div(p.batch, block);
+
+  Carver shared(nullptr);
+  const auto carve = [&](Carver& memory) {
+    struct Pieces {
+      float* grad_out;
+      float** sums;
+      int64_t* strides;
+      int32_t* turns;
+    } s;
+    s.grad_out = memory.take(p.batch * ldn);
+    s.sums = reinterpret_cast<float**>(memory.take(2 * p.count));
+    s.strides = reinterpret_cast<int64_t*>(memory.take(2 * p.count));
+    s.turns = reinterpret_cast<int32_t*>(memory.take(blocks));
+    for (int64_t i = 0; i < p.count; ++i) {
+      const LowRankModality& m = p.modalities[i];
+      const bool in_place = p.dtype == Dtype::f32 && m.width % VW == 0;
+      const int64_t stride = in_place ? m.width : spread_stride(m.width);
+      float* sums = m.grad_x == nullptr ? nullptr
+                    : in_place          ? static_cast<float*>(m.grad_x)
+                                        : memory.take(p.batch * stride);
+      if (s.sums == nullptr) continue;
+      s.sums[i] = sums;
+      s.strides[i] = stride;
+    }
+    return s;
+  };
+  carve(shared);
+  const Scratch shared_memory(shared.used());
+  Carver carver(shared_memory.data());
+  const auto s = carve(carver);
+  std::memset(s.turns, 0, static_cast<size_t>(blocks) * sizeof(int32_t));
+  for (int64_t b = 0; b < p.batch; ++b) {  // zeros behind the last output
+    copy_rows(p.dtype, element(p.grad_out, p.dtype, b * p.grad_out_stride), 0, 1, p.outputs, s.grad_out + b * ldn, ldn);
+  }
+  if (p.grad_bias != nullptr) sum_columns(s.grad_out, ldn, p.batch, p.outputs, p.dtype, p.grad_bias);
+
+  const int64_t floats = BackwardTile(p, Carver(nullptr), block, ldn).floats;
+  const Scratch memory(floats * p.workers.count);
+  for_each_claim(p.workers, p.rank, 1, [&](int worker, int64_t begin, int64_t end) {
+    const BackwardTile tile(p, Carver(memory.data() + worker * floats), block, ldn);
+    for (int64_t r = begin; r < end; ++r) {
+      backward_rank(p, tile, r, s.grad_out, ldn, block, {s.sums, s.strides, s.turns});
+    }
+  });
+  for (int64_t i = 0; i < p.count; ++i) {
+    const LowRankModality& m = p.modalities[i];
+    if (m.grad_x == nullptr || s.sums[i] == m.grad_x) continue;
+    write_rows(s.sums[i], s.strides[i], p.batch, m.width, p.dtype, m.grad_x, m.width);
+  }
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

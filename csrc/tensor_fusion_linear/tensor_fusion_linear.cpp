@@ -1,0 +1,97 @@
+// tensor_fusion_linear on the CPU, as torch sees it. Arguments were checked at the door.
+#include "csrc/tensor_fusion_linear/tensor_fusion_linear.h"
+
+#include <torch/library.h>
+
+#include <vector>
+
+#include "csrc/cpu/torch_tensors.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kName = "tensor_fusion_linear";
+
+TensorFusionParams make_params(const std::vector<FusedModality>& modalities, const Tensor& x, const Tensor& weight) {
+  TensorFusionParams p;
+  p.modalities = modalities.data();
+  p.count = static_cast<int64_t>(modalities.size());
+  p.batch = x.size(0);
+  p.outputs = weight.size(0);
+  p.features = weight.size(1);
+  p.dtype = floating_dtype_of(kName, weight);
+  p.weight = weight.const_data_ptr();
+  p.weight_stride = row_stride(weight);
+  p.workers =
+      torch_workers(static_cast<double>(p.batch) * static_cast<double>(p.outputs) * static_cast<double>(p.features));
+  return p;
+}
+
+std::vector<FusedModality> modalities_of(const std::vector<Tensor>& xs) {
+  std::vector<FusedModality> modalities;
+  for (const Tensor& x : xs) modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1)});
+  return modalities;
+}
+
+Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& xs, const Tensor& weight, const OptionalTensor& bias,
+                                    bool) {
+  const auto modalities = modalities_of(xs);
+  TensorFusionParams p = make_params(modalities, xs[0], weight);
+  const Tensor out = at::empty({p.batch, p.outputs}, weight.options());
+  if (out.numel() == 0) return out;
+  if (bias) p.bias = bias->const_data_ptr();
+  p.out = out.data_ptr();
+  tensor_fusion_kernels().forward(p);
+  return out;
+}
+
+std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& xs,
+                                                  const Tensor& weight, const OptionalTensor& bias,
+                                                  const std::vector<Tensor>&, const c10::List<bool>& needed) {
+  auto modalities = modalities_of(xs);
+  TensorFusionParams p = make_params(modalities, xs[0], weight);
+  p.grad_out = grads[0].const_data_ptr();
+  p.grad_out_stride = row_stride(grads[0]);
+  std::vector<Tensor> results;
+  bool any_modality = false;
+  for (size_t i = 0; i < xs.size(); ++i) {
+    results.push_back(empty_gradient(xs[i], needed[i]));
+    if (needed[i] && xs[i].numel() > 0) {
+      modalities[i].grad = results[i].data_ptr();
+      any_modality = true;
+    }
+  }
+  const bool weight_needed = needed[xs.size()], bias_needed = bias && needed[xs.size() + 1];
+  results.push_back(empty_gradient(weight, weight_needed));
+  results.push_back(bias ? empty_gradient(*bias, bias_needed) : at::empty({0}, weight.options()));
+  if (p.batch == 0 || p.outputs == 0) {
+    for (const Tensor& t : results) t.zero_();
+    return results;
+  }
+  if (weight_needed) p.grad_weight = results[xs.size()].data_ptr();
+  if (bias_needed) p.grad_bias = results[xs.size() + 1].data_ptr();
+  const TensorFusionKernels kernels = tensor_fusion_kernels();
+  if (any_modality) kernels.grad_features(p);
+  if (weight_needed || bias_needed) kernels.grad_weight(p);
+  return results;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def("_tensor_fusion_linear_fwd(Tensor[] xs, Tensor weight, Tensor? bias, bool training) -> Tensor out");
+  m.def(
+      "_tensor_fusion_linear_bwd(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor? bias, Tensor[] saved, "
+      "bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_tensor_fusion_linear_fwd", tensor_fusion_linear_forward);
+  m.impl("_tensor_fusion_linear_bwd", tensor_fusion_linear_backward);
+}
+
+}  // namespace mmk

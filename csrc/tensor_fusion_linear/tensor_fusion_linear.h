@@ -1,0 +1,63 @@
+// tensor_fusion_linear:  y[b, n] = Σ_k W[n, k] · A[b, k] + bias[n],  A[b] = vec(⊗_i [1; x_i[b]]),  first modality
+// slowest.
+#pragma once
+
+#include "csrc/cpu/dtype.h"
+#include "csrc/cpu/isa.h"
+#include "csrc/cpu/workers.h"
+
+namespace mmk {
+
+struct FusedModality {
+  const void* data = nullptr;  // [B][width]
+  int64_t stride = 0;
+  int64_t width = 0;
+  void* grad = nullptr;  // [B][width], contiguous; null where it is not wanted
+};
+
+struct TensorFusionParams {
+  const FusedModality* modalities = nullptr;
+  int64_t count = 0;  // at least 1
+  int64_t batch = 0, outputs = 0;
+  int64_t features = 0;  // K = Π (width_i + 1)
+  Dtype dtype = Dtype::f32;
+  const void* weight = nullptr;  // [N][K]
+  int64_t weight_stride = 0;
+  const void* bias = nullptr;      // [N] or null
+  void* out = nullptr;             // [B][N], contiguous
+  const void* grad_out = nullptr;  // [B][N]
+  int64_t grad_out_stride = 0;
+  void* grad_weight = nullptr;  // [N][K], contiguous, or null
+  void* grad_bias = nullptr;    // [N] or null
+  Workers workers;
+};
+
+#define MMK_DECLARE(name)                                      \
+  namespace name {                                             \
+  void tensor_fusion_forward(const TensorFusionParams&);       \
+  void tensor_fusion_grad_weight(const TensorFusionParams&);   \
+  void tensor_fusion_grad_features(const TensorFusionParams&); \
+  }
+MMK_FOR_EACH_ISA(MMK_DECLARE)
+#undef MMK_DECLARE
+
+struct TensorFusionKernels {
+  void (*forward)(const TensorFusionParams&);
+  void (*grad_weight)(const TensorFusionParams&);    // of weight and bias, those that are set
+  void (*grad_features)(const TensorFusionParams&);  // of the modalities, those that are set
+};
+
+inline TensorFusionKernels tensor_fusion_kernels() {
+  switch (isa()) {
+#define MMK_CASE(name) \
+  case Isa::name:      \
+    return {name::tensor_fusion_forward, name::tensor_fusion_grad_weight, name::tensor_fusion_grad_features};
+    MMK_FOR_EACH_ISA(MMK_CASE)
+#undef MMK_CASE
+    case Isa::count:
+      break;
+  }
+  return {};
+}
+
+}  // namespace mmk

@@ -1,0 +1,47 @@
+"""bilinear_fusion in plain PyTorch: the specification every kernel is tested against.
+
+    z_n = Σ_{j < rank} (x Uᵀ)_{n·rank + j} · (y Vᵀ)_{n·rank + j}
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bilinear_fusion(
+    x: Tensor,  # [B, Kx]
+    y: Tensor,  # [B, Ky]
+    x_weight: Tensor,  # [rank·N, Kx]
+    y_weight: Tensor,  # [rank·N, Ky]
+    rank: int,
+) -> Tensor:
+    """Output [B, N]."""
+    product = F.linear(x, x_weight) * F.linear(y, y_weight)  # [B, rank·N]
+    return product.unflatten(-1, (product.shape[-1] // rank, rank)).sum(-1)
+
+
+def projections(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What the backward keeps: U xᵀ and V yᵀ, [rank·N, B]."""
+    return (x_weight @ x.mT).contiguous(), (y_weight @ y.mT).contiguous()
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: an image and a question."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return {
+        "x": random(8, 64),
+        "y": random(8, 48),
+        "x_weight": random(160, 64) / 8,
+        "y_weight": random(160, 48) / 7,
+        "rank": 5,
+    }

@@ -1,0 +1,26 @@
+"""Registration of low_rank_fusion: schema, shape of its output, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.low_rank_fusion import reference
+
+
+def _low_rank_fusion_fake(
+    xs: Sequence[Tensor], factors: Sequence[Tensor], rank_weights: Tensor, bias: Tensor | None
+) -> tuple[Tensor]:
+    return (xs[0].new_empty((xs[0].shape[0], factors[0].shape[2])),)
+
+
+low_rank_fusion_op = DifferentiableOp(
+    "low_rank_fusion",
+    "Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias",
+    outputs="Tensor out",
+    reference=reference.low_rank_fusion,
+    fake=_low_rank_fusion_fake,
+    cpu=native_backend("low_rank_fusion"),
+)

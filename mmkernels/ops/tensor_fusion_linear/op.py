@@ -1,0 +1,24 @@
+"""Registration of tensor_fusion_linear: schema, shape of its output, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.tensor_fusion_linear import reference
+
+
+def _tensor_fusion_linear_fake(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    return (weight.new_empty((xs[0].shape[0], weight.shape[0])),)
+
+
+tensor_fusion_linear_op = DifferentiableOp(
+    "tensor_fusion_linear",
+    "Tensor[] xs, Tensor weight, Tensor? bias",
+    outputs="Tensor out",
+    reference=reference.tensor_fusion_linear,
+    fake=_tensor_fusion_linear_fake,
+    cpu=native_backend("tensor_fusion_linear"),
+)
