@@ -22,6 +22,9 @@ MMK_INLINE vf load_as_float(const F16* p) { return load_f16(&p->bits); }
 MMK_INLINE void store_from_float(float* p, vf x) { store(p, x); }
 MMK_INLINE void store_from_float(Bf16* p, vf x) { store_bf16(&p->bits, x); }
 MMK_INLINE void store_from_float(F16* p, vf x) { store_f16(&p->bits, x); }
+MMK_INLINE void stream_from_float(float* p, vf x) { stream(p, x); }
+MMK_INLINE void stream_from_float(Bf16* p, vf x) { stream(&p->bits, to_bf16(x)); }
+MMK_INLINE void stream_from_float(F16* p, vf x) { stream(&p->bits, to_f16(x)); }
 
 // n <= VW elements, zero behind them; nothing beyond is read or written.
 template <class T>

@@ -92,8 +92,10 @@ MMK_INLINE uint16_t bf16_from_float(float x) {
   if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-MMK_INLINE void store_bf16(uint16_t* p, vf x) {
-  for (int i = 0; i < VW; ++i) p[i] = bf16_from_float(x[i]);
+MMK_INLINE vh to_bf16(vf x) {
+  vh halves{};
+  for (int i = 0; i < VW; ++i) halves[i] = bf16_from_float(x[i]);
+  return halves;
 }
 
 #if defined(__aarch64__)
@@ -150,9 +152,18 @@ MMK_INLINE vf load_f16(const uint16_t* p) {
   for (int i = 0; i < VW; ++i) x[i] = float_from_f16(p[i]);
   return x;
 }
-MMK_INLINE void store_f16(uint16_t* p, vf x) {
-  for (int i = 0; i < VW; ++i) p[i] = f16_from_float(x[i]);
+MMK_INLINE vh to_f16(vf x) {
+  vh halves{};
+  for (int i = 0; i < VW; ++i) halves[i] = f16_from_float(x[i]);
+  return halves;
 }
+MMK_INLINE void store(uint16_t* p, vh x) { std::memcpy(p, &x, sizeof x); }
+
+// ---- stores past the caches, where there are any ----
+constexpr bool kStreams = false;
+MMK_INLINE void stream(float* p, vf x) { store(p, x); }
+MMK_INLINE void stream(uint16_t* p, vh x) { store(p, x); }
+MMK_INLINE void stream_fence() {}
 
 // 0 where the byte is 0, else not 0.
 MMK_INLINE vi load_bool(const uint8_t* p) {
