@@ -46,6 +46,24 @@ struct RowSet {
   float mean[R], rstd[R];
 };
 
+// The same in registers. A pass takes its own copy: what it writes might be anyone's memory to the compiler.
+template <int R>
+struct RowVectors {
+  const float* z[R];
+  vf mean[R], rstd[R];
+  MMK_INLINE explicit RowVectors(const RowSet<R>& set) {
+    MMK_UNROLL for (int j = 0; j < R; ++j) {
+      z[j] = set.z[j];
+      mean[j] = set1(set.mean[j]);
+      rstd[j] = set1(set.rstd[j]);
+    }
+  }
+  template <class Count>
+  MMK_INLINE vf centered(int j, int64_t k, Count n) const {
+    return load_as_float(z[j] + k, n) - mean[j];
+  }
+};
+
 MMK_INLINE int64_t row_stride(int64_t features) { return padded_features(features) + 16; }  // off the multiples of 1 KB
 
 // z[j] = x[j] + add[j] as floats, and its sum; floats with nothing to add stay where they are.
@@ -55,13 +73,17 @@ MMK_NOINLINE void load_rows(const NormRows& rows, int64_t features, float* copy,
   constexpr bool kCopies = kAdd || !std::is_same_v<T, float>;
   const int64_t stride = row_stride(features);
   const T* x[R];
+  const float* added[R];
   vf acc[R][kStep];
   clear(acc);
-  MMK_UNROLL for (int j = 0; j < R; ++j) x[j] = static_cast<const T*>(rows.x[j]);
+  MMK_UNROLL for (int j = 0; j < R; ++j) {
+    x[j] = static_cast<const T*>(rows.x[j]);
+    added[j] = rows.add[j];
+  }
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       vf v = load_as_float(x[j] + k, n);
-      if constexpr (kAdd) v = v + load(rows.add[j] + k);
+      if constexpr (kAdd) v = v + load(added[j] + k);
       if constexpr (kCopies) store(copy + j * stride + k, v);
       acc[j][u] = acc[j][u] + v;
     }
@@ -86,10 +108,18 @@ MMK_INLINE void prefetch_turn(const void* const* rows, int64_t k) {
   }
 }
 
+// Whole rows, where no pass has arithmetic to hide them behind.
+void prefetch_rows(const void* const* rows, int count, int64_t bytes) {
+  for (int j = 0; j < count; ++j) {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(static_cast<const char*>(rows[j]) + byte);
+  }
+}
+
 // Σ (z − mean)²
 template <int R, int kElement>
 MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const void* const* next,
                                    const void* const* next_grad, float (&sums)[R]) {
+  const RowVectors<R> row(set);
   vf acc[R][kStep];
   clear(acc);
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
@@ -98,7 +128,7 @@ MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const
       if (next_grad != nullptr) prefetch_turn<R, kElement>(next_grad, k);
     }
     MMK_UNROLL for (int j = 0; j < R; ++j) {
-      const vf d = keep_first(load_as_float(set.z[j] + k, n) - set1(set.mean[j]), n);
+      const vf d = keep_first(row.centered(j, k, n), n);
       acc[j][u] = fma(d, d, acc[j][u]);
     }
   });
@@ -121,12 +151,13 @@ MMK_INLINE void write_vector(T* p, vf x, int64_t n) {
 template <class T, int R, bool kAffine, bool kStream>
 MMK_NOINLINE void write_rows(const RowSet<R>& set, int64_t features, const float* gain, const float* offset,
                              void* const* out) {
+  const RowVectors<R> row(set);
   T* y[R];
   MMK_UNROLL for (int j = 0; j < R; ++j) y[j] = static_cast<T*>(out[j]);
   for_vectors(features, [&](int64_t k, int, auto n) MMK_LAMBDA {
     const vf g = kAffine ? load(gain + k) : zero(), h = kAffine ? load(offset + k) : zero();
     MMK_UNROLL for (int j = 0; j < R; ++j) {
-      const vf xhat = (load_as_float(set.z[j] + k, n) - set1(set.mean[j])) * set1(set.rstd[j]);
+      const vf xhat = row.centered(j, k, n) * row.rstd[j];
       write_vector<kStream>(y[j] + k, kAffine ? fma(xhat, g, h) : xhat, n);
     }
   });
@@ -137,6 +168,8 @@ template <class T, int R, bool kInput, bool kParameters>
 MMK_NOINLINE void weigh_gradient(const RowSet<R>& set, int64_t features, const void* const* grad_out, const float* gain,
                                  float* e, const NormSums& into, float (&e_sums)[R], float (&ex_sums)[R]) {
   const int64_t stride = row_stride(features);
+  const RowVectors<R> row(set);
+  float *const gain_sum = into.gain, *const offset_sum = into.offset;
   const T* grad[R];
   MMK_UNROLL for (int j = 0; j < R; ++j) grad[j] = static_cast<const T*>(grad_out[j]);
   vf e_acc[R][1], ex_acc[R][1];
@@ -147,7 +180,7 @@ MMK_NOINLINE void weigh_gradient(const RowSet<R>& set, int64_t features, const v
     vf dgain = zero(), doffset = zero();
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf g = load_as_float(grad[j] + k, n);
-      const vf xhat = keep_first((load_as_float(set.z[j] + k, n) - set1(set.mean[j])) * set1(set.rstd[j]), n);
+      const vf xhat = keep_first(row.centered(j, k, n) * row.rstd[j], n);
       if constexpr (kInput) {
         const vf weighed = g * weight;
         store(e + j * stride + k, weighed);
@@ -160,8 +193,8 @@ MMK_NOINLINE void weigh_gradient(const RowSet<R>& set, int64_t features, const v
       }
     }
     if constexpr (kParameters) {
-      store(into.gain + k, load(into.gain + k) + dgain);
-      store(into.offset + k, load(into.offset + k) + doffset);
+      store(gain_sum + k, load(gain_sum + k) + dgain);
+      store(offset_sum + k, load(offset_sum + k) + doffset);
     }
   });
   MMK_UNROLL for (int j = 0; j < R; ++j) {
@@ -175,6 +208,12 @@ template <class T, int R, bool kStore, bool kSum, bool kStream>
 MMK_NOINLINE void write_gradient(const RowSet<R>& set, int64_t features, const float* e, const float (&constant)[R],
                                  const float (&slope)[R], void* const* grad_x, float* z_sum) {
   const int64_t stride = row_stride(features);
+  const RowVectors<R> row(set);
+  vf constants[R], slopes[R];
+  MMK_UNROLL for (int j = 0; j < R; ++j) {
+    constants[j] = set1(constant[j]);
+    slopes[j] = set1(slope[j]);
+  }
   T* dx[R];
   if constexpr (kStore) {
     MMK_UNROLL for (int j = 0; j < R; ++j) dx[j] = static_cast<T*>(grad_x[j]);
@@ -182,9 +221,8 @@ MMK_NOINLINE void write_gradient(const RowSet<R>& set, int64_t features, const f
   for_vectors(features, [&](int64_t k, int, auto n) MMK_LAMBDA {
     vf total = zero();
     MMK_UNROLL for (int j = 0; j < R; ++j) {
-      const vf centered = load_as_float(set.z[j] + k, n) - set1(set.mean[j]);
-      const vf taken = fma(centered, set1(slope[j]), set1(constant[j]));
-      const vf dz = load(e + j * stride + k) * set1(set.rstd[j]) - taken;
+      const vf taken = fma(row.centered(j, k, n), slopes[j], constants[j]);
+      const vf dz = load(e + j * stride + k) * row.rstd[j] - taken;
       if constexpr (kStore) write_vector<kStream>(dx[j] + k, dz, n);
       if constexpr (kSum) total = total + dz;
     }
@@ -226,7 +264,11 @@ void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& 
     set.mean[j] = norm.norm == Norm::layer ? sums[j] / count : 0.f;
     set.rstd[j] = 1.f;
   }
-  if (norm.norm == Norm::none) return;
+  if (norm.norm == Norm::none) {
+    prefetch_rows(next.x, next.count, norm.features * element_size(norm.dtype));
+    if (backward) prefetch_rows(next.grad_out, next.count, norm.features * element_size(norm.out_dtype));
+    return;
+  }
   const void *next_x[R], *next_grad[R];
   const auto* ahead = repeat_last(next.x, next.count, next_x);
   const auto* grad_ahead = backward ? repeat_last(next.grad_out, next.count, next_grad) : nullptr;
