@@ -207,14 +207,15 @@ class DifferentiableOp:
         ctx.set_materialize_grads(False)
 
     def _grad(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        leaves = ctx.saved_tensors[: ctx.leaf_count]
+        tensors = ctx.saved_tensors  # once: checkpoint recomputes them for one reading
+        leaves = tensors[: ctx.leaf_count]
         args = self._with_leaves(ctx.arguments, leaves)
         flags = self._leaves(ctx.needs_input_grad)
         needed = [x is not None and bool(n) and x.is_floating_point() for x, n in zip(leaves, flags, strict=True)]
         pulled: Sequence[Tensor | None] = [None] * len(leaves)
         given = next((g for g in grads[: self._outputs] if g is not None), None)
         if given is not None and any(needed):
-            saved = list(ctx.saved_tensors[ctx.leaf_count :])
+            saved = list(tensors[ctx.leaf_count :])
             if not ctx.training:
                 outputs = self.forward(*args, True)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)

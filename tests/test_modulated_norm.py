@@ -112,7 +112,7 @@ OPS = {
 
 @pytest.mark.parametrize("op", OPS)
 def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op]())
+    check_in_torch(OPS[op](), backend)
 
 
 @pytest.mark.parametrize("norm", NORMS)

@@ -89,7 +89,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList xs, const Opti
   std::vector<TokenSource> sources = make_sources(xs, types, positions, position_sources);
   const auto next = [&](const Tensor& like) {
     const bool wanted = needed[result.size()];
-    result.push_back(with_huge_pages(empty_gradient(wanted, like)));
+    result.push_back(with_huge_pages(empty_gradient(wanted, like, grad_out)));
     return wanted;
   };
   for (size_t i = 0; i < xs.size(); ++i) {

@@ -52,7 +52,7 @@ Tensor forward(const Tensor& x, const Tensor& shift, const Tensor& scale, std::o
 std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor& shift, const Tensor& scale,
                              std::optional<std::string_view> norm, const OptionalTensor& weight,
                              const OptionalTensor& bias, double eps, at::TensorList, c10::List<bool> needed) {
-  const auto gradient = [&](size_t i, const Tensor& like) { return empty_gradient(needed[i], like); };
+  const auto gradient = [&](size_t i, const Tensor& like) { return empty_gradient(needed[i], like, grads[0]); };
   const Tensor dx = with_huge_pages(gradient(0, x)), dshift = gradient(1, shift), dscale = gradient(2, scale);
   const Tensor dweight = gradient(3, weight.value_or(x)), dbias = gradient(4, bias.value_or(x));
   std::vector<Tensor> result{dx, dshift, dscale, dweight, dbias};

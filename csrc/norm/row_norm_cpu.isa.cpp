@@ -115,13 +115,14 @@ void prefetch_rows(const void* const* rows, int count, int64_t bytes) {
   }
 }
 
-// Σ (z − mean)²
+// Σ (z − mean) and Σ (z − mean)²
 template <int R, int kElement>
-MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const void* const* next,
-                                   const void* const* next_grad, float (&sums)[R]) {
+MMK_NOINLINE void centered_sums(const RowSet<R>& set, int64_t features, const void* const* next,
+                                const void* const* next_grad, float (&sums)[R], float (&squares)[R]) {
   const RowVectors<R> row(set);
-  vf acc[R][kStep];
+  vf acc[R][1], square_acc[R][kStep];
   clear(acc);
+  clear(square_acc);
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
     if (u == 0) {
       if (next != nullptr) prefetch_turn<R, kElement>(next, k);
@@ -129,10 +130,14 @@ MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const
     }
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf d = keep_first(row.centered(j, k, n), n);
-      acc[j][u] = fma(d, d, acc[j][u]);
+      acc[j][0] = acc[j][0] + d;
+      square_acc[j][u] = fma(d, d, square_acc[j][u]);
     }
   });
-  MMK_UNROLL for (int j = 0; j < R; ++j) sums[j] = sum(acc[j][0] + acc[j][1]);
+  MMK_UNROLL for (int j = 0; j < R; ++j) {
+    sums[j] = sum(acc[j][0]);
+    squares[j] = sum(square_acc[j][0] + square_acc[j][1]);
+  }
 }
 
 template <bool kStream, class T>
@@ -253,7 +258,7 @@ const void* const* repeat_last(const void* const* rows, int count, const void* (
 template <int R>
 void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& next, bool backward, float* scratch,
                      RowSet<R>& set) {
-  float sums[R];
+  float sums[R], squares[R];
   with_element(norm.dtype, [&](auto t) {
     with_bool(rows.add[0] != nullptr, [&](auto add) {
       load_rows<decltype(t), R, decltype(add)::value>(rows, norm.features, scratch, set.z, sums);
@@ -273,11 +278,16 @@ void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& 
   const auto* ahead = repeat_last(next.x, next.count, next_x);
   const auto* grad_ahead = backward ? repeat_last(next.grad_out, next.count, next_grad) : nullptr;
   if (norm.dtype == Dtype::f32) {
-    centered_squares<R, 4>(set, norm.features, ahead, grad_ahead, sums);
+    centered_sums<R, 4>(set, norm.features, ahead, grad_ahead, sums, squares);
   } else {
-    centered_squares<R, 2>(set, norm.features, ahead, grad_ahead, sums);
+    centered_sums<R, 2>(set, norm.features, ahead, grad_ahead, sums, squares);
   }
-  for (int j = 0; j < R; ++j) set.rstd[j] = 1.f / std::sqrt(sums[j] / count + norm.eps);
+  for (int j = 0; j < R; ++j) {
+    // The first mean carries the rounding of a sum of large terms; what the centred row still sums to corrects it.
+    const float rest = norm.norm == Norm::layer ? sums[j] / count : 0.f;
+    set.mean[j] += rest;
+    set.rstd[j] = 1.f / std::sqrt(squares[j] / count - rest * rest + norm.eps);
+  }
 }
 
 // Whether whole vectors of every row can be streamed: their addresses are multiples of a vector.

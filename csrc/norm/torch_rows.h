@@ -41,9 +41,8 @@ inline TokenRows token_rows(const at::Tensor& t) {
 inline const void* vector_data(const std::optional<at::Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // A gradient, or an empty tensor where none is needed.
-inline at::Tensor empty_gradient(bool needed, const at::Tensor& like) {
-  return needed ? at::empty(like.sizes(), like.options().memory_format(at::MemoryFormat::Contiguous))
-                : at::empty({0}, like.options());
+inline at::Tensor empty_gradient(bool needed, const at::Tensor& like, const at::Tensor& grad_out) {
+  return needed ? at::empty(like.sizes(), like.options()) : at::empty({0}, grad_out.options());
 }
 
 }  // namespace mmk
