@@ -64,7 +64,7 @@ class RowOp:
 
 
 def check_in_torch(op: RowOp, backend: str) -> None:
-    """Compile, functional transforms, autocast, checkpoint, determinism, gradients that are not needed, second order."""
+    """Compile, functional transforms, autocast, checkpoint, determinism, gradients that are not needed."""
     leaves = op.leaves()
     want = op.outputs_and_gradients()
     gradients = want[1:]

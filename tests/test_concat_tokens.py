@@ -186,7 +186,12 @@ BAD: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
     (TypeError, "xs[0]: expected dtype float32", [x.int()], {}),
     (ValueError, "type_embedding: expected shape (2, 8); got (3, 8)", [x, y], {"type_embedding": torch.zeros(3, 8)}),
     (TypeError, "position_embeddings: expected a list", [x, y], {"position_embeddings": x[0]}),
-    (ValueError, "position_embeddings: expected 2 entries, one per modality; got 1", [x, y], {"position_embeddings": [None]}),
+    (
+        ValueError,
+        "position_embeddings: expected 2 entries, one per modality; got 1",
+        [x, y],
+        {"position_embeddings": [None]},
+    ),
     (
         ValueError,
         "position_embeddings[1]: expected shape (5, 8); got (3, 8)",

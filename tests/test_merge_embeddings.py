@@ -80,8 +80,8 @@ def test_values_that_are_replaced_or_absent_do_not_matter(backend: str) -> None:
 def test_the_formula(backend: str) -> None:
     text, modals, mask = make()
     want, rows = text.detach().clone(), iter(torch.cat(modals).detach())
-    for b, l in mask.nonzero().tolist():
-        want[b, l] = next(rows)
+    for b, at in mask.nonzero().tolist():
+        want[b, at] = next(rows)
     assert torch.equal(mmk.merge_embeddings(text, modals, mask), want)
     assert torch.equal(mmk.merge_embeddings(text, torch.cat(modals), mask), want)
 
