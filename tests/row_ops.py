@@ -17,7 +17,7 @@ DTYPES = [pytest.param(t, id=str(t)[6:]) for t in (torch.float32, torch.bfloat16
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values as a leaf whose leading dims lie in the other order, with gaps, and the last from an odd offset."""
+    """The same values as a leaf: leading dims in the other order, with gaps, the last from an odd offset."""
     dims = tensor.dim()
     order = [*reversed(range(dims - 1)), dims - 1]
     source = tensor.detach().permute(order)

@@ -96,14 +96,25 @@ MMK_INLINE vh to_bf16(vf x) {  // round to nearest even; a NaN stays a quiet NaN
   return _mm512_cvtepi32_epi16(rounded);
 #endif
 }
+// a's halves, then b's, as the bits of one vector.
+MMK_INLINE vf join_halves(vh a, vh b) {
+  return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+MMK_INLINE vf to_bf16(vf a, vf b) {
+#ifdef __AVX512BF16__
+  return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  return join_halves(to_bf16(a), to_bf16(b));
+#endif
+}
 MMK_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_halves(p)); }
 MMK_INLINE vh to_f16(vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+MMK_INLINE vf to_f16(vf a, vf b) { return join_halves(to_f16(a), to_f16(b)); }
 MMK_INLINE void store(uint16_t* p, vh x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 
 // ---- stores past the caches: p is aligned to what is stored; a fence orders them before what other threads read ----
 constexpr bool kStreams = true;
 MMK_INLINE void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
-MMK_INLINE void stream(uint16_t* p, vh x) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x); }
 MMK_INLINE void stream_fence() { _mm_sfence(); }
 
 MMK_INLINE vi load_bool(const uint8_t* p) {

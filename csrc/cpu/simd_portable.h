@@ -157,12 +157,20 @@ MMK_INLINE vh to_f16(vf x) {
   for (int i = 0; i < VW; ++i) halves[i] = f16_from_float(x[i]);
   return halves;
 }
+// a's halves, then b's, as the bits of one vector.
+MMK_INLINE vf join_halves(vh a, vh b) {
+  vf bits;
+  std::memcpy(&bits, &a, sizeof a);
+  std::memcpy(reinterpret_cast<char*>(&bits) + sizeof a, &b, sizeof b);
+  return bits;
+}
+MMK_INLINE vf to_bf16(vf a, vf b) { return join_halves(to_bf16(a), to_bf16(b)); }
+MMK_INLINE vf to_f16(vf a, vf b) { return join_halves(to_f16(a), to_f16(b)); }
 MMK_INLINE void store(uint16_t* p, vh x) { std::memcpy(p, &x, sizeof x); }
 
 // ---- stores past the caches, where there are any ----
 constexpr bool kStreams = false;
 MMK_INLINE void stream(float* p, vf x) { store(p, x); }
-MMK_INLINE void stream(uint16_t* p, vh x) { store(p, x); }
 MMK_INLINE void stream_fence() {}
 
 // 0 where the byte is 0, else not 0.

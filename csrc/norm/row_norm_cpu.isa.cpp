@@ -140,17 +140,22 @@ MMK_NOINLINE void centered_sums(const RowSet<R>& set, int64_t features, const vo
   }
 }
 
-template <bool kStream, class T>
-MMK_INLINE void write_vector(T* p, vf x, Constant<VW>) {
-  if constexpr (kStream) {
-    stream_from_float(p, x);
-  } else {
-    store_from_float(p, x);
+// value(j, k, n) to y[j][k …] for every vector of every row, two at a time.
+template <int R, bool kStream, class T, class Value>
+MMK_INLINE void write_vectors(T* const (&y)[R], int64_t features, Value value) {
+  static_assert(kStep == 2);
+  int64_t k = 0;
+  for (; k + kStep * VW <= features; k += kStep * VW) {
+    vf first[R], second[R];
+    value(k, Constant<VW>{}, first);
+    value(k + VW, Constant<VW>{}, second);
+    MMK_UNROLL for (int j = 0; j < R; ++j) write_pair<kStream>(y[j] + k, first[j], second[j]);
   }
-}
-template <bool kStream, class T>
-MMK_INLINE void write_vector(T* p, vf x, int64_t n) {
-  store_from_float(p, x, n);
+  for (; k < features; k += VW) {
+    vf last[R];
+    value(k, features - k, last);
+    for (int j = 0; j < R; ++j) store_from_float(y[j] + k, last[j], features - k);
+  }
 }
 
 template <class T, int R, bool kAffine, bool kStream>
@@ -159,11 +164,11 @@ MMK_NOINLINE void write_rows(const RowSet<R>& set, int64_t features, const float
   const RowVectors<R> row(set);
   T* y[R];
   MMK_UNROLL for (int j = 0; j < R; ++j) y[j] = static_cast<T*>(out[j]);
-  for_vectors(features, [&](int64_t k, int, auto n) MMK_LAMBDA {
+  write_vectors<R, kStream>(y, features, [&](int64_t k, auto n, vf(&result)[R]) MMK_LAMBDA {
     const vf g = kAffine ? load(gain + k) : zero(), h = kAffine ? load(offset + k) : zero();
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf xhat = row.centered(j, k, n) * row.rstd[j];
-      write_vector<kStream>(y[j] + k, kAffine ? fma(xhat, g, h) : xhat, n);
+      result[j] = kAffine ? fma(xhat, g, h) : xhat;
     }
   });
 }
@@ -223,16 +228,23 @@ MMK_NOINLINE void write_gradient(const RowSet<R>& set, int64_t features, const f
   if constexpr (kStore) {
     MMK_UNROLL for (int j = 0; j < R; ++j) dx[j] = static_cast<T*>(grad_x[j]);
   }
-  for_vectors(features, [&](int64_t k, int, auto n) MMK_LAMBDA {
+  const auto gradients = [&](int64_t k, auto n, vf(&dz)[R]) MMK_LAMBDA {
     vf total = zero();
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf taken = fma(row.centered(j, k, n), slopes[j], constants[j]);
-      const vf dz = load(e + j * stride + k) * row.rstd[j] - taken;
-      if constexpr (kStore) write_vector<kStream>(dx[j] + k, dz, n);
-      if constexpr (kSum) total = total + dz;
+      dz[j] = load(e + j * stride + k) * row.rstd[j] - taken;
+      if constexpr (kSum) total = total + dz[j];
     }
     if constexpr (kSum) store(z_sum + k, load(z_sum + k) + keep_first(total, n));
-  });
+  };
+  if constexpr (kStore) {
+    write_vectors<R, kStream>(dx, features, gradients);
+  } else {
+    for_vectors(features, [&](int64_t k, int, auto n) MMK_LAMBDA {
+      vf dz[R];
+      gradients(k, n, dz);
+    });
+  }
 }
 
 template <class Function>
@@ -290,11 +302,11 @@ void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& 
   }
 }
 
-// Whether whole vectors of every row can be streamed: their addresses are multiples of a vector.
-bool can_stream(const RowNorm& norm, void* const* rows, int count, Dtype dtype) {
+// Whether every row can be streamed: its address is a multiple of a vector.
+bool can_stream(const RowNorm& norm, void* const* rows, int count) {
   if (!kStreams || !norm.stream) return false;
   for (int j = 0; j < count; ++j) {
-    if (reinterpret_cast<uintptr_t>(rows[j]) % static_cast<uintptr_t>(VW * element_size(dtype)) != 0) return false;
+    if (reinterpret_cast<uintptr_t>(rows[j]) % (VW * sizeof(float)) != 0) return false;
   }
   return true;
 }
@@ -306,7 +318,7 @@ void forward(const RowNorm& norm, const NormRows& rows, const NormRows& next, co
   take_statistics(norm, rows, next, false, scratch, set);
   with_element(norm.out_dtype, [&](auto t) {
     with_bool(gain != nullptr, [&](auto affine) {
-      with_bool(can_stream(norm, rows.out, R, norm.out_dtype), [&](auto streamed) {
+      with_bool(can_stream(norm, rows.out, R), [&](auto streamed) {
         write_rows<decltype(t), R, decltype(affine)::value, decltype(streamed)::value>(set, norm.features, gain, offset,
                                                                                        rows.out);
       });
@@ -348,8 +360,7 @@ void backward(const RowNorm& norm, const NormRows& rows, const NormRows& next, c
     };
     if (!stores) return write(std::false_type{}, std::true_type{}, std::false_type{});
     with_bool(into.z != nullptr, [&](auto with_sum) {
-      with_bool(can_stream(norm, rows.grad_x, R, norm.dtype),
-                [&](auto streamed) { write(std::true_type{}, with_sum, streamed); });
+      with_bool(can_stream(norm, rows.grad_x, R), [&](auto streamed) { write(std::true_type{}, with_sum, streamed); });
     });
   });
 }
