@@ -45,7 +45,7 @@ def merge_embeddings(
         >>> merge_embeddings(text, image, torch.tensor([[False, True, True, False]]))[0, :, 0]
         tensor([0., 1., 1., 0.])
     """
-    modals = list(modal) if isinstance(modal, (list, tuple)) else [modal]
+    modals: list[Tensor] = list(modal) if isinstance(modal, (list, tuple)) else [modal]  # type: ignore[list-item]
     names = [f"modal[{i}]" for i in range(len(modals))] if isinstance(modal, (list, tuple)) else ["modal"]
     checks.check_tensor(_NAME, "text", text)
     checks.check_tensor(_NAME, "mask", mask)
