@@ -7,7 +7,8 @@
 //            pass, which has arithmetic to spare, takes the squares and fetches the rows of the next call; the third
 //            writes. Float rows with nothing to add are not copied. Backward: two more passes, of grad_out and of
 //            grad_z; what is summed over rows is added R rows at a time.
-// Precision  float32; variance from the centred rows. Sums of a row do not depend on R.
+// Precision  float32; the mean from distances to the row's first feature, the variance from the centred row. The sums
+//            of a row do not depend on R.
 // Limits     any C, any alignment: tails are masked, never padded in memory of others.
 #include "csrc/cpu/element.h"
 #include "csrc/cpu/tile.h"
@@ -66,30 +67,34 @@ struct RowVectors {
 
 MMK_INLINE int64_t row_stride(int64_t features) { return padded_features(features) + 16; }  // off the multiples of 1 KB
 
-// z[j] = x[j] + add[j] as floats, and its sum; floats with nothing to add stay where they are.
+// z[j] = x[j] + add[j] as floats, and its mean; floats with nothing to add stay where they are. What is summed is the
+// distance from the first feature, so that the mean of a row far from zero is not rounded like the sum of large terms.
 template <class T, int R, bool kAdd>
 MMK_NOINLINE void load_rows(const NormRows& rows, int64_t features, float* copy, const float* (&z)[R],
-                            float (&sums)[R]) {
+                            float (&means)[R]) {
   constexpr bool kCopies = kAdd || !std::is_same_v<T, float>;
   const int64_t stride = row_stride(features);
   const T* x[R];
   const float* added[R];
-  vf acc[R][kStep];
+  float first[R];
+  vf acc[R][kStep], origin[R];
   clear(acc);
   MMK_UNROLL for (int j = 0; j < R; ++j) {
     x[j] = static_cast<const T*>(rows.x[j]);
     added[j] = rows.add[j];
+    first[j] = sum(load_as_float(x[j], int64_t{1})) + (kAdd ? added[j][0] : 0.f);
+    origin[j] = set1(first[j]);
   }
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       vf v = load_as_float(x[j] + k, n);
       if constexpr (kAdd) v = v + load(added[j] + k);
       if constexpr (kCopies) store(copy + j * stride + k, v);
-      acc[j][u] = acc[j][u] + v;
+      acc[j][u] = acc[j][u] + keep_first(v - origin[j], n);
     }
   });
   MMK_UNROLL for (int j = 0; j < R; ++j) {
-    sums[j] = sum(acc[j][0] + acc[j][1]);
+    means[j] = first[j] + sum(acc[j][0] + acc[j][1]) / static_cast<float>(features);
     if constexpr (kCopies) {
       z[j] = copy + j * stride;
     } else {
@@ -115,14 +120,13 @@ void prefetch_rows(const void* const* rows, int count, int64_t bytes) {
   }
 }
 
-// Σ (z − mean) and Σ (z − mean)²
+// Σ (z − mean)²
 template <int R, int kElement>
-MMK_NOINLINE void centered_sums(const RowSet<R>& set, int64_t features, const void* const* next,
-                                const void* const* next_grad, float (&sums)[R], float (&squares)[R]) {
+MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const void* const* next,
+                                   const void* const* next_grad, float (&squares)[R]) {
   const RowVectors<R> row(set);
-  vf acc[R][1], square_acc[R][kStep];
+  vf acc[R][kStep];
   clear(acc);
-  clear(square_acc);
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
     if (u == 0) {
       if (next != nullptr) prefetch_turn<R, kElement>(next, k);
@@ -130,14 +134,10 @@ MMK_NOINLINE void centered_sums(const RowSet<R>& set, int64_t features, const vo
     }
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf d = keep_first(row.centered(j, k, n), n);
-      acc[j][0] = acc[j][0] + d;
-      square_acc[j][u] = fma(d, d, square_acc[j][u]);
+      acc[j][u] = fma(d, d, acc[j][u]);
     }
   });
-  MMK_UNROLL for (int j = 0; j < R; ++j) {
-    sums[j] = sum(acc[j][0]);
-    squares[j] = sum(square_acc[j][0] + square_acc[j][1]);
-  }
+  MMK_UNROLL for (int j = 0; j < R; ++j) squares[j] = sum(acc[j][0] + acc[j][1]);
 }
 
 // value(j, k, n) to y[j][k …] for every vector of every row, two at a time.
@@ -270,15 +270,15 @@ const void* const* repeat_last(const void* const* rows, int count, const void* (
 template <int R>
 void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& next, bool backward, float* scratch,
                      RowSet<R>& set) {
-  float sums[R], squares[R];
+  float means[R], squares[R];
   with_element(norm.dtype, [&](auto t) {
     with_bool(rows.add[0] != nullptr, [&](auto add) {
-      load_rows<decltype(t), R, decltype(add)::value>(rows, norm.features, scratch, set.z, sums);
+      load_rows<decltype(t), R, decltype(add)::value>(rows, norm.features, scratch, set.z, means);
     });
   });
   const float count = static_cast<float>(norm.features);
   for (int j = 0; j < R; ++j) {
-    set.mean[j] = norm.norm == Norm::layer ? sums[j] / count : 0.f;
+    set.mean[j] = norm.norm == Norm::layer ? means[j] : 0.f;
     set.rstd[j] = 1.f;
   }
   if (norm.norm == Norm::none) {
@@ -290,16 +290,11 @@ void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& 
   const auto* ahead = repeat_last(next.x, next.count, next_x);
   const auto* grad_ahead = backward ? repeat_last(next.grad_out, next.count, next_grad) : nullptr;
   if (norm.dtype == Dtype::f32) {
-    centered_sums<R, 4>(set, norm.features, ahead, grad_ahead, sums, squares);
+    centered_squares<R, 4>(set, norm.features, ahead, grad_ahead, squares);
   } else {
-    centered_sums<R, 2>(set, norm.features, ahead, grad_ahead, sums, squares);
+    centered_squares<R, 2>(set, norm.features, ahead, grad_ahead, squares);
   }
-  for (int j = 0; j < R; ++j) {
-    // The first mean carries the rounding of a sum of large terms; what the centred row still sums to corrects it.
-    const float rest = norm.norm == Norm::layer ? sums[j] / count : 0.f;
-    set.mean[j] += rest;
-    set.rstd[j] = 1.f / std::sqrt(squares[j] / count - rest * rest + norm.eps);
-  }
+  for (int j = 0; j < R; ++j) set.rstd[j] = 1.f / std::sqrt(squares[j] / count + norm.eps);
 }
 
 // Whether every row can be streamed: its address is a multiple of a vector.
