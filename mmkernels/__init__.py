@@ -8,10 +8,13 @@ from mmkernels._errors import UnsupportedError
 from mmkernels.ops.bilinear_fusion import bilinear_fusion
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
+from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
 from mmkernels.ops.low_rank_fusion import low_rank_fusion
+from mmkernels.ops.merge_embeddings import merge_embeddings
+from mmkernels.ops.modulated_norm import modulated_norm
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 
 __version__ = "0.1.0"
@@ -22,11 +25,14 @@ __all__ = [
     "bilinear_fusion",
     "concat_linear",
     "concat_norm_linear",
+    "concat_tokens",
     "cross_attention",
     "explain",
     "gated_concat",
     "gated_fusion",
     "low_rank_fusion",
+    "merge_embeddings",
+    "modulated_norm",
     "nn",
     "scaled_dot_product_attention",
     "tensor_fusion_linear",

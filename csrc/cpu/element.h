@@ -23,6 +23,29 @@ MMK_INLINE void store_from_float(float* p, vf x) { store(p, x); }
 MMK_INLINE void store_from_float(Bf16* p, vf x) { store_bf16(&p->bits, x); }
 MMK_INLINE void store_from_float(F16* p, vf x) { store_f16(&p->bits, x); }
 
+// 2 · VW elements; kStream: past the caches, p being a multiple of the bytes of a vf.
+template <bool kStream>
+MMK_INLINE void write_bits(void* p, vf bits) {
+  if constexpr (kStream) {
+    stream(static_cast<float*>(p), bits);
+  } else {
+    store(static_cast<float*>(p), bits);
+  }
+}
+template <bool kStream>
+MMK_INLINE void write_pair(float* p, vf a, vf b) {
+  write_bits<kStream>(p, a);
+  write_bits<kStream>(p + VW, b);
+}
+template <bool kStream>
+MMK_INLINE void write_pair(Bf16* p, vf a, vf b) {
+  write_bits<kStream>(p, to_bf16(a, b));
+}
+template <bool kStream>
+MMK_INLINE void write_pair(F16* p, vf a, vf b) {
+  write_bits<kStream>(p, to_f16(a, b));
+}
+
 // n <= VW elements, zero behind them; nothing beyond is read or written.
 template <class T>
 MMK_INLINE vf load_as_float(const T* p, int64_t n) {

@@ -3,8 +3,9 @@
 //
 //   vf                         VW floats in one register; +, -, *, comparison and ?: work as for floats
 //   kRegisters, kFma, kBf16Dot how many registers there are, and whether fma and the bf16 pair product are instructions
+//   vh                         as many bfloat16 or float16, as bits
 //   load_partial, store_partial  the first n <= VW floats, zero behind them; nothing beyond is read or written
-//   load, store, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair operations
+//   load, store, stream, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair operations
 //
 // Everything is in an anonymous namespace inside mmk::<isa>, so that the linker cannot merge two instruction sets.
 #pragma once
@@ -43,6 +44,9 @@
 namespace mmk {
 namespace MMK_ISA {
 namespace {
+
+MMK_INLINE void store_bf16(uint16_t* p, vf x) { store(p, to_bf16(x)); }
+MMK_INLINE void store_f16(uint16_t* p, vf x) { store(p, to_f16(x)); }
 
 #if !defined(__AVX512BF16__) && !defined(MMK_EMULATED)  // named, never called: kBf16Dot is false
 template <class V>

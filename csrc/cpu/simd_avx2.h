@@ -14,6 +14,7 @@ constexpr bool kBf16Dot = false;
 
 typedef __m256 vf;
 typedef int32_t vi __attribute__((vector_size(32)));
+typedef __m128i vh;
 
 MMK_INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 MMK_INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
@@ -75,21 +76,36 @@ MMK_INLINE vf load_bf16(const uint16_t* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16);
 }
-MMK_INLINE void store_bf16(uint16_t* p, vf x) {  // round to nearest even; a NaN stays a quiet NaN
+// The bfloat16 in the low halves of lanes: round to nearest even; a NaN stays a quiet NaN.
+MMK_INLINE __m256i rounded_to_bf16(vf x) {
   const __m256i bits = (__m256i)x;
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = (__m256i)_mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+}
+MMK_INLINE vh to_bf16(vf x) {
+  const __m256i lanes = rounded_to_bf16(x);
+  return _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+}
+// a's halves, then b's, as the bits of one vector.
+MMK_INLINE vf to_bf16(vf a, vf b) {
+  const __m256i quads = _mm256_packus_epi32(rounded_to_bf16(a), rounded_to_bf16(b));  // a0 b0 a1 b1, of 4 halves each
+  return (vf)_mm256_permute4x64_epi64(quads, 0xd8);
 }
 MMK_INLINE vf load_f16(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-MMK_INLINE void store_f16(uint16_t* p, vf x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-}
+MMK_INLINE vh to_f16(vf x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+MMK_INLINE vf to_f16(vf a, vf b) { return (vf)_mm256_set_m128i(to_f16(b), to_f16(a)); }
+MMK_INLINE void store(uint16_t* p, vh x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x); }
+
+// ---- stores past the caches: p is aligned to what is stored; a fence orders them before what other threads read ----
+constexpr bool kStreams = true;
+MMK_INLINE void stream(float* p, vf x) { _mm256_stream_ps(p, x); }
+MMK_INLINE void stream_fence() { _mm_sfence(); }
+
 MMK_INLINE vi load_bool(const uint8_t* p) {
   const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   return (vi)x != 0;

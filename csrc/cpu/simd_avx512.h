@@ -18,6 +18,7 @@ constexpr bool kBf16Dot = false;
 
 typedef __m512 vf;
 typedef int32_t vi __attribute__((vector_size(64)));
+typedef __m256i vh;
 
 MMK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 MMK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
@@ -84,24 +85,41 @@ MMK_INLINE vf sum_rows(vf (&r)[VW]) {
 }
 
 MMK_INLINE __m256i load_halves(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-MMK_INLINE void store_halves(uint16_t* p, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
 
 MMK_INLINE vf load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p)), 16));
 }
-MMK_INLINE void store_bf16(uint16_t* p, vf x) {  // round to nearest even; a NaN stays a quiet NaN
+MMK_INLINE vh to_bf16(vf x) {  // round to nearest even; a NaN stays a quiet NaN
 #ifdef __AVX512BF16__
-  store_halves(p, (__m256i)_mm512_cvtneps_pbh(x));
+  return (__m256i)_mm512_cvtneps_pbh(x);
 #else
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  store_halves(p, _mm512_cvtepi32_epi16(rounded));
+  return _mm512_cvtepi32_epi16(rounded);
+#endif
+}
+// a's halves, then b's, as the bits of one vector.
+MMK_INLINE vf join_halves(vh a, vh b) {
+  return _mm512_castsi512_ps(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+MMK_INLINE vf to_bf16(vf a, vf b) {
+#ifdef __AVX512BF16__
+  return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  return join_halves(to_bf16(a), to_bf16(b));
 #endif
 }
 MMK_INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(load_halves(p)); }
-MMK_INLINE void store_f16(uint16_t* p, vf x) { store_halves(p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+MMK_INLINE vh to_f16(vf x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+MMK_INLINE vf to_f16(vf a, vf b) { return join_halves(to_f16(a), to_f16(b)); }
+MMK_INLINE void store(uint16_t* p, vh x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+
+// ---- stores past the caches: p is aligned to what is stored; a fence orders them before what other threads read ----
+constexpr bool kStreams = true;
+MMK_INLINE void stream(float* p, vf x) { _mm512_stream_ps(p, x); }
+MMK_INLINE void stream_fence() { _mm_sfence(); }
 
 MMK_INLINE vi load_bool(const uint8_t* p) {
   const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -99,8 +99,10 @@ MMK_INLINE uint16_t bf16_from_float(float x) {
   if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-MMK_INLINE void store_bf16(uint16_t* p, vf x) {
-  for (int i = 0; i < VW; ++i) p[i] = bf16_from_float(x[i]);
+MMK_INLINE vh to_bf16(vf x) {
+  vh halves{};
+  for (int i = 0; i < VW; ++i) halves[i] = bf16_from_float(x[i]);
+  return halves;
 }
 
 #if defined(__aarch64__)
@@ -157,9 +159,26 @@ MMK_INLINE vf load_f16(const uint16_t* p) {
   for (int i = 0; i < VW; ++i) x[i] = float_from_f16(p[i]);
   return x;
 }
-MMK_INLINE void store_f16(uint16_t* p, vf x) {
-  for (int i = 0; i < VW; ++i) p[i] = f16_from_float(x[i]);
+MMK_INLINE vh to_f16(vf x) {
+  vh halves{};
+  for (int i = 0; i < VW; ++i) halves[i] = f16_from_float(x[i]);
+  return halves;
 }
+// a's halves, then b's, as the bits of one vector.
+MMK_INLINE vf join_halves(vh a, vh b) {
+  vf bits;
+  std::memcpy(&bits, &a, sizeof a);
+  std::memcpy(reinterpret_cast<char*>(&bits) + sizeof a, &b, sizeof b);
+  return bits;
+}
+MMK_INLINE vf to_bf16(vf a, vf b) { return join_halves(to_bf16(a), to_bf16(b)); }
+MMK_INLINE vf to_f16(vf a, vf b) { return join_halves(to_f16(a), to_f16(b)); }
+MMK_INLINE void store(uint16_t* p, vh x) { std::memcpy(p, &x, sizeof x); }
+
+// ---- stores past the caches, where there are any ----
+constexpr bool kStreams = false;
+MMK_INLINE void stream(float* p, vf x) { store(p, x); }
+MMK_INLINE void stream_fence() {}
 
 // 0 where the byte is 0, else not 0.
 MMK_INLINE vi load_bool(const uint8_t* p) {

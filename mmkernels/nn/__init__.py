@@ -4,6 +4,7 @@ from mmkernels.nn.concat_fusion import ConcatFusion
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
 from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
+from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 
 __all__ = [
     "ConcatFusion",
@@ -11,4 +12,5 @@ __all__ = [
     "LowRankFusion",
     "MultiheadCrossAttention",
     "TensorFusion",
+    "TokenFusionEmbedding",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -61,3 +63,11 @@ def autocast_inputs(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...
     """The tensors in autocast's dtype where they are eligible, as torch's own fused ops cast them."""
     dtype = torch.get_autocast_dtype(device.type)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+
+def autocast_promoted(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """The tensors in the widest of their dtypes, as autocast does for ops that are exact in either, such as cat."""
+    dtypes = [t.dtype for t in tensors if t is not None and t.is_floating_point()]
+    widest = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    # An absent tensor stays None; the annotation spares callers the same union for each of theirs.
+    return tuple(t.to(widest) if t is not None and t.is_floating_point() else t for t in tensors)  # type: ignore[misc]

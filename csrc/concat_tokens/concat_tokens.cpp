@@ -1,0 +1,132 @@
+// concat_tokens on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/concat_tokens): xs are
+// [B, L_i, C], type_embedding [M, C], and position_embeddings[j] [L_i, C] is that of source i = position_sources[j].
+#include "csrc/concat_tokens/concat_tokens.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "csrc/cpu/large_output.h"
+#include "csrc/cpu/torch_workers.h"
+#include "csrc/norm/torch_rows.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kName = "concat_tokens";
+
+TokenRows position_rows(const Tensor& t) {  // [L, C]
+  TORCH_INTERNAL_ASSERT(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1));
+  return {t.data_ptr(), 0, t.stride(0)};
+}
+
+char* type_row(const Tensor& t, int64_t i) {
+  TORCH_INTERNAL_ASSERT(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1));
+  return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
+}
+
+std::vector<TokenSource> make_sources(at::TensorList xs, const OptionalTensor& types, at::TensorList positions,
+                                      at::IntArrayRef position_sources) {
+  std::vector<TokenSource> sources(xs.size());
+  for (size_t i = 0; i < xs.size(); ++i) {
+    sources[i].length = xs[i].size(1);
+    sources[i].x = token_rows(xs[i]);
+    if (types) sources[i].type = type_row(*types, static_cast<int64_t>(i));
+  }
+  for (size_t j = 0; j < positions.size(); ++j) sources[position_sources[j]].position = position_rows(positions[j]);
+  return sources;
+}
+
+int64_t total_length(at::TensorList xs) {
+  int64_t total = 0;
+  for (const Tensor& x : xs) total += x.size(1);
+  return total;
+}
+
+ConcatTokensParams make_params(const std::vector<TokenSource>& sources, const Tensor& x, const Tensor& out,
+                               std::optional<std::string_view> norm, const OptionalTensor& weight,
+                               const OptionalTensor& bias, double eps, double operations) {
+  ConcatTokensParams p;
+  p.batch = out.size(0);
+  p.features = out.size(2);
+  p.dtype = row_dtype(kName, x);
+  p.out_dtype = row_dtype(kName, out);
+  p.norm = norm_named(kName, norm);
+  p.eps = static_cast<float>(eps);
+  p.sources = sources.data();
+  p.source_count = static_cast<int64_t>(sources.size());
+  p.weight = vector_data(weight);
+  p.bias = vector_data(bias);
+  p.stream = worth_streaming(static_cast<int64_t>(out.nbytes()));
+  p.workers = torch_workers(operations * static_cast<double>(out.numel()));
+  return p;
+}
+
+Tensor forward(at::TensorList xs, const OptionalTensor& types, at::TensorList positions,
+               at::IntArrayRef position_sources, std::optional<std::string_view> norm, const OptionalTensor& weight,
+               const OptionalTensor& bias, double eps, std::optional<at::ScalarType> out_dtype, bool) {
+  const Tensor& x = xs[0];
+  const auto options = x.options().dtype(out_dtype.value_or(x.scalar_type()));
+  const Tensor out = with_huge_pages(at::empty({x.size(0), total_length(xs), x.size(2)}, options));
+  if (out.numel() == 0) return out;
+  const std::vector<TokenSource> sources = make_sources(xs, types, positions, position_sources);
+  ConcatTokensParams p = make_params(sources, x, out, norm, weight, bias, eps, 10.);
+  p.out = token_rows(out);
+  concat_tokens_kernels().forward(p);
+  return out;
+}
+
+std::vector<Tensor> backward(at::TensorList grads, at::TensorList xs, const OptionalTensor& types,
+                             at::TensorList positions, at::IntArrayRef position_sources,
+                             std::optional<std::string_view> norm, const OptionalTensor& weight,
+                             const OptionalTensor& bias, double eps, std::optional<at::ScalarType>, at::TensorList,
+                             c10::List<bool> needed) {
+  const Tensor &x = xs[0], &grad_out = grads[0];
+  std::vector<Tensor> result;
+  std::vector<TokenSource> sources = make_sources(xs, types, positions, position_sources);
+  const auto next = [&](const Tensor& like) {
+    const bool wanted = needed[result.size()];
+    result.push_back(with_huge_pages(empty_gradient(wanted, like, grad_out)));
+    return wanted;
+  };
+  for (size_t i = 0; i < xs.size(); ++i) {
+    if (next(xs[i])) sources[i].grad_x = token_rows(result.back());
+  }
+  if (next(types.value_or(x))) {
+    for (size_t i = 0; i < xs.size(); ++i) sources[i].grad_type = type_row(result.back(), static_cast<int64_t>(i));
+  }
+  for (size_t j = 0; j < positions.size(); ++j) {
+    if (next(positions[j])) sources[position_sources[j]].grad_position = position_rows(result.back());
+  }
+  ConcatTokensParams p = make_params(sources, x, grad_out, norm, weight, bias, eps, 20.);
+  p.grad_out = token_rows(grad_out);
+  if (next(weight.value_or(x))) p.grad_weight = result.back().data_ptr();
+  if (next(bias.value_or(x))) p.grad_bias = result.back().data_ptr();
+  if (grad_out.numel() == 0) {
+    for (const Tensor& t : result) t.zero_();
+    return result;
+  }
+  concat_tokens_kernels().backward(p);
+  return result;
+}
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_concat_tokens_fwd(Tensor[] xs, Tensor? type_embedding, Tensor[] position_embeddings, int[] position_sources, "
+      "str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType? out_dtype, bool training) -> Tensor");
+  m.def(
+      "_concat_tokens_bwd(Tensor[] grads, Tensor[] xs, Tensor? type_embedding, Tensor[] position_embeddings, "
+      "int[] position_sources, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType? out_dtype, "
+      "Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_concat_tokens_fwd", forward);
+  m.impl("_concat_tokens_bwd", backward);
+}
+
+}  // namespace
+}  // namespace mmk

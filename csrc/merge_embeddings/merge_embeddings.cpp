@@ -1,0 +1,103 @@
+// merge_embeddings on the CPU, as torch sees it: text [B, L, C], modals [T_i, C], mask [B, L] bool, checked at the door
+// (mmkernels/ops/merge_embeddings) except for the number of true positions, which is known only here.
+#include "csrc/merge_embeddings/merge_embeddings.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "csrc/cpu/large_output.h"
+#include "csrc/cpu/torch_workers.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+
+ByteRows byte_rows(const Tensor& t) {  // [B, L, C] or [T, C]
+  const int64_t size = t.element_size();
+  TORCH_INTERNAL_ASSERT(t.size(-1) <= 1 || t.stride(-1) == 1);
+  return {static_cast<char*>(t.data_ptr()), t.dim() == 3 ? t.stride(0) * size : 0, t.stride(-2) * size};
+}
+
+MergeParams make_params(const Tensor& text, const Tensor& mask, std::vector<ModalRows>& modals) {
+  MergeParams p;
+  p.batch = text.size(0);
+  p.length = text.size(1);
+  p.row_bytes = text.size(2) * text.element_size();
+  p.mask = reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>());
+  p.modals = modals.data();
+  p.modal_count = static_cast<int64_t>(modals.size());
+  p.stream = worth_streaming(static_cast<int64_t>(text.nbytes()));
+  p.workers = torch_workers(static_cast<double>(text.nbytes()));
+  return p;
+}
+
+void check_count(at::TensorList modals, const Tensor& mask, bool check) {
+  int64_t rows = 0;
+  for (const Tensor& modal : modals) rows += modal.size(0);
+  const int64_t count =
+      merge_kernels().count(reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()), mask.numel());
+  TORCH_CHECK_VALUE(count <= rows && !(check && count < rows), "merge_embeddings: mask: expected ", rows,
+                    " True positions, one for each row of modal; got ", count);
+}
+
+Tensor forward(const Tensor& text, at::TensorList modals, const Tensor& given_mask, bool check, bool) {
+  const Tensor mask = given_mask.contiguous();
+  check_count(modals, mask, check);
+  const Tensor out = with_huge_pages(at::empty(text.sizes(), text.options()));
+  if (out.numel() == 0) return out;
+  std::vector<ModalRows> sources;
+  for (const Tensor& modal : modals) sources.push_back({byte_rows(modal), modal.size(0)});
+  MergeParams p = make_params(text, mask, sources);
+  p.text = byte_rows(text);
+  p.merged = byte_rows(out);
+  merge_kernels().merge(p);
+  return out;
+}
+
+std::vector<Tensor> backward(at::TensorList grads, const Tensor& text, at::TensorList modals, const Tensor& given_mask,
+                             bool, at::TensorList, c10::List<bool> needed) {
+  const Tensor mask = given_mask.contiguous();
+  check_count(modals, mask, false);
+  std::vector<Tensor> result;
+  const auto next = [&](const Tensor& like) -> const Tensor& {
+    const bool wanted = needed[result.size()];
+    result.push_back(
+        with_huge_pages(wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options())));
+    return result.back();
+  };
+  std::vector<ModalRows> sources;
+  const Tensor dtext = next(text);
+  for (const Tensor& modal : modals) {
+    const bool wanted = needed[result.size()];
+    const Tensor& dmodal = next(modal);
+    sources.push_back({wanted ? byte_rows(dmodal) : ByteRows{}, modal.size(0)});
+  }
+  result.push_back(at::empty({0}, text.options()));  // of the mask
+  if (text.numel() == 0) {
+    for (const Tensor& t : result) t.zero_();
+    return result;
+  }
+  MergeParams p = make_params(text, mask, sources);
+  if (needed[0]) p.text = byte_rows(dtext);
+  p.merged = byte_rows(grads[0]);
+  merge_kernels().split(p);
+  return result;
+}
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def("_merge_embeddings_fwd(Tensor text, Tensor[] modals, Tensor mask, bool check, bool training) -> Tensor");
+  m.def(
+      "_merge_embeddings_bwd(Tensor[] grads, Tensor text, Tensor[] modals, Tensor mask, bool check, Tensor[] saved, "
+      "bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_merge_embeddings_fwd", forward);
+  m.impl("_merge_embeddings_bwd", backward);
+}
+
+}  // namespace
+}  // namespace mmk

@@ -1,0 +1,60 @@
+// merge_embeddings: rows of text, some replaced by the rows of a list of modal tensors in turn. Bytes are copied,
+// whatever they mean. Torch-free.
+#pragma once
+
+#include "csrc/cpu/isa.h"
+#include "csrc/cpu/workers.h"
+
+namespace mmk {
+
+// Row l of batch element b starts at data + b·batch + l·row (in bytes).
+struct ByteRows {
+  char* data = nullptr;
+  int64_t batch = 0, row = 0;
+};
+
+struct ModalRows {
+  ByteRows rows;  // data null: a gradient that is not needed
+  int64_t length = 0;
+};
+
+struct MergeParams {
+  int64_t batch = 0, length = 0, row_bytes = 0;
+  const uint8_t* mask = nullptr;  // [B, L], dense
+  ModalRows* modals = nullptr;    // together at least as many rows as the mask has true positions
+  int64_t modal_count = 0;
+  ByteRows text, merged;  // backward: the gradients; text's data null where not needed
+  bool stream = false;    // the large results bypass the caches
+  Workers workers{};
+};
+
+struct MergeKernels {
+  int64_t (*count)(const uint8_t* mask, int64_t size);  // of bytes that are not 0
+  void (*merge)(const MergeParams&);
+  // The other way: rows of merged go to the modals where the mask is true, else to text; the rest of both is zeroed.
+  void (*split)(const MergeParams&);
+};
+
+#define MMK_DECLARE(name)                      \
+  namespace name {                             \
+  int64_t count_true(const uint8_t*, int64_t); \
+  void merge_rows(const MergeParams&);         \
+  void split_rows(const MergeParams&);         \
+  }
+MMK_FOR_EACH_ISA(MMK_DECLARE)
+#undef MMK_DECLARE
+
+inline MergeKernels merge_kernels() {
+  switch (isa()) {
+#define MMK_CASE(name) \
+  case Isa::name:      \
+    return {name::count_true, name::merge_rows, name::split_rows};
+    MMK_FOR_EACH_ISA(MMK_CASE)
+#undef MMK_CASE
+    case Isa::count:
+      break;
+  }
+  return {};
+}
+
+}  // namespace mmk

@@ -1,0 +1,89 @@
+// modulated_norm on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/modulated_norm): x is
+// [B, L, C], shift and scale both [B, 1, C] or both [B, L, C].
+#include "csrc/modulated_norm/modulated_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "csrc/cpu/large_output.h"
+#include "csrc/cpu/torch_workers.h"
+#include "csrc/norm/torch_rows.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kName = "modulated_norm";
+
+ModulatedNormParams make_params(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                                std::optional<std::string_view> norm, const OptionalTensor& weight,
+                                const OptionalTensor& bias, double eps, double operations) {
+  ModulatedNormParams p;
+  p.batch = x.size(0);
+  p.length = x.size(1);
+  p.features = x.size(2);
+  p.dtype = row_dtype(kName, x);
+  p.norm = norm_named(kName, norm);
+  p.eps = static_cast<float>(eps);
+  p.x = token_rows(x);
+  p.shift = token_rows(shift);
+  p.scale = token_rows(scale);
+  p.per_token = shift.size(1) == p.length && scale.size(1) == p.length && p.length != 1;
+  p.weight = vector_data(weight);
+  p.bias = vector_data(bias);
+  p.stream = worth_streaming(static_cast<int64_t>(x.nbytes()));
+  p.workers = torch_workers(operations * static_cast<double>(x.numel()));
+  return p;
+}
+
+Tensor forward(const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<std::string_view> norm,
+               const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool) {
+  const Tensor out = with_huge_pages(at::empty(x.sizes(), x.options()));
+  if (x.numel() == 0) return out;
+  ModulatedNormParams p = make_params(x, shift, scale, norm, weight, bias, eps, 10.);
+  p.out = token_rows(out);
+  modulated_norm_kernels().forward(p);
+  return out;
+}
+
+std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor& shift, const Tensor& scale,
+                             std::optional<std::string_view> norm, const OptionalTensor& weight,
+                             const OptionalTensor& bias, double eps, at::TensorList, c10::List<bool> needed) {
+  const auto gradient = [&](size_t i, const Tensor& like) { return empty_gradient(needed[i], like, grads[0]); };
+  const Tensor dx = with_huge_pages(gradient(0, x)), dshift = gradient(1, shift), dscale = gradient(2, scale);
+  const Tensor dweight = gradient(3, weight.value_or(x)), dbias = gradient(4, bias.value_or(x));
+  std::vector<Tensor> result{dx, dshift, dscale, dweight, dbias};
+  if (x.numel() == 0) {
+    for (const Tensor& t : result) t.zero_();
+    return result;
+  }
+  ModulatedNormParams p = make_params(x, shift, scale, norm, weight, bias, eps, 20.);
+  p.grad_out = token_rows(grads[0]);
+  if (needed[0]) p.grad_x = token_rows(dx);
+  if (needed[1]) p.grad_shift = token_rows(dshift);
+  if (needed[2]) p.grad_scale = token_rows(dscale);
+  if (needed[3]) p.grad_weight = dweight.data_ptr();
+  if (needed[4]) p.grad_bias = dbias.data_ptr();
+  modulated_norm_kernels().backward(p);
+  return result;
+}
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_modulated_norm_fwd(Tensor x, Tensor shift, Tensor scale, str? norm, Tensor? norm_weight, Tensor? norm_bias, "
+      "float eps, bool training) -> Tensor");
+  m.def(
+      "_modulated_norm_bwd(Tensor[] grads, Tensor x, Tensor shift, Tensor scale, str? norm, Tensor? norm_weight, "
+      "Tensor? norm_bias, float eps, Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_modulated_norm_fwd", forward);
+  m.impl("_modulated_norm_bwd", backward);
+}
+
+}  // namespace
+}  // namespace mmk

@@ -1,0 +1,34 @@
+"""Registration of concat_tokens and its backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.concat_tokens import reference
+
+
+def _concat_tokens_fake(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor]:
+    batch, _, features = xs[0].shape
+    return (xs[0].new_empty((batch, sum(x.shape[1] for x in xs), features), dtype=rest[-1] or xs[0].dtype),)
+
+
+def _cpu_supports(*args: Any) -> str | None:
+    # The backward's arguments end with saved and needed, the forward's with training.
+    out_dtype = next((a for a in args if isinstance(a, torch.dtype)), None)
+    return "out_dtype float64 is served by the reference alone" if out_dtype == torch.float64 else None
+
+
+concat_tokens_op = DifferentiableOp(
+    "concat_tokens",
+    "Tensor[] xs, Tensor? type_embedding, Tensor[] position_embeddings, int[] position_sources, str? norm, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType? out_dtype",
+    outputs="Tensor out",
+    reference=reference.concat_tokens,
+    fake=_concat_tokens_fake,
+    cpu=native_backend("concat_tokens", supports=_cpu_supports),
+)

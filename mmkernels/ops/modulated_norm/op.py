@@ -1,0 +1,24 @@
+"""Registration of modulated_norm and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.modulated_norm import reference
+
+
+def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor]:
+    return (x.new_empty(x.shape),)
+
+
+modulated_norm_op = DifferentiableOp(
+    "modulated_norm",
+    "Tensor x, Tensor shift, Tensor scale, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps",
+    outputs="Tensor out",
+    reference=reference.modulated_norm,
+    fake=_modulated_norm_fake,
+    cpu=native_backend("modulated_norm"),
+)

@@ -1,0 +1,20 @@
+"""modulated_norm in plain PyTorch: the specification every kernel is tested against."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmkernels.ops._norm import normalize
+
+
+def modulated_norm(
+    x: Tensor,  # [B, L, C]
+    shift: Tensor,  # [B, 1 or L, C]
+    scale: Tensor,  # [B, 1 or L, C]
+    norm: str | None,
+    norm_weight: Tensor | None,  # [C]
+    norm_bias: Tensor | None,  # [C]
+    eps: float,
+) -> Tensor:
+    """norm(x) ∘ (1 + scale) + shift, per token."""
+    return normalize(x, norm, norm_weight, norm_bias, eps) * (1 + scale) + shift
