@@ -247,11 +247,6 @@ MMK_NOINLINE void write_gradient(const RowSet<R>& set, int64_t features, const f
   }
 }
 
-template <class Function>
-MMK_INLINE void with_bool(bool value, Function f) {
-  value ? f(std::true_type{}) : f(std::false_type{});
-}
-
 // f(T{}) with the element type.
 template <class Function>
 MMK_INLINE void with_element(Dtype dtype, Function f) {
