@@ -215,7 +215,7 @@ def test_the_readme_table_is_replaced_between_its_markers(tmp_path: Path) -> Non
 @pytest.mark.parametrize("op", available_ops(ROOT / "benchmarks"))
 def test_quick_rows_of_every_benchmark_pass_their_check(op: str) -> None:
     for one in load(ROOT / "benchmarks", op).cases():
-        assert one.flops > 0 and one.bytes(4) == 2 * one.bytes(2) > 0
+        assert one.flops >= 0 and one.bytes(4) == 2 * one.bytes(2) > 0
         if one.quick:
             problem = one.problem(torch.float32)
             grad_out = torch.randn_like(problem.ours(*problem.leaves)) if one.training else None

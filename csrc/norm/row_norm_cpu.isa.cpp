@@ -152,9 +152,10 @@ MMK_INLINE void write_vectors(T* const (&y)[R], int64_t features, Value value) {
     MMK_UNROLL for (int j = 0; j < R; ++j) write_pair<kStream>(y[j] + k, first[j], second[j]);
   }
   for (; k < features; k += VW) {
+    const int64_t n = min(VW, features - k);
     vf last[R];
-    value(k, features - k, last);
-    for (int j = 0; j < R; ++j) store_from_float(y[j] + k, last[j], features - k);
+    value(k, n, last);
+    for (int j = 0; j < R; ++j) store_from_float(y[j] + k, last[j], n);
   }
 }
 
