@@ -81,7 +81,8 @@ class PackedWeightColumns {
 //   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
 //   kFinishesRows, finish_rows(s, first, rows, map, dx)  what becomes of dz W, [rows][width]
 //   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
-//   kFinishesWeights, finish_weights(products, totals)    receives dzᵀ x of all sources and terms, each [features][width
+//   kFinishesWeights, finish_weights(products, totals)    receives dzᵀ x of all sources and terms, each
+//   [features][width
 //                                                         padded], in place of the terms' grads
 template <bool kPairs, class Policy>
 class ConcatBackward {
@@ -186,7 +187,8 @@ class ConcatBackward {
     const float* panels = packed_.data();
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
-      if (source.grad.data != nullptr) row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx);
+      if (source.grad.data != nullptr)
+        row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx);
     }
   }
 
@@ -246,7 +248,8 @@ class ConcatBackward {
       add |= depth > 0;
     }
     if (!add) {  // no feature, no sum
-      for (int64_t i = 0; i < rows; ++i) std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
+      for (int64_t i = 0; i < rows; ++i)
+        std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
     }
     if (straight) return;
     if constexpr (Policy::kFinishesRows) policy_.finish_rows(s, first, present, dx, stride);
@@ -385,7 +388,8 @@ void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first,
         }
       }
       for (int64_t c = 0; c < width; c += kPanel) {
-        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel, kPanel);
+        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel,
+                              kPanel);
       }
     }
   } else {
@@ -393,7 +397,8 @@ void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first,
       if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
         copy(first + i, 1, i);
       } else {
-        for (int64_t c = 0; c < width; c += kPanel) std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
+        for (int64_t c = 0; c < width; c += kPanel)
+          std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
       }
     }
   }

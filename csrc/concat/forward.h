@@ -1,7 +1,8 @@
 // The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the two ways it is cut:
 //
 //   rows broadcast      W is packed once, transposed; rows are the broadcast operand. For many rows.
-//   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come out
+//   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come
+//   out
 //                       transposed. For few rows, where packing W would cost more than multiplying by it.
 //
 // The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
@@ -21,7 +22,8 @@ MMK_INLINE const void* weight_at(const ConcatTerm& term, Dtype dtype, int64_t fe
   return static_cast<const char*>(term.weight) + (feature * term.weight_stride + column) * element_size(dtype);
 }
 
-// The weights of all sources, transposed, in panels: for each chunk of each source, for each term, [panels][units][kPanel].
+// The weights of all sources, transposed, in panels: for each chunk of each source, for each term,
+// [panels][units][kPanel].
 template <bool kPairs>
 class PackedWeights {
  public:
@@ -56,7 +58,8 @@ class PackedWeights {
  private:
   int64_t lanes(int64_t s) const {
     int64_t sum = 0;
-    for (int64_t t = 0; t < sources_.items[s].term_count; ++t) sum += round_up(sources_.items[s].terms[t].features, kPanel);
+    for (int64_t t = 0; t < sources_.items[s].term_count; ++t)
+      sum += round_up(sources_.items[s].terms[t].features, kPanel);
     return sum;
   }
 
@@ -108,7 +111,8 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
       first += block_rows;
     }
     if (first >= sources.rows) return RowPrefetch();
-    return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k), steps);
+    return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k),
+                         steps);
   };
   for_each_claim(workers, split ? blocks * splits : blocks, 1, [&](int worker, int64_t begin, int64_t end) {
     float* copy = tiles + worker * each;
@@ -134,8 +138,9 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
               const Block c{z + max(0, term.column - column), columns, min(block_columns, term.features - skipped), add,
                             present.map()};
               if (present.count() > 0) {
-                multiply_panels<kPairs>(x, present.count(), panels + skipped * depth, depth, c,
-                                        t == 0 ? next_chunk(s, k + width, first, tiles_of(rows, c.columns)) : RowPrefetch());
+                multiply_panels<kPairs>(
+                    x, present.count(), panels + skipped * depth, depth, c,
+                    t == 0 ? next_chunk(s, k + width, first, tiles_of(rows, c.columns)) : RowPrefetch());
               }
               panels += depth * round_up(term.features, kPanel);
             }

@@ -18,7 +18,7 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
-constexpr int64_t kDepth = 256;                                   // units of a chunk: 16 KB of a panel of 16 floats
+constexpr int64_t kDepth = 256;                                     // units of a chunk: 16 KB of a panel of 16 floats
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
 
 MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row) {

@@ -49,9 +49,7 @@ inline RowView row_view(const at::Tensor& tensor, std::vector<at::Tensor>& keep)
 }
 
 // A dense matrix's.
-inline RowView dense_rows(const at::Tensor& t, int64_t width) {
-  return {t.data_ptr(), INT64_MAX, width, 0};
-}
+inline RowView dense_rows(const at::Tensor& t, int64_t width) { return {t.data_ptr(), INT64_MAX, width, 0}; }
 
 // A weight from a column on, times whose transposed a source is multiplied into the first columns of z.
 inline ConcatTerm column_term(const at::Tensor& weight, int64_t column) {
@@ -69,7 +67,7 @@ inline void set_grad(ConcatTerm& term, const at::Tensor& grad, int64_t column) {
 
 struct TorchSources {
   std::vector<ConcatSource> items;
-  std::vector<int64_t> index;    // of each item among the xs
+  std::vector<int64_t> index;  // of each item among the xs
   std::vector<ConcatTerm> terms;
   std::vector<at::Tensor> keep;  // what the views point into
   int64_t rows = 1, columns = 0;

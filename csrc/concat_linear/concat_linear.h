@@ -12,11 +12,11 @@
 namespace mmk {
 
 struct ConcatLinearParams {
-  ConcatSources sources;          // one term each, the source's columns of the weight [N, K]
-  const void* bias = nullptr;     // [N]
-  const void* gate = nullptr;     // [N], or one number at stride 0
+  ConcatSources sources;       // one term each, the source's columns of the weight [N, K]
+  const void* bias = nullptr;  // [N]
+  const void* gate = nullptr;  // [N], or one number at stride 0
   int64_t gate_stride = 0;
-  RowView residual;               // [rows, N]
+  RowView residual;  // [rows, N]
   Activation activation = Activation::none;
   Workers workers{};
 
@@ -25,14 +25,14 @@ struct ConcatLinearParams {
 
   // Backward. The activation's derivative comes from `out` where that is set, else from `preactivation`.
   RowView grad_out;
-  void* grad_bias = nullptr;    // [N]
-  float* grad_gate = nullptr;   // [N], of tanh(gate) times its derivative
+  void* grad_bias = nullptr;   // [N]
+  float* grad_gate = nullptr;  // [N], of tanh(gate) times its derivative
 };
 
-#define MMK_DECLARE(name)                                  \
-  namespace name {                                         \
-  void concat_linear_forward(const ConcatLinearParams&);   \
-  void concat_linear_backward(const ConcatLinearParams&);  \
+#define MMK_DECLARE(name)                                 \
+  namespace name {                                        \
+  void concat_linear_forward(const ConcatLinearParams&);  \
+  void concat_linear_backward(const ConcatLinearParams&); \
   }
 MMK_FOR_EACH_ISA(MMK_DECLARE)
 #undef MMK_DECLARE

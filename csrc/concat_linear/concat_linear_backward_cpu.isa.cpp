@@ -1,4 +1,5 @@
-//   dz = dy · tanh(gate) · act'(z),  db = Σ dz,  dgate = Σ dy · act(z) · (1 - tanh² gate),  dx_i = dz W_i,  dW_i = dzᵀ x_i
+//   dz = dy · tanh(gate) · act'(z),  db = Σ dz,  dgate = Σ dy · act(z) · (1 - tanh² gate),  dx_i = dz W_i,  dW_i = dzᵀ
+//   x_i
 //
 // Tiling     csrc/concat/backward.h. dz is made a block of rows at a time and used while it is in cache.
 // Precision  as forward; dz is rounded to bfloat16 where products run on its pairs, and stays float32 elsewhere. Sums

@@ -39,9 +39,8 @@ class LinearEpilogue {
 
   void operator()(int64_t first, int64_t rows, int64_t column, int64_t columns, const float* z, int64_t stride) const {
     with_activation(p_.activation, [&](auto activation) {
-      with_element_type(p_.sources.dtype, p_.out, [&](auto* out) {
-        finish<decltype(activation)>(first, rows, column, columns, z, stride, out);
-      });
+      with_element_type(p_.sources.dtype, p_.out,
+                        [&](auto* out) { finish<decltype(activation)>(first, rows, column, columns, z, stride, out); });
     });
   }
 
@@ -52,9 +51,10 @@ class LinearEpilogue {
     T* const saved = static_cast<T*>(p_.preactivation);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (first + i) * p_.sources.features + column;
-      const T* residual = p_.residual.data == nullptr
-                              ? nullptr
-                              : reinterpret_cast<const T*>(row_address(p_.residual, p_.sources.dtype, first + i)) + column;
+      const T* residual =
+          p_.residual.data == nullptr
+              ? nullptr
+              : reinterpret_cast<const T*>(row_address(p_.residual, p_.sources.dtype, first + i)) + column;
       for (int64_t c = 0; c < columns; c += VW) {
         const int64_t n = columns - c;
         vf x = load(z + i * stride + c);

@@ -18,9 +18,8 @@ class LinearGradient {
 
   void make(int64_t first, int64_t rows, float* dz, int64_t stride, float* sums) const {
     with_activation(p_.activation, [&](auto activation) {
-      with_element_type(p_.sources.dtype, p_.out, [&](auto* kept) {
-        make_rows<decltype(activation)>(first, rows, dz, stride, sums, kept);
-      });
+      with_element_type(p_.sources.dtype, p_.out,
+                        [&](auto* kept) { make_rows<decltype(activation)>(first, rows, dz, stride, sums, kept); });
     });
   }
 

@@ -1,4 +1,5 @@
-// concat_norm_linear on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/concat_norm_linear).
+// concat_norm_linear on the CPU, as torch sees it. Arguments were checked at the door
+// (mmkernels/ops/concat_norm_linear).
 #include "csrc/concat_norm_linear/concat_norm_linear.h"
 
 #include <ATen/ops/empty.h>

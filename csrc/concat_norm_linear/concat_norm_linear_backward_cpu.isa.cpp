@@ -4,8 +4,8 @@
 //   dW = G ∘ g + db hᵀ,  dg_k = Σ_n W_nk G_nk,  dh = Wᵀ db
 //
 // Neither mean needs the whole row of a: mean(a) = Σ_n dz_n Σ_k W_nk g_k / K, and since Σ_k W_nk g_k x̂_k = z_n - b'_n
-// with b' = b + W h, mean(a ∘ x̂) = Σ_n dz_n (z_n - b'_n) / K. Both are known as soon as dz is, and dx is finished on the
-// tile that the product leaves. rms: mean(a) does not appear.
+// with b' = b + W h, mean(a ∘ x̂) = Σ_n dz_n (z_n - b'_n) / K. Both are known as soon as dz is, and dx is finished on
+// the tile that the product leaves. rms: mean(a) does not appear.
 //
 // Tiling     csrc/concat/backward.h; x̂ is made again, from the rows and their statistics, as the operand of G.
 // Precision  float32 beside the products; x̂ is rounded to bfloat16 where products run on its pairs.
@@ -82,8 +82,9 @@ class NormLinearGradient {
       const int64_t n = min(kRows, count - i);
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = first + i + r;
-        normalize_row<kPairs>(sources_.dtype, row_address(source.x, sources_.dtype, row) + column * element_size(sources_.dtype),
-                              width, {p_.statistics[2 * row], p_.statistics[2 * row + 1]}, nullptr, nullptr,
+        normalize_row<kPairs>(sources_.dtype,
+                              row_address(source.x, sources_.dtype, row) + column * element_size(sources_.dtype), width,
+                              {p_.statistics[2 * row], p_.statistics[2 * row + 1]}, nullptr, nullptr,
                               rows + r * (kPairs ? kGroup / 2 : kGroup));
       }
       for (int64_t c = 0; c < width; c += kPanel) {
@@ -101,29 +102,37 @@ class NormLinearGradient {
   void finish_sums(const float* sums) const {
     linear_.finish_sums(sums);
     if (p_.grad_norm_bias == nullptr) return;
-    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t n) {
-      vf total = zero();
+    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
+      vf totals[kRun] = {};
       for (int64_t f = 0; f < sources_.features; ++f) {
-        total = fma(load_as_float(weight + f * p_.weight_stride, n), set1(sums[f]), total);
+        const vf db = set1(sums[f]);
+        for_vectors(width, [&](int64_t v, int64_t c, int64_t n) {
+          totals[v] = fma(load_as_float(weight + f * p_.weight_stride + c, n), db, totals[v]);
+        });
       }
-      put(p_.grad_norm_bias, source.column + k, total, n);
+      for_vectors(
+          width, [&](int64_t v, int64_t c, int64_t n) { put(p_.grad_norm_bias, source.column + k + c, totals[v], n); });
     });
   }
 
   void finish_weights(const float* products, const float* sums) const {
-    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t n) {
+    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
       const int64_t padded = round_up(source.width, VW), column = source.column + k;
       const float* g = products + product_start(source) + k;
-      const vf gain = load(gain_ + column), shift = shift_ == nullptr ? zero() : load(shift_ + column);
-      vf total = zero();
+      vf totals[kRun] = {};
       for (int64_t f = 0; f < sources_.features; ++f) {
-        const vf product = load(g + f * padded);
-        total = fma(load_as_float(weight + f * p_.weight_stride, n), product, total);
-        if (p_.grad_weight != nullptr) {
-          put(p_.grad_weight, f * sources_.columns + column, fma(product, gain, shift * set1(sums[f])), n);
-        }
+        const vf db = set1(sums[f]);
+        for_vectors(width, [&](int64_t v, int64_t c, int64_t n) {
+          const vf product = load(g + f * padded + c);
+          totals[v] = fma(load_as_float(weight + f * p_.weight_stride + c, n), product, totals[v]);
+          if (p_.grad_weight == nullptr) return;
+          vf grad = product * load(gain_ + column + c);
+          if (shift_ != nullptr) grad = fma(load(shift_ + column + c), db, grad);
+          put(p_.grad_weight, f * sources_.columns + column + c, grad, n);
+        });
       }
-      if (p_.grad_norm_weight != nullptr) put(p_.grad_norm_weight, column, total, n);
+      if (p_.grad_norm_weight == nullptr) return;
+      for_vectors(width, [&](int64_t v, int64_t c, int64_t n) { put(p_.grad_norm_weight, column + c, totals[v], n); });
     });
   }
 
@@ -139,14 +148,25 @@ class NormLinearGradient {
     with_element_type(sources_.dtype, to, [&](auto* p) { store_from_float(p + at, x, n); });
   }
 
-  // f(source, its columns of W from k on, k, how many of VW) over all sources, on all workers.
+  static constexpr int64_t kRun = 8;  // vectors of columns that go down the rows of W together: whole lines, few pages
+
+  // f(vector, its first column, how many of VW)
+  template <class Function>
+  MMK_INLINE static void for_vectors(int64_t width, Function f) {
+    for (int64_t v = 0, c = 0; c < width; ++v, c += VW) f(v, c, min(VW, width - c));
+  }
+
+  // f(source, its columns of W from k on, k, how many of them) over all sources, on all workers.
   template <class Function>
   void for_columns(Function f) const {
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
-      for_each_claim(p_.linear.workers, ceil_div(source.width, VW), 8, [&](int, int64_t begin, int64_t end) {
+      for_each_claim(p_.linear.workers, ceil_div(source.width, kRun * VW), 1, [&](int, int64_t begin, int64_t end) {
         with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
-          for (int64_t v = begin; v < end; ++v) f(source, weight + v * VW, v * VW, min(VW, source.width - v * VW));
+          for (int64_t run = begin; run < end; ++run) {
+            const int64_t k = run * kRun * VW;
+            f(source, weight + k, k, min(kRun * VW, source.width - k));
+          }
         });
       });
     }
@@ -190,7 +210,9 @@ class NormLinearGradient {
     vf a = zero(), ax = zero();
     for (int64_t n = 0; n < sources_.features; n += VW) {
       const int64_t lanes = sources_.features - n;
-      const auto vector = [&](const float* from) { return lanes < VW ? load_partial(from + n, lanes) : load(from + n); };
+      const auto vector = [&](const float* from) {
+        return lanes < VW ? load_partial(from + n, lanes) : load(from + n);
+      };
       const vf d = load(dz + n);
       a = fma(d, vector(gained_), a);
       ax = fma(d, load_as_float(z + n, lanes) - vector(offset_), ax);

@@ -7,8 +7,8 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// x̂ ∘ gain + shift of `width` elements, zero up to a whole vector; rounded to bfloat16 for pairs. Neither gain nor shift
-// given: x̂ itself; both must be readable to a whole vector.
+// x̂ ∘ gain + shift of `width` elements, zero up to a whole vector; rounded to bfloat16 for pairs. Neither gain nor
+// shift given: x̂ itself; both must be readable to a whole vector.
 template <bool kPairs>
 MMK_INLINE void normalize_row(Dtype dtype, const void* row, int64_t width, Statistics s, const float* gain,
                               const float* shift, float* to) {

@@ -1,5 +1,5 @@
-// Mean and 1/standard deviation of the rows of a concatenation, in float32: the mean first, then the deviations from it,
-// whose own mean corrects it. A row is read twice, the second time from cache.
+// Mean and 1/standard deviation of the rows of a concatenation, in float32: the mean first, then the deviations from
+// it, whose own mean corrects it. A row is read twice, the second time from cache.
 #pragma once
 
 #include "csrc/concat/product.h"

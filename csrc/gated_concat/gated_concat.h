@@ -25,10 +25,10 @@ struct GatedConcatParams {
   void* grad_bias = nullptr;
 };
 
-#define MMK_DECLARE(name)                                \
-  namespace name {                                       \
-  void gated_concat_forward(const GatedConcatParams&);   \
-  void gated_concat_backward(const GatedConcatParams&);  \
+#define MMK_DECLARE(name)                               \
+  namespace name {                                      \
+  void gated_concat_forward(const GatedConcatParams&);  \
+  void gated_concat_backward(const GatedConcatParams&); \
   }
 MMK_FOR_EACH_ISA(MMK_DECLARE)
 #undef MMK_DECLARE

@@ -2,7 +2,8 @@
 //
 // With e = dout[: Kx] + ds, the gradient of g ∘ x:
 //
-//   dz = (e ∘ x) ∘ g ∘ (1 - g), summed over k where one gate serves all,  dx = e ∘ g + dz W_x,  dy = dout[Kx :] + dz W_y
+//   dz = (e ∘ x) ∘ g ∘ (1 - g), summed over k where one gate serves all,  dx = e ∘ g + dz W_x,  dy = dout[Kx :] + dz
+//   W_y
 //
 // Tiling     the gates are a product over the two sources (csrc/concat/forward.h); a second pass over the rows writes
 //            them out beside y. The backward is that of a linear layer, its dx finished on the tile.

@@ -30,10 +30,10 @@ struct GatedFusionParams {
   void* grad_gate_bias = nullptr;
 };
 
-#define MMK_DECLARE(name)                                \
-  namespace name {                                       \
-  void gated_fusion_forward(const GatedFusionParams&);   \
-  void gated_fusion_backward(const GatedFusionParams&);  \
+#define MMK_DECLARE(name)                               \
+  namespace name {                                      \
+  void gated_fusion_forward(const GatedFusionParams&);  \
+  void gated_fusion_backward(const GatedFusionParams&); \
   }
 MMK_FOR_EACH_ISA(MMK_DECLARE)
 #undef MMK_DECLARE

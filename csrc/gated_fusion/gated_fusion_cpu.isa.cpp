@@ -2,7 +2,8 @@
 //
 //   dh_i = dy ∘ w_i ∘ (1 - h_i²),  dlogit_i = dy ∘ w_i ∘ (h_i - y);  sigmoid form: dlogit = dy ∘ w₁ ∘ w₂ ∘ (h₁ - h₂)
 //
-// Tiling     all values and gates of a block of rows are the columns of one product (csrc/concat/forward.h), whose float
+// Tiling     all values and gates of a block of rows are the columns of one product (csrc/concat/forward.h), whose
+// float
 //            tile, of at most 256 KB, the epilogue turns into y. The backward is one product likewise: the gradients of
 //            values and gates side by side.
 // Precision  float32 beside the products.
@@ -169,7 +170,8 @@ void forward(const GatedFusionParams& p) {
   Scratch biases(GateEpilogue::floats(p));
   const GateEpilogue epilogue(p, biases.data());
   constexpr int64_t kTileFloats = 64 << 10;
-  const int64_t rows = min(kBlockRows, max(1, kTileFloats / round_up(p.sources.features, VW) / kFeatureRows) * kFeatureRows);
+  const int64_t rows =
+      min(kBlockRows, max(1, kTileFloats / round_up(p.sources.features, VW) / kFeatureRows) * kFeatureRows);
   multiply_rows_broadcast<kPairs>(p.sources, p.workers, PlainLoader{p.sources}, rows, p.sources.features, epilogue);
 }
 
