@@ -24,7 +24,7 @@ help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one)'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed'
-	@echo 'make fuzz      run the fuzz test with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
+	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
 	@echo 'make gpu       run the tests on a machine with a GPU'
 	@echo 'make lint      check style; make format repairs it'
@@ -43,7 +43,7 @@ build: $(INSTALLED)
 
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
-	$(PYTEST) -n 2 tests/test_cross_attention_fuzz.py $(ARGS)
+	$(PYTEST) -n 2 tests/test_*_fuzz.py $(ARGS)
 
 # Both sanitizers at -O1 are slow to compile and to run: SANITIZE_ISAS chooses the instruction sets (a machine with
 # AVX-512 can name avx512_bf16), SANITIZE_TESTS the tests. -s, because an aborting test cannot hand pytest the report
