@@ -49,12 +49,13 @@ fuzz: build
 # AVX-512 can name avx512_bf16), SANITIZE_TESTS the tests. -s, because an aborting test cannot hand pytest the report
 # it captured.
 SANITIZE_ISAS ?= avx2
-SANITIZE_TESTS ?= -k "$(firstword $(SANITIZE_ISAS)) and not bitwise and not float16"
+SANITIZE_TESTS ?= -k "$(firstword $(SANITIZE_ISAS)) and not bitwise and not float16 and not allocated and not grow"
+OP_TESTS = $(filter $(patsubst csrc/%,tests/test_%.py,$(wildcard csrc/*)),$(wildcard tests/*.py))
 sanitize: $(INSTALLED)
 	@MMKERNELS_SANITIZE=1 MMKERNELS_ISAS="$(SANITIZE_ISAS)" $(COMPILE)
 	MMKERNELS_LIBRARY_DIR=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	$(PYTEST) -s -p no:cacheprovider tests/test_cross_attention.py $(SANITIZE_TESTS) $(ARGS)
+	$(PYTEST) -s -p no:cacheprovider $(OP_TESTS) $(SANITIZE_TESTS) $(ARGS)
 
 gpu: $(INSTALLED)
 	@$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'

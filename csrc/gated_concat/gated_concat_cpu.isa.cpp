@@ -38,7 +38,7 @@ void write_row(const GatedConcatParams& p, int64_t row) {
     total = total + gated;
     store_from_float(out + k, gated, n);
   }
-  std::memcpy(out + p.x_width, y, static_cast<size_t>(p.y_width) * sizeof(T));
+  if (p.y_width > 0) std::memcpy(out + p.x_width, y, static_cast<size_t>(p.y_width) * sizeof(T));
   store_from_float(out + width - 1, set1(sum(total)), 1);
 }
 
