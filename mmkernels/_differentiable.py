@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels import _native
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Backend,
     Operator,
     forced_backend,
+    may_use_door,
+    native_door,
     native_op,
     needs_grad,
     reference_backend,
@@ -33,6 +36,7 @@ from mmkernels._dispatch import (
 
 Tensors = tuple[Tensor, ...]
 
+_plain_call = native_door("differentiable_door")
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -106,9 +110,20 @@ class DifferentiableOp:
         self._arguments = len(types)
         self.forward.register_gradient(self._save, self._grad, self._forward_vmap)
         self.backward.register_gradient(self._save_for_double, self._double_grad, self._backward_vmap)
+        # torch's old vmap (is_grads_batched, jacobian(vectorize=True)) knows no lists: it takes the reference apart.
+        self.backward.impl("Batched", self._reference_backward)
+        self._supports = cpu.supports
+        self._handle = _native.open_door(cpu.name) if self._outputs == 1 else None
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs."""
+        if (
+            self._handle is not None
+            and may_use_door()
+            and (self._supports is None or self._supports(*args) is None)
+            and (out := _plain_call(self._handle, self._keeps_outputs(*args), *args)) is not None
+        ):
+            return (out,)
         training = needs_grad(*self._leaves(args))
         result = self.forward(*args, training)
         return result[: self._outputs] if isinstance(result, tuple) else (result,)
@@ -222,7 +237,9 @@ class DifferentiableOp:
                 saved = list(outputs if self._keeps_outputs(*args) else outputs[self._outputs :])
             pairs = zip(grads, ctx.shapes, strict=False)
             dense = [given.new_zeros(shape) if g is None else g for g, shape in pairs]
-            if ctx.backend is None:
+            if torch._C._functorch.is_legacy_batchedtensor(given):
+                pulled = self.backward.overload(dense, *args, saved, needed)
+            elif ctx.backend is None:
                 pulled = self.backward(dense, *args, saved, needed)
             else:  # autograd may run this in another thread, or after the `use_backend` block
                 with use_backend(ctx.backend):

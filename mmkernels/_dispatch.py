@@ -270,6 +270,10 @@ class Operator:
             reasons[backend.name] = reason
         raise UnsupportedError(f"{self.name}: no backend serves this call: {reasons}")
 
+    def impl(self, key: str, function: Callable[..., Any]) -> None:
+        """Serve one of torch's dispatch keys with ``function``, which takes the arguments of the schema."""
+        _library.impl(self.name, function, key)
+
     def register_gradient(
         self,
         setup_context: Callable[[Any, tuple[Any, ...], Any], None],

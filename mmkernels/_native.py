@@ -99,6 +99,12 @@ def door(name: str) -> Callable[..., Any] | None:
     return getattr(_library, name, None)
 
 
+def open_door(name: str) -> int | None:
+    """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library."""
+    opened: int | None = None if _library is None else _library.open_differentiable_door(name)
+    return opened
+
+
 def set_isa(name: str) -> None:
     """Use the instruction set `name` from now on, in every thread.
 

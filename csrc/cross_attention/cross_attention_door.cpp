@@ -1,17 +1,14 @@
 // The short way in: a plain eager call, whose Python checks and dispatch would cost more than a small kernel. Whatever
 // is not plain (another dtype or device, shapes to broadcast or to complain about, a mode, a transform) returns None,
 // and the caller goes the long way, which gives the same result.
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cmath>
 
 #include "csrc/cross_attention/cross_attention.h"
 #include "csrc/door.h"
+#include "csrc/plain_call.h"
 
 namespace mmk {
 namespace {
@@ -19,8 +16,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-Tensor contiguous_features(const Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(); }
 
 struct PlainCrossAttention : torch::autograd::Function<PlainCrossAttention> {
   static Tensor forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -45,36 +40,26 @@ struct PlainCrossAttention : torch::autograd::Function<PlainCrossAttention> {
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mmkernels::cross_attention_backward", "")
                                .typed<decltype(cross_attention_backward)>();
-    const bool plain = !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
-    auto [dq, dk, dv, unused] = plain ? call(cross_attention_backward, contiguous_features(grads[0]))
-                                      : call([](auto&&... arguments) { return op.call(arguments...); }, grads[0]);
+    const bool plain = pulls_plainly(grads[0]);
+    auto [dq, dk, dv, unused] =
+        plain ? call(cross_attention_backward, has_dense_rows(grads[0]) ? grads[0] : grads[0].contiguous())
+              : call([](auto&&... arguments) { return op.call(arguments...); }, grads[0]);
     const auto given = [](bool is_wanted, const Tensor& t) { return is_wanted ? t : Tensor(); };
     return {given(wanted[0], dq), given(wanted[1], dk), given(wanted[2], dv), Tensor()};
   }
 };
 
-bool is_plain(PyObject* object) {
-  if (!THPVariable_CheckExact(object)) return false;
+bool is_plain_input(PyObject* object) {
+  if (!is_plain(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
-  if (!t.is_cpu() || t.dim() != 4 || t.layout() != at::kStrided || (t.stride(3) != 1 && t.size(3) > 1)) return false;
-  constexpr c10::DispatchKeySet kPlainKeys({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                            c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  if (!kPlainKeys.has_all(t.key_set())) return false;
-  const auto dtype = t.scalar_type();
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-}
-
-bool runs_plainly() {
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return !at::autocast::is_autocast_enabled(at::kCPU) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
-         !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !included.has(c10::DispatchKey::Tracer);
+  return t.dim() == 4 && has_dense_rows(t) && has_kernel_dtype(t);
 }
 
 // cross_attention_door(query, key, value, scale or None) -> out or None
 PyObject* cross_attention_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 4 || !is_plain(arguments[0]) || !is_plain(arguments[1]) || !is_plain(arguments[2]) || !runs_plainly()) {
+  if (count != 4 || !is_plain_input(arguments[0]) || !is_plain_input(arguments[1]) || !is_plain_input(arguments[2]) ||
+      !runs_plainly()) {
     Py_RETURN_NONE;
   }
   const Tensor& query = THPVariable_Unpack(arguments[0]);

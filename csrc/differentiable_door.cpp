@@ -1,0 +1,284 @@
+// The short way into the ops of mmkernels/_differentiable.py. Their Python dispatch and autograd cost more than a small
+// kernel; here a plain eager call goes straight to the kernels `_<name>_fwd` and `_<name>_bwd`, whose schemas say what
+// the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
+//
+//   open_differentiable_door(name) -> handle
+//   differentiable_door(handle, keeps_output, *arguments) -> the output, or None where the call is not plain
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "csrc/door.h"
+#include "csrc/plain_call.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using c10::IValue;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+enum class Kind { tensor, optional_tensor, tensors, number, integer, integers, flag, text };
+
+Kind kind_of(const c10::Argument& argument) {
+  const std::string type = argument.type()->str();
+  constexpr std::pair<std::string_view, Kind> kKinds[] = {
+      {"Tensor", Kind::tensor},    {"Tensor?", Kind::optional_tensor},
+      {"Tensor[]", Kind::tensors}, {"float", Kind::number},
+      {"int", Kind::integer},      {"int?", Kind::integer},
+      {"bool", Kind::flag},        {"int[]", Kind::integers},
+      {"str", Kind::text},         {"str?", Kind::text}};
+  for (const auto& [name, kind] : kKinds) {
+    if (type == name) return kind;
+  }
+  TORCH_CHECK(false, "a door knows no arguments of type ", type);
+}
+
+struct DoorOp {
+  explicit DoorOp(const std::string& name)
+      : forward(kernel(name, "fwd")),
+        backward(kernel(name, "bwd")),
+        differentiable("mmkernels::" + name + "_backward") {
+    const auto& arguments = forward.schema().arguments();
+    for (size_t i = 0; i + 1 < arguments.size(); ++i) kinds.push_back(kind_of(arguments[i]));  // all but `training`
+  }
+  static c10::OperatorHandle kernel(const std::string& name, const char* direction) {
+    return c10::Dispatcher::singleton().findSchemaOrThrow(("mmkernels::_" + name + "_" + direction).c_str(), "");
+  }
+
+  c10::OperatorHandle forward, backward;
+  std::string differentiable;  // the backward that has a backward
+  std::vector<Kind> kinds;
+};
+
+std::vector<std::unique_ptr<DoorOp>>& door_ops() {
+  static std::vector<std::unique_ptr<DoorOp>> ops;
+  return ops;
+}
+
+// One call's arguments, and the tensors among them in order, undefined where an optional one is absent.
+struct Call {
+  std::vector<IValue> arguments;
+  variable_list leaves;
+  bool needs_grad = false;
+};
+
+bool take_tensor(PyObject* object, Call& call) {
+  if (!is_plain(object)) return false;
+  const Tensor& t = THPVariable_Unpack(object);
+  if (t.is_floating_point() && !has_dense_rows(t)) return false;
+  if (call.leaves.empty() && !has_kernel_dtype(t)) return false;
+  call.needs_grad |= t.requires_grad();
+  call.leaves.push_back(t);
+  return true;
+}
+
+bool take(PyObject* object, Kind kind, Call& call) {
+  std::vector<IValue>& arguments = call.arguments;
+  switch (kind) {
+    case Kind::tensor:
+      if (!take_tensor(object, call)) return false;
+      arguments.emplace_back(call.leaves.back());
+      return true;
+    case Kind::optional_tensor:
+      if (object != Py_None) return take(object, Kind::tensor, call);
+      call.leaves.emplace_back();
+      arguments.emplace_back();
+      return true;
+    case Kind::tensors: {
+      if (!PyList_CheckExact(object)) return false;
+      c10::List<Tensor> list;
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) {
+        if (!take_tensor(PyList_GET_ITEM(object, i), call)) return false;
+        list.push_back(call.leaves.back());
+      }
+      arguments.emplace_back(std::move(list));
+      return true;
+    }
+    case Kind::number:
+      if (!PyFloat_CheckExact(object)) return false;
+      arguments.emplace_back(PyFloat_AS_DOUBLE(object));
+      return true;
+    case Kind::integer:  // or none
+      if (object != Py_None && !PyLong_CheckExact(object)) return false;
+      arguments.push_back(object == Py_None ? IValue() : IValue(static_cast<int64_t>(PyLong_AsLongLong(object))));
+      return true;
+    case Kind::integers: {
+      if (!PyList_CheckExact(object)) return false;
+      c10::List<int64_t> list;
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) {
+        PyObject* item = PyList_GET_ITEM(object, i);
+        if (!PyLong_CheckExact(item)) return false;
+        list.push_back(PyLong_AsLongLong(item));
+      }
+      arguments.emplace_back(std::move(list));
+      return true;
+    }
+    case Kind::flag:
+      if (!PyBool_Check(object)) return false;
+      arguments.emplace_back(object == Py_True);
+      return true;
+    case Kind::text:  // or none
+      if (object != Py_None && !PyUnicode_CheckExact(object)) return false;
+      arguments.push_back(object == Py_None ? IValue() : IValue(std::string(PyUnicode_AsUTF8(object))));
+      return true;
+  }
+  return false;
+}
+
+// The kernel's results: the output, then what it saved.
+std::vector<Tensor> run_forward(const DoorOp& op, const Call& call, bool training) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  torch::jit::Stack stack(call.arguments.begin(), call.arguments.end());
+  stack.emplace_back(training);
+  op.forward.callBoxed(stack);
+  std::vector<Tensor> results;
+  for (IValue& value : stack) results.push_back(std::move(value).toTensor());
+  return results;
+}
+
+// `arguments` with the tensors put back, in order.
+void push_arguments(torch::jit::Stack& stack, const std::vector<Kind>& kinds, c10::ArrayRef<IValue> arguments,
+                    const Tensor* leaf) {
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    switch (kinds[i]) {
+      case Kind::tensor:
+        stack.emplace_back(*leaf++);
+        break;
+      case Kind::optional_tensor:
+        arguments[i].toBool() ? stack.emplace_back(*leaf++) : stack.emplace_back();
+        break;
+      case Kind::tensors: {
+        const auto count = static_cast<size_t>(arguments[i].toInt());
+        stack.emplace_back(c10::List<Tensor>(at::TensorList(leaf, count)));
+        leaf += count;
+        break;
+      }
+      default:
+        stack.push_back(arguments[i]);
+    }
+  }
+}
+
+struct PlainOp : torch::autograd::Function<PlainOp> {
+  static Tensor forward(AutogradContext* ctx, int64_t handle, at::TensorList present, const Call* call,
+                        bool keeps_output) {
+    const DoorOp& op = *door_ops()[static_cast<size_t>(handle)];
+    const std::vector<Tensor> results = run_forward(op, *call, true);
+    variable_list kept(present.begin(), present.end());
+    kept.insert(kept.end(), results.begin() + (keeps_output ? 0 : 1), results.end());
+    ctx->save_for_backward(std::move(kept));
+    std::vector<IValue> arguments = call->arguments;  // tensors by their number only: they are kept above
+    for (size_t i = 0; i < op.kinds.size(); ++i) {
+      if (op.kinds[i] == Kind::tensor) arguments[i] = IValue();
+      if (op.kinds[i] == Kind::optional_tensor) arguments[i] = !arguments[i].isNone();
+      if (op.kinds[i] == Kind::tensors) arguments[i] = static_cast<int64_t>(arguments[i].toListRef().size());
+    }
+    ctx->saved_data["op"] = handle;
+    ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(std::move(arguments));
+    ctx->saved_data["leaves"] = static_cast<int64_t>(present.size());
+    ctx->set_materialize_grads(false);
+    return results[0];
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const DoorOp& op = *door_ops()[static_cast<size_t>(ctx->saved_data["op"].toInt())];
+    const auto leaves = static_cast<size_t>(ctx->saved_data["leaves"].toInt());
+    variable_list result(leaves + 3);  // one for each argument of forward
+    if (!grads[0].defined()) return result;
+    const auto arguments = ctx->saved_data["arguments"].toTuple();
+    const c10::ArrayRef<IValue> given(arguments->elements());
+    const variable_list saved = ctx->get_saved_variables();
+    const bool plain = pulls_plainly(grads[0]);
+
+    torch::jit::Stack stack;
+    c10::List<Tensor> grad;
+    grad.push_back(plain && !has_dense_rows(grads[0]) ? grads[0].contiguous() : grads[0]);
+    stack.emplace_back(std::move(grad));
+    push_arguments(stack, op.kinds, given, saved.data());
+    stack.emplace_back(c10::List<Tensor>(at::TensorList(saved).slice(leaves)));
+    c10::List<bool> needed;
+    size_t leaf = 0;
+    const auto flag = [&] {
+      needed.push_back(saved[leaf].is_floating_point() && ctx->needs_input_grad(leaf));
+      ++leaf;
+    };
+    for (size_t i = 0; i < op.kinds.size(); ++i) {
+      if (op.kinds[i] == Kind::tensor) flag();
+      if (op.kinds[i] == Kind::optional_tensor) given[i].toBool() ? flag() : needed.push_back(false);
+      if (op.kinds[i] == Kind::tensors) {
+        for (int64_t n = given[i].toInt(); n > 0; --n) flag();
+      }
+    }
+    stack.emplace_back(needed);
+    if (plain) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      op.backward.callBoxed(stack);
+    } else {
+      c10::Dispatcher::singleton().findSchemaOrThrow(op.differentiable.c_str(), "").callBoxed(stack);
+    }
+
+    const auto pulled = stack[0].toTensorList();
+    size_t at = 1, position = 0;  // in result, in pulled
+    const auto hand_out = [&] {
+      if (needed[position]) result[at] = pulled[position];
+      ++position;
+      ++at;
+    };
+    for (size_t i = 0; i < op.kinds.size(); ++i) {
+      if (op.kinds[i] == Kind::tensor) hand_out();
+      if (op.kinds[i] == Kind::optional_tensor) given[i].toBool() ? hand_out() : static_cast<void>(++position);
+      if (op.kinds[i] == Kind::tensors) {
+        for (int64_t n = given[i].toInt(); n > 0; --n) hand_out();
+      }
+    }
+    return result;
+  }
+};
+
+PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const int64_t handle = PyLong_AsLongLong(arguments[0]);
+  const bool keeps_output = arguments[1] == Py_True;
+  const DoorOp& op = *door_ops().at(static_cast<size_t>(handle));
+  TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 2);
+  if (!runs_plainly()) Py_RETURN_NONE;
+  Call call;
+  call.arguments.reserve(op.kinds.size());
+  for (size_t i = 0; i < op.kinds.size(); ++i) {
+    if (!take(arguments[i + 2], op.kinds[i], call)) Py_RETURN_NONE;
+  }
+  Tensor out;
+  {
+    pybind11::gil_scoped_release no_gil;
+    if (call.needs_grad && at::GradMode::is_enabled()) {
+      variable_list present;
+      for (const Tensor& leaf : call.leaves) {
+        if (leaf.defined()) present.push_back(leaf);
+      }
+      out = PlainOp::apply(handle, at::TensorList(present), &call, keeps_output);
+    } else {
+      out = run_forward(op, call, false)[0];
+    }
+  }
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0])));
+  return PyLong_FromSize_t(door_ops().size() - 1);
+  END_HANDLE_TH_ERRORS
+}
+
+const Door door("differentiable_door", differentiable_door);
+const Door opening("open_differentiable_door", open_differentiable_door);
+
+}  // namespace
+}  // namespace mmk

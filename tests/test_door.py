@@ -1,0 +1,174 @@
+"""The short way into the fusion ops: plain eager calls take it, with the results of the long way; others are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from conftest import native_only
+from op_contract import check_checkpoint, gradients
+from torch import Tensor
+
+import mmkernels as mmk
+from mmkernels import _native
+from mmkernels.testing import same_bits
+
+pytestmark = native_only
+
+Function = Callable[..., Tensor]
+
+_FLAGS = torch.tensor([[True, True], [False, True], [True, False]])
+_SLOTS = torch.tensor([[False, True, True, False], [True, False, False, True], [True, True, False, False]])
+
+# Each op as a function of leaves, and their shapes.
+CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
+    "concat_linear": (
+        lambda x, y, w, b, g: mmk.concat_linear([x, y], w, b, activation="gelu", presence=_FLAGS, gate=g),
+        [(3, 5), (3, 4), (6, 9), (6,), (6,)],
+    ),
+    "concat_linear from its output": (
+        lambda x, y, w: mmk.concat_linear([x, y], w, activation="relu"),
+        [(3, 5), (3, 4), (6, 9)],
+    ),
+    "concat_norm_linear": (
+        lambda x, y, g, w: mmk.concat_norm_linear([x, y], g, None, w),
+        [(3, 5), (3, 4), (9,), (6, 9)],
+    ),
+    "gated_fusion": (
+        lambda x, y, v, u, g: mmk.gated_fusion([x, y], [v, u], None, g, presence=_FLAGS),
+        [(3, 5), (3, 4), (6, 5), (6, 4), (12, 9)],
+    ),
+    "gated_concat": (
+        lambda x, y, w, b: mmk.gated_concat(x, y, w, b),
+        [(3, 5), (3, 4), (5, 9), (5,)],
+    ),
+    "modulated_norm": (
+        lambda x, shift, scale: mmk.modulated_norm(x, shift, scale),
+        [(3, 4, 6), (3, 6), (3, 6)],
+    ),
+    "concat_tokens": (
+        lambda x, y, t, p: mmk.concat_tokens([x, y], type_embedding=t, position_embeddings=[None, p]),
+        [(3, 2, 6), (3, 4, 6), (2, 6), (4, 6)],
+    ),
+    "merge_embeddings": (
+        lambda text, image: mmk.merge_embeddings(text, image, _SLOTS),
+        [(3, 4, 6), (6, 6)],
+    ),
+    "low_rank_fusion": (
+        lambda x, y, f, h, w: mmk.low_rank_fusion([x, y], [f, h], w),
+        [(3, 5), (3, 4), (2, 6, 6), (2, 5, 6), (2,)],
+    ),
+    "tensor_fusion_linear": (
+        lambda x, y, w, b: mmk.tensor_fusion_linear([x, y], w, b),
+        [(3, 5), (3, 4), (6, 30), (6,)],
+    ),
+    "bilinear_fusion": (
+        lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),
+        [(3, 5), (3, 4), (6, 5), (6, 4)],
+    ),
+}
+calls = pytest.mark.parametrize("name", CALLS)
+
+
+def call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Function, list[Tensor]]:
+    function, shapes = CALLS[name]
+    generator = torch.Generator().manual_seed(0)
+    return function, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def took_the_door(out: Tensor) -> bool:
+    return out.grad_fn is not None and "PlainOp" in out.grad_fn.name()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@calls
+def test_has_the_bits_of_the_long_way(name: str, dtype: torch.dtype) -> None:
+    function, leaves = call(name, dtype)
+    assert took_the_door(function(*leaves))
+    short = gradients(function, leaves)
+    with torch.no_grad():
+        assert same_bits([function(*leaves)], short[:1])
+    with mmk.use_backend("cpu"):
+        assert not took_the_door(function(*leaves))
+        assert same_bits(gradients(function, leaves), short)
+
+
+@calls
+def test_only_the_gradients_that_are_asked_for(name: str) -> None:
+    function, leaves = call(name)
+    _, *together = gradients(function, leaves)
+    grad = torch.randn(function(*leaves).shape, generator=torch.Generator().manual_seed(1))
+    for leaf, expected in zip(leaves, together, strict=True):
+        assert same_bits(torch.autograd.grad(function(*leaves), [leaf], grad), [expected])
+
+
+@calls
+def test_differentiates_twice(name: str) -> None:
+    def second(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        function, leaves = call(name)
+        leaves = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        first = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for got, oracle in zip(second(torch.float32), second(torch.float64), strict=True):
+        torch.testing.assert_close(got.double(), oracle, rtol=1e-3, atol=1e-4)
+
+
+@calls
+def test_batches_of_gradients(name: str) -> None:
+    function, leaves = call(name)
+    out = function(*leaves)
+    grads = torch.randn(2, *out.shape)
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in grads]
+    for got, expected in zip(batched, zip(*one_by_one, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))
+
+
+@calls
+def test_checkpoints(name: str) -> None:
+    function, leaves = call(name)
+    check_checkpoint(function, leaves)
+
+
+@calls
+def test_what_is_not_plain_goes_the_long_way(name: str) -> None:
+    function, leaves = call(name)
+    expected = function(*leaves)
+    assert not took_the_door(function(*(x.double() for x in leaves)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not took_the_door(function(*leaves))
+    with torch.overrides.BaseTorchFunctionMode():
+        assert not took_the_door(function(*leaves))
+    strided = [x.detach().unsqueeze(-1).expand(*x.shape, 2).contiguous()[..., 0].requires_grad_() for x in leaves]
+    assert not took_the_door(out := function(*strided))
+    assert same_bits([out], [expected])
+    transformed, _ = torch.func.vjp(function, *(x.detach() for x in leaves))
+    assert same_bits([transformed], [expected])
+
+
+def test_a_freed_graph_says_so_and_inplace_changes_are_noticed() -> None:
+    function, leaves = call("concat_linear")
+    out = function(*leaves)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+    out = function(*leaves)
+    with torch.no_grad():
+        leaves[2].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_the_door_itself_refuses_what_the_kernels_do_not_serve() -> None:
+    door, handle = _native.door("differentiable_door"), _native.open_door("concat_linear")
+    assert door is not None
+    x, w = torch.randn(3, 4), torch.randn(6, 4)
+    rest = (None, None, None, None, None)
+    assert door(handle, False, [x], w, *rest) is not None
+    for xs in ([x.double()], [x.to("meta")], [x.t()], [None], (x,), x, None):
+        assert door(handle, False, xs, w, *rest) is None
+    for other in (w.to_sparse(), w.to("meta"), None, 3):
+        assert door(handle, False, [x], other, *rest) is None
+    assert door(handle, False, [x], w, None, 3, None, None, None) is None
