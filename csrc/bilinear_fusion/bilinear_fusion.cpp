@@ -57,8 +57,8 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
                                              const Tensor& x_weight, const Tensor& y_weight, int64_t rank,
                                              const std::vector<Tensor>& saved, const c10::List<bool>& needed) {
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
-  const std::vector<Tensor> results{empty_gradient(x, needed[0]), empty_gradient(y, needed[1]),
-                                    empty_gradient(x_weight, needed[2]), empty_gradient(y_weight, needed[3])};
+  const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]),
+                                    empty_if(x_weight, needed[2]), empty_if(y_weight, needed[3])};
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;

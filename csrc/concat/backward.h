@@ -18,6 +18,7 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
+constexpr int64_t kInPlaceRows = 2 * kFeatureRows;      // up to so many, packing W costs more than it saves
 constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
 
 inline void zero_elements(Dtype dtype, char* at, int64_t count) {
@@ -81,9 +82,8 @@ class PackedWeightColumns {
 //   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
 //   kFinishesRows, finish_rows(s, first, rows, map, dx)  what becomes of dz W, [rows][width]
 //   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
-//   kFinishesWeights, finish_weights(products, totals)    receives dzᵀ x of all sources and terms, each
-//   [features][width
-//                                                         padded], in place of the terms' grads
+//   kFinishesWeights, finish_weights(s, column, width, products, totals)  receives dzᵀ x of columns of a source of one
+//                                        term, [features][kGroup], in place of the term's grad, and the sums over rows
 template <bool kPairs, class Policy>
 class ConcatBackward {
  public:
@@ -97,10 +97,12 @@ class ConcatBackward {
     for (int64_t s = 0; s < sources.count; ++s) {
       const ConcatSource& source = sources.items[s];
       widest_ = max(widest_, source.width);
+      most_features_ = max(most_features_, features_of(source));
       any_dx_ |= source.grad.data != nullptr;
       for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
     }
     if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
+    in_place_ = !kPairs && sources.dtype == Dtype::f32 && sources.rows <= kInPlaceRows;
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     chunk_ = min(round_up(sources.rows, kBlockRows),
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
@@ -116,7 +118,7 @@ class ConcatBackward {
     Scratch scratch(count.used());
     Carver carver(scratch.data());
     carve(carver, chunk_blocks, sums);
-    if (any_dx_) packed_.pack(packed_memory_, workers_);
+    if (any_dx_ && !in_place_) packed_.pack(packed_memory_, workers_);
     std::memset(totals_, 0, sizeof(float) * static_cast<size_t>(sums));
     for (int64_t start = 0; start < sources_.rows; start += chunk_) {
       const int64_t rows = min(chunk_, sources_.rows - start), blocks = ceil_div(rows, kBlockRows);
@@ -136,38 +138,42 @@ class ConcatBackward {
       });
     }
     policy_.finish_sums(totals_);
-    if constexpr (Policy::kFinishesWeights) {
-      if (any_dw_) policy_.finish_weights(weight_sums_, totals_);
-    } else {
-      if (any_dw_ && !sums_in_place()) write_weights();
-    }
   }
 
  private:
   void carve(Carver& carver, int64_t chunk_blocks, int64_t sums) {
-    packed_memory_ = carver.take(any_dx_ ? packed_.floats() : 0);
+    packed_memory_ = carver.take(any_dx_ && !in_place_ ? packed_.floats() : 0);
     totals_ = carver.take(sums);
     partial_ = carver.take(chunk_blocks * sums);
     transposed_ = carver.take(any_dw_ ? padded_ * transposed_stride_ : 0);
-    weight_sums_ = carver.take(any_dw_ && !sums_in_place() ? weight_floats() : 0);
+    weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
     dz_floats_ = round_up(kBlockRows * padded_, 16);
     dx_floats_ = round_up(kBlockRows * round_up(widest_, VW), 16);
     panel_floats_ = kGroup * kDepth;
-    each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_;
+    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? most_features_ * kGroup : 0;
+    each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
   }
 
   // Whether the sums over rows are kept in the gradients themselves.
   bool sums_in_place() const { return !Policy::kFinishesWeights && sources_.dtype == Dtype::f32; }
 
+  // Whether a group's sums over rows are done at once: each worker has memory for one, still in cache when it is read.
+  bool in_one_chunk() const { return sources_.rows <= chunk_; }
+
+  // Those of all groups, one after the other, [features of all terms][kGroup] each.
   int64_t weight_floats() const {
     int64_t floats = 0;
     for (int64_t s = 0; s < sources_.count; ++s) {
-      for (int64_t t = 0; t < sources_.items[s].term_count; ++t) {
-        floats += sources_.items[s].terms[t].features * round_up(sources_.items[s].width, VW);
-      }
+      floats += ceil_div(sources_.items[s].width, kGroup) * features_of(sources_.items[s]) * kGroup;
     }
     return floats;
+  }
+
+  static int64_t features_of(const ConcatSource& source) {
+    int64_t features = 0;
+    for (int64_t t = 0; t < source.term_count; ++t) features += source.terms[t].features;
+    return features;
   }
 
   // --- first stage: dz and dx of a block of rows ---
@@ -188,7 +194,7 @@ class ConcatBackward {
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
       if (source.grad.data != nullptr)
-        row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx);
+        row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx, dx + dx_floats_);
     }
   }
 
@@ -218,7 +224,7 @@ class ConcatBackward {
 
   // dx of one source; `panels` moves on to the next source's.
   void row_gradient(int64_t s, int64_t first, int64_t rows, Operand dz, const float*& panels, float* gathered,
-                    float* dx) const {
+                    float* dx, float* panel_memory) const {
     const ConcatSource& source = sources_.items[s];
     const SourceRows present(source, sources_.dtype, first, rows);
     const int64_t bytes = element_size(sources_.dtype);
@@ -238,6 +244,12 @@ class ConcatBackward {
     for (int64_t t = 0; t < source.term_count; ++t) {
       const ConcatTerm& term = source.terms[t];
       const int64_t depth = units<kPairs>(term.features), skip = kPairs ? term.column / 2 : term.column;
+      if (in_place_) {
+        multiply_weights_in_place({a.data + skip, a.stride}, present.count(), term, {to, stride, source.width, add},
+                                  panel_memory);
+        add |= depth > 0;
+        continue;
+      }
       for (int64_t column = 0; column < source.width; column += kPanel, panels += depth * kPanel) {
         for (int64_t n = 0; n < depth; n += kDepth) {
           const Block c{to + column, stride, min(kPanel, source.width - column), add || n > 0};
@@ -269,6 +281,23 @@ class ConcatBackward {
     });
   }
 
+  // Of few rows: W as it lies, but for its last columns, which do not fill a vector.
+  void multiply_weights_in_place(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
+    const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
+    const auto* weight = static_cast<const float*>(term.weight);
+    for (int64_t n = 0; n < term.features; n += kDepth) {
+      const int64_t depth = min(kDepth, term.features - n);
+      const Operand a{dz.data + n, dz.stride};
+      const float* rows_of_weight = weight + n * term.weight_stride;
+      multiply_in_place(a, rows, {rows_of_weight, term.weight_stride}, depth,
+                        {c.data, c.stride, whole, c.add || n > 0});
+      if (rest > 0) {
+        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight_stride, depth, rest, memory, kPanel);
+        multiply_panels<false>(a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
+      }
+    }
+  }
+
   // --- second stage: columns of dW ---
 
   void weight_columns(int worker, int64_t group, int64_t start, int64_t rows) const {
@@ -276,68 +305,71 @@ class ConcatBackward {
     int64_t s = 0, at = 0;
     for (; group >= ceil_div(sources_.items[s].width, kGroup); ++s) {
       group -= ceil_div(sources_.items[s].width, kGroup);
-      for (int64_t t = 0; t < sources_.items[s].term_count; ++t) {
-        at += sources_.items[s].terms[t].features * round_up(sources_.items[s].width, VW);
-      }
+      at += ceil_div(sources_.items[s].width, kGroup) * features_of(sources_.items[s]) * kGroup;
     }
     const ConcatSource& source = sources_.items[s];
     const int64_t column = group * kGroup, width = min(kGroup, source.width - column);
+    float* const sums =
+        in_one_chunk() ? panels + panel_floats_ : weight_sums_ + at + group * features_of(source) * kGroup;
     for_chunks<kPairs>(rows, [&](int64_t row, int64_t count, int64_t unit) {
       policy_.columns(s, start + row, count, column, width, panels);
-      int64_t sums = at;
+      // What is packed next: the rows behind these, or the first of the columns behind them.
+      const bool last = row + count == rows;
+      const int64_t next = last ? start : start + row + count, from = last ? column + kGroup : column;
+      const RowPrefetch columns_ahead =
+          prefetch_rows(sources_, s, next, min(chunk_elements<kPairs>(), start + rows - next), min(from, source.width),
+                        min(kGroup, max(0, source.width - from)), tiles_of(kBlockRows, width));
+      int64_t features = 0;
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
-        const int64_t padded = round_up(source.width, VW);
         if (Policy::kFinishesWeights || term.grad != nullptr) {
-          Block c{weight_sums_ + sums + column, padded, width, start + row > 0};
+          Block c{sums + features * kGroup, kGroup, width, start + row > 0};
           if (sums_in_place()) {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
           }
-          multiply_features(term, unit, units<kPairs>(count), panels, c);
+          multiply_features(term, unit, units<kPairs>(count), panels, c, columns_ahead);
         }
-        sums += term.features * padded;
+        features += term.features;
       }
     });
-  }
-
-  // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
-  // all panels pass, the next block being fetched meanwhile.
-  void multiply_features(const ConcatTerm& term, int64_t unit, int64_t depth, const float* panels, Block c) const {
-    const float* dz = transposed_ + term.column * transposed_stride_ + unit;
-    float* const to = c.data;
-    for (int64_t n = 0; n < term.features; n += kBlockRows) {
-      const int64_t count = min(kBlockRows, term.features - n);
-      c.data = to + n * c.stride;
-      const float* next = dz + (n + count) * transposed_stride_;
-      multiply_panels<kPairs>({dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
-                              RowPrefetch(next, depth * 4, transposed_stride_ * 4,
-                                          min(kBlockRows, term.features - n - count), tiles_of(count, c.columns)));
+    if (sums_in_place() || start + rows < sources_.rows) return;
+    if constexpr (Policy::kFinishesWeights) {
+      policy_.finish_weights(s, column, width, sums, totals_);
+    } else {
+      write_weights(source, column, width, sums);
     }
   }
 
-  // From the float sums.
-  void write_weights() const {
-    int64_t at = 0;
-    for (int64_t s = 0; s < sources_.count; ++s) {
-      const ConcatSource& source = sources_.items[s];
-      const int64_t padded = round_up(source.width, VW);
-      for (int64_t t = 0; t < source.term_count; ++t) {
-        const ConcatTerm& term = source.terms[t];
-        if (term.grad != nullptr) {
-          for_each_claim(workers_, term.features, 16, [&](int, int64_t begin, int64_t end) {
-            with_element_type(sources_.dtype, term.grad, [&](auto* out) {
-              for (int64_t n = begin; n < end; ++n) {
-                for (int64_t c = 0; c < source.width; c += VW) {
-                  store_from_float(out + n * term.grad_stride + c, load(weight_sums_ + at + n * padded + c),
-                                   source.width - c);
-                }
-              }
-            });
-          });
+  // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
+  // all panels pass. Meanwhile the next block is fetched, or during the last one what comes then.
+  void multiply_features(const ConcatTerm& term, int64_t unit, int64_t depth, const float* panels, Block c,
+                         const RowPrefetch& then) const {
+    const float* dz = transposed_ + term.column * transposed_stride_ + unit;
+    float* const to = c.data;
+    for (int64_t n = 0; n < term.features; n += kBlockRows) {
+      const int64_t count = min(kBlockRows, term.features - n), left = term.features - n - count;
+      c.data = to + n * c.stride;
+      const float* next = dz + (n + count) * transposed_stride_;
+      multiply_panels<kPairs>({dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
+                              left == 0 ? RowPrefetch(then)
+                                        : RowPrefetch(next, depth * 4, transposed_stride_ * 4, min(kBlockRows, left),
+                                                      tiles_of(count, c.columns)));
+    }
+  }
+
+  // Columns of dW from their float sums.
+  void write_weights(const ConcatSource& source, int64_t column, int64_t width, const float* sums) const {
+    for (int64_t t = 0; t < source.term_count; sums += source.terms[t].features * kGroup, ++t) {
+      const ConcatTerm& term = source.terms[t];
+      if (term.grad == nullptr) continue;
+      with_element_type(sources_.dtype, term.grad, [&](auto* out) {
+        for (int64_t n = 0; n < term.features; ++n) {
+          for (int64_t c = 0; c < width; c += VW) {
+            store_from_float(out + n * term.grad_stride + column + c, load(sums + n * kGroup + c), width - c);
+          }
         }
-        at += term.features * padded;
-      }
+      });
     }
   }
 
@@ -346,9 +378,9 @@ class ConcatBackward {
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
   int64_t padded_, rows_units_;
-  int64_t widest_ = 0, chunk_ = 0, transposed_stride_ = 0, groups_ = 0;
-  int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, each_ = 0;
-  bool any_dx_ = false, any_dw_ = false;
+  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, transposed_stride_ = 0, groups_ = 0;
+  int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
+  bool any_dx_ = false, any_dw_ = false, in_place_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };

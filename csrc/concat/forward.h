@@ -1,9 +1,10 @@
-// The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the two ways it is cut:
+// The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the three ways it is cut:
 //
 //   rows broadcast      W is packed once, transposed; rows are the broadcast operand. For many rows.
 //   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come
-//   out
-//                       transposed. For few rows, where packing W would cost more than multiplying by it.
+//                       out transposed. For few rows, where packing W would cost more than multiplying by it.
+//   dot products        of rows of x and rows of W, nothing packed. For a handful of rows, which would leave lanes
+//   idle.
 //
 // The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
 // finished tile of z, still in cache, is the caller's epilogue.
@@ -213,14 +214,81 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
   });
 }
 
+// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
+template <bool kPairs, int R, int F>
+MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
+  vf acc[R][F];
+  clear(acc);
+  const auto step = [&](int64_t k, auto load_units) {
+    vf xs[R];
+    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      const vf wf = load_units(w.data + f * w.stride + k);
+      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
+    }
+  };
+  int64_t k = 0;
+  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
+  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
+  MMK_UNROLL for (int r = 0; r < R; ++r) {
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      float& to = c[r * stride + f];
+      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
+    }
+  }
+}
+
+constexpr int64_t kDotRows = 4;
+
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_dot_products(const ConcatSources& sources, const Workers& workers, const Loader& loader,
+                           Epilogue epilogue) {
+  constexpr int64_t kFeatures = 64;  // of a task
+  constexpr int kTileRows = 2, kTileFeatures = 4;
+  const int64_t chunk_floats = (kDotRows + kFeatures) * (kDepth + VW), each = chunk_floats + kDotRows * kFeatures;
+  Scratch scratch(workers.count * each);
+  for_each_claim(workers, ceil_div(sources.features, kFeatures), 1, [&](int worker, int64_t begin, int64_t end) {
+    float* const rows_copy = scratch.data() + worker * each;
+    float* const weight_copy = rows_copy + kDotRows * (kDepth + VW);
+    float* const z = rows_copy + chunk_floats;
+    loader.prepare(worker, 0, sources.rows);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t feature = task * kFeatures, count = min(kFeatures, sources.features - feature);
+      bool add = false;
+      for (int64_t s = 0; s < sources.count; ++s) {
+        const ConcatSource& source = sources.items[s];
+        const auto present = loader.rows(worker, s, 0, sources.rows);
+        for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
+          const ConcatTerm& term = source.terms[0];
+          const Operand x = present.template operand<kPairs>(k, width, rows_copy);
+          const Operand w = operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k),
+                                                    term.weight_stride, count, width, weight_copy);
+          for_runs<kTileFeatures>(count, [&](auto features, int64_t f) {
+            for_runs<kTileRows>(sources.rows, [&](auto rows, int64_t r) {
+              dot_tile<kPairs, static_cast<int>(rows), static_cast<int>(features)>(
+                  {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, units<kPairs>(width),
+                  z + r * kFeatures + f, kFeatures, add);
+            });
+          });
+          add = true;
+        });
+      }
+      if (!add) std::memset(z, 0, sizeof(float) * kDotRows * kFeatures);
+      epilogue(0, sources.rows, feature, count, z, kFeatures);
+    }
+  });
+}
+
 constexpr int64_t kFewRows = 512;  // beyond, packing W costs nothing beside multiplying by it
 
-// The cheaper of the two, where every source has one term and all have the same columns of z. Which one depends on the
-// shape alone.
+// The cheapest of the three, where every source has one term and all have the same columns of z. Which one depends on
+// the shape alone.
 template <bool kPairs, class Loader, class Epilogue>
 void multiply_concatenation(const ConcatSources& sources, const Workers& workers, const Loader& loader,
                             int64_t block_rows, Epilogue epilogue) {
-  if (sources.rows <= min(sources.features, kFewRows) && !has_row_presence(sources)) {
+  if (sources.rows <= kDotRows && !has_row_presence(sources)) {
+    multiply_dot_products<kPairs>(sources, workers, loader, epilogue);
+  } else if (sources.rows <= min(sources.features, kFewRows) && !has_row_presence(sources)) {
     multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);
   } else {
     multiply_rows_broadcast<kPairs>(sources, workers, loader, block_rows, kBlockColumns, epilogue);

@@ -40,12 +40,12 @@ struct Block {
   const int32_t* map = nullptr;
 };
 
-template <bool kPairs, int MR, int NR>
+template <bool kPairs, int MR, int NR, class Ldb = Constant<kPanel>>
 MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, const Block& c, int64_t row,
-                               int64_t column) {
+                               int64_t column, Ldb ldb = {}) {
   vf acc[MR][NR];
   clear(acc);
-  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, Constant<kPanel>{}, depth);
+  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, ldb, depth);
   const int64_t last = c.columns - column - (NR - 1) * VW;  // columns of the last vector
   MMK_UNROLL for (int i = 0; i < MR; ++i) {
     float* to = c.data + (c.map == nullptr ? row + i : c.map[row + i]) * c.stride + column;
@@ -78,6 +78,18 @@ void multiply_panels(Operand a, int64_t rows, const float* panels, int64_t depth
         ahead.step<false>();
         product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>({a.data + i * a.stride, a.stride},
                                                                                panels, depth, c, i, column);
+      });
+    });
+  }
+}
+
+// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
+inline void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  for (int64_t column = 0; column < c.columns; column += kPanel) {
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
+            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
       });
     });
   }

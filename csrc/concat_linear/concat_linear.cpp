@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor> concat_linear_forward(at::TensorList xs, const Tensor
                                                  bool training) {
   Call call(xs, weight, bias, activation, presence, residual, gate, 2.);
   ConcatLinearParams& p = call.params;
-  const Tensor out = at::empty(output_sizes(xs, weight.size(0)), weight.options());
+  const Tensor out = with_huge_pages(at::empty(output_sizes(xs, weight.size(0)), weight.options()));
   const bool from_output = derives_from_output(p.activation) && !gate && (!residual || !activation);
   const bool keeps = training && !from_output;
-  const Tensor z = keeps ? at::empty(out.sizes(), out.options()) : at::empty({0}, out.options());
+  const Tensor z = empty_if(out, keeps);
   p.out = out.data_ptr();
   if (keeps) p.preactivation = z.data_ptr();
   if (out.numel() > 0) concat_linear_kernels().forward(p);
@@ -69,13 +69,13 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
   std::vector<Tensor> result;
   for (size_t i = 0; i < count; ++i) {  // a modality that is absent everywhere has no item to write its zeros
     const bool dropped = wanted(i) && presence && presence->dim() == 1;
-    result.push_back(dropped ? at::zeros(xs[i].sizes(), xs[i].options()) : empty_gradient(xs[i], wanted(i)));
+    result.push_back(dropped ? at::zeros(xs[i].sizes(), xs[i].options()) : empty_if(xs[i], wanted(i)));
   }
-  result.push_back(wanted(count) ? at::empty(weight.sizes(), weight.options()) : empty_gradient(weight, false));
-  result.push_back(empty_gradient(bias ? *bias : weight, wanted(count + 1)));
+  result.push_back(empty_if(weight, wanted(count)));
+  result.push_back(empty_if(bias ? *bias : weight, wanted(count + 1)));
   result.push_back(at::empty({0}, weight.options()));  // presence
-  result.push_back(empty_gradient(residual ? *residual : weight, wanted(count + 3)));
-  result.push_back(empty_gradient(gate ? *gate : weight, wanted(count + 4)));
+  result.push_back(empty_if(residual ? *residual : weight, wanted(count + 3)));
+  result.push_back(empty_if(gate ? *gate : weight, wanted(count + 4)));
 
   if (wanted(count + 3)) result[count + 3].copy_(grads[0]);
   if (p.sources.rows == 0 || p.sources.features == 0) {

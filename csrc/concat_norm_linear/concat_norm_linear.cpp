@@ -50,9 +50,9 @@ std::tuple<Tensor, Tensor, Tensor> concat_norm_linear_forward(at::TensorList xs,
                                                               double eps, Name activation, bool training) {
   Call call(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation, 2.);
   ConcatNormLinearParams& p = call.params;
-  const Tensor out = at::empty(output_sizes(xs, weight.size(0)), weight.options());
+  const Tensor out = with_huge_pages(at::empty(output_sizes(xs, weight.size(0)), weight.options()));
   const bool keeps = training && activation;
-  const Tensor z = keeps ? at::empty(out.sizes(), out.options()) : at::empty({0}, out.options());
+  const Tensor z = empty_if(out, keeps);
   const auto rows = p.linear.sources.rows;
   const auto options = out.options().dtype(at::kFloat);
   const Tensor statistics = training ? at::empty({rows, 2}, options) : at::empty({0}, options);
@@ -71,11 +71,11 @@ std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::Tensor
   ConcatNormLinearParams& p = call.params;
   const size_t count = xs.size();
   std::vector<Tensor> result;
-  for (size_t i = 0; i < count; ++i) result.push_back(empty_gradient(xs[i], needed[i]));
-  result.push_back(empty_gradient(norm_weight, needed[count]));
-  result.push_back(empty_gradient(norm_bias ? *norm_bias : weight, needed[count + 1]));
-  result.push_back(empty_gradient(weight, needed[count + 2]));
-  result.push_back(empty_gradient(bias ? *bias : weight, needed[count + 3]));
+  for (size_t i = 0; i < count; ++i) result.push_back(empty_if(xs[i], needed[i]));
+  result.push_back(empty_if(norm_weight, needed[count]));
+  result.push_back(empty_if(norm_bias ? *norm_bias : weight, needed[count + 1]));
+  result.push_back(empty_if(weight, needed[count + 2]));
+  result.push_back(empty_if(bias ? *bias : weight, needed[count + 3]));
   if (p.linear.sources.rows == 0 || p.linear.sources.features == 0) {
     for (Tensor& t : result) t.zero_();
     return result;

@@ -115,16 +115,19 @@ class NormLinearGradient {
     });
   }
 
-  void finish_weights(const float* products, const float* sums) const {
-    for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
-      const int64_t padded = round_up(source.width, VW), column = source.column + k;
-      const float* g = products + product_start(source) + k;
+  void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, const float* sums) const {
+    const ConcatSource& source = sources_.items[s];
+    const int64_t column = source.column + first;
+    with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+      constexpr int64_t kAhead = 12;  // rows of W and dW on their way into cache
       vf totals[kRun] = {};
       for (int64_t f = 0; f < sources_.features; ++f) {
         const vf db = set1(sums[f]);
+        const int64_t row = f * p_.weight_stride + first;
         for_vectors(width, [&](int64_t v, int64_t c, int64_t n) {
-          const vf product = load(g + f * padded + c);
-          totals[v] = fma(load_as_float(weight + f * p_.weight_stride + c, n), product, totals[v]);
+          const vf product = load(products + f * kGroup + c);
+          __builtin_prefetch(weight + row + kAhead * p_.weight_stride + c);
+          totals[v] = fma(load_as_float(weight + row + c, n), product, totals[v]);
           if (p_.grad_weight == nullptr) return;
           vf grad = product * load(gain_ + column + c);
           if (shift_ != nullptr) grad = fma(load(shift_ + column + c), db, grad);
@@ -148,7 +151,8 @@ class NormLinearGradient {
     with_element_type(sources_.dtype, to, [&](auto* p) { store_from_float(p + at, x, n); });
   }
 
-  static constexpr int64_t kRun = 8;  // vectors of columns that go down the rows of W together: whole lines, few pages
+  static constexpr int64_t kRun =
+      kGroup / VW;  // vectors of columns that go down the rows of W together: whole lines, few pages
 
   // f(vector, its first column, how many of VW)
   template <class Function>
@@ -170,13 +174,6 @@ class NormLinearGradient {
         });
       });
     }
-  }
-
-  // Where the products of a source lie among those of all: [features][width padded] each.
-  int64_t product_start(const ConcatSource& source) const {
-    int64_t start = 0;
-    for (const ConcatSource* s = sources_.items; s != &source; ++s) start += sources_.features * round_up(s->width, VW);
-    return start;
   }
 
   // gained_[n] = Σ_k W_nk g_k, offset_[n] = Σ_k W_nk h_k

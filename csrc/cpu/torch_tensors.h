@@ -6,6 +6,7 @@
 #include <c10/core/ScalarType.h>
 
 #include "csrc/cpu/dtype.h"
+#include "csrc/cpu/large_output.h"
 
 namespace mmk {
 
@@ -28,9 +29,9 @@ inline int64_t row_stride(const at::Tensor& t) {
   return t.stride(0);
 }
 
-// Fresh, contiguous, of the argument's shape where its gradient is wanted, else without elements.
-inline at::Tensor empty_gradient(const at::Tensor& like, bool wanted) {
-  return wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options());
+// Fresh and contiguous, of the argument's shape where it is wanted, else without elements.
+inline at::Tensor empty_if(const at::Tensor& like, bool wanted) {
+  return wanted ? with_huge_pages(at::empty(like.sizes(), like.options())) : at::empty({0}, like.options());
 }
 
 }  // namespace mmk

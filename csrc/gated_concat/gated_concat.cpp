@@ -58,9 +58,9 @@ std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x,
                                           const c10::List<bool>& needed) {
   Call call(x, y, weight, bias, 4.);
   GatedConcatParams& p = call.params;
-  const Tensor grad_weight = empty_gradient(weight, needed[2]);
-  std::vector<Tensor> result{empty_gradient(x, needed[0]), empty_gradient(y, needed[1]), grad_weight,
-                             empty_gradient(bias ? *bias : weight, needed[3])};
+  const Tensor grad_weight = empty_if(weight, needed[2]);
+  std::vector<Tensor> result{empty_if(x, needed[0]), empty_if(y, needed[1]), grad_weight,
+                             empty_if(bias ? *bias : weight, needed[3])};
   if (p.sources.rows == 0) {
     for (Tensor& t : result) t.zero_();
     return result;

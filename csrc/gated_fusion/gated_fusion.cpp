@@ -89,7 +89,7 @@ std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList x
   for (const int64_t i : call.sources.index) dropped[static_cast<size_t>(i)] = false;
   const auto add = [&](const Tensor& like, bool zero) {
     const bool wanted = needed[result.size()];
-    result.push_back(wanted && zero ? at::zeros(like.sizes(), like.options()) : empty_gradient(like, wanted));
+    result.push_back(wanted && zero ? at::zeros(like.sizes(), like.options()) : empty_if(like, wanted));
   };
   for (size_t i = 0; i < count; ++i) add(xs[i], dropped[i]);
   for (size_t i = 0; i < count; ++i) add(value_weights[i], dropped[i]);

@@ -63,11 +63,11 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
   p.grad_out_stride = row_stride(grads[0]);
   const size_t count = xs.size();
   std::vector<Tensor> results;
-  for (size_t i = 0; i < count; ++i) results.push_back(empty_gradient(xs[i], needed[i]));
-  for (size_t i = 0; i < count; ++i) results.push_back(empty_gradient(factors[i], needed[count + i]));
-  results.push_back(empty_gradient(rank_weights, needed[2 * count]));
+  for (size_t i = 0; i < count; ++i) results.push_back(empty_if(xs[i], needed[i]));
+  for (size_t i = 0; i < count; ++i) results.push_back(empty_if(factors[i], needed[count + i]));
+  results.push_back(empty_if(rank_weights, needed[2 * count]));
   const bool bias_needed = bias && needed[2 * count + 1];
-  results.push_back(bias ? empty_gradient(*bias, bias_needed) : at::empty({0}, rank_weights.options()));
+  results.push_back(bias ? empty_if(*bias, bias_needed) : at::empty({0}, rank_weights.options()));
   if (p.batch == 0 || p.outputs == 0 || p.rank == 0) {
     for (const Tensor& t : results) t.zero_();
     if (bias_needed && p.batch > 0 && p.outputs > 0) results.back().copy_(grads[0].sum(0));

@@ -59,15 +59,15 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   std::vector<Tensor> results;
   bool any_modality = false;
   for (size_t i = 0; i < xs.size(); ++i) {
-    results.push_back(empty_gradient(xs[i], needed[i]));
+    results.push_back(empty_if(xs[i], needed[i]));
     if (needed[i] && xs[i].numel() > 0) {
       modalities[i].grad = results[i].data_ptr();
       any_modality = true;
     }
   }
   const bool weight_needed = needed[xs.size()], bias_needed = bias && needed[xs.size() + 1];
-  results.push_back(empty_gradient(weight, weight_needed));
-  results.push_back(bias ? empty_gradient(*bias, bias_needed) : at::empty({0}, weight.options()));
+  results.push_back(empty_if(weight, weight_needed));
+  results.push_back(bias ? empty_if(*bias, bias_needed) : at::empty({0}, weight.options()));
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
