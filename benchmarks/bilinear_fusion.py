@@ -34,7 +34,7 @@ SHAPES = (
     Shape("image and question, a small batch", 32, 2048, 1024, 1000, 1),
     Shape("pooled windows", 256, 512, 512, 256, 5),
     Shape("image and question", 256, 2048, 1024, 1000, 1),
-    Shape("image regions and question", 2048, 1024, 768, 200, 5),
+    Shape("image regions and question", 512, 1024, 768, 200, 5),
 )
 
 
