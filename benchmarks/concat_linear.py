@@ -125,5 +125,5 @@ def cases() -> list[Case]:
     rows += [case("training", s, training=True, quick=s is SHAPES[0]) for s in SHAPES]
     rows += [case("small forward", s, quick=s is SMALL[0]) for s in SMALL]
     rows += [case("small training", s, training=True, quick=s is SMALL[0]) for s in SMALL]
-    rows += [case("options", SHAPES[3], kind=k) for k in ("absent", "absent per row", "gated residual")]
+    rows += [case("options", SHAPES[2], kind=k) for k in ("absent", "absent per row", "gated residual")]
     return rows

@@ -40,7 +40,7 @@ SHAPES = (
     Shape("tokens to a narrow head", 4096, (512, 512, 512), 64),
     Shape("tokens to an encoder's width", 4096, (512, 512, 512), 768),
     Shape("many narrow rows", 8192, (64, 32, 32), 32),
-    Shape("image and text tokens, RMS norm", 1024, (1152, 896), 896, "rms"),
+    Shape("image and text tokens, RMS norm", 256, (1152, 896), 896, "rms"),
 )
 SMALL = (
     Shape("one utterance", 1, (300, 74, 35), 128),

@@ -78,12 +78,13 @@ def problem(shape: Shape, training: bool, dtype: torch.dtype) -> Problem:
         names += ["type_embedding", *(f"position_embeddings[{i}]" for i in range(m))]
     affine = {"layer": ["norm_weight", "norm_bias"], "rms": ["norm_weight"], None: []}[shape.norm]
     sizes += [(c,)] * len(affine)
+    plain = partial(eager, shape=shape)
     return Problem(
         leaves=tuple(torch.randn(s).to(dtype).requires_grad_(training) for s in sizes),
         names=(*names, *affine),
         ours=partial(ours, shape=shape),
-        torch=partial(eager, shape=shape),
-        eager=partial(eager, shape=shape),
+        torch=plain,
+        eager=plain,
     )
 
 

@@ -41,7 +41,7 @@ class Shape:
 SHAPES = (
     Shape("MM-IMDb: plot and poster", 64, (300, 4096), 512, sigmoid=True),
     Shape("pooled image and text encoders", 256, (768, 512), 512, sigmoid=True),
-    Shape("tokens of two encoders", 4096, (512, 512), 256, sigmoid=True),
+    Shape("tokens of two encoders", 1024, (512, 512), 256, sigmoid=True),
     Shape("pooled image, text and audio encoders", 256, (768, 768, 512), 256),
     Shape("sentiment: GloVe, COVAREP, Facet", 64, (300, 74, 35), 128),
 )

@@ -34,7 +34,7 @@ class Shape:
 SHAPES = (
     Shape("DiT-XL/2, 64x64 latents", 4, 1024, 1152),
     Shape("DiT-B, 32x32 latents", 8, 256, 768),
-    Shape("rms, as in Lumina", 4, 1024, 2304, norm="rms"),
+    Shape("rms, as in Lumina", 1, 1024, 2304, norm="rms"),
     Shape("a timestep for every token", 2, 512, 1536, per_token=True),
     Shape("FiLM of patches by text", 8, 196, 768, norm=None),
 )

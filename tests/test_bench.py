@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels.bench import Case, Problem, main, report
+from mmkernels.bench import Case, Problem, machine, main, report
 from mmkernels.bench.case import available_ops, load
-from mmkernels.bench.engine import Engine, Row, check
-from mmkernels.bench.timing import clock, gemm_rate, interleaved
+from mmkernels.bench.engine import COMPILING, SHORTEST, TIMING, Engine, Row, check
+from mmkernels.bench.machine import Ceilings
+from mmkernels.bench.timing import clock, gemm_rate, interleaved, memory_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +56,7 @@ def case(ours: Callable[..., Tensor], *, training: bool = False) -> Case:
 
 def engine(**changes: object) -> Engine:
     settings = {
-        "peaks": {torch.float32: 1e9, torch.bfloat16: 1e9},
+        "ceilings": Ceilings({"float32": 1e9, "bfloat16": 1e9}, {1 << 20: 1e9}),
         "row_seconds": 0.01,
         "compile": False,
         "budget": None,
@@ -81,7 +82,8 @@ def toy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "toy.py").write_text(textwrap.dedent(TOY_BENCHMARK))
     monkeypatch.setattr(main, "benchmarks_dir", lambda: folder)
-    monkeypatch.setattr(main, "gemm_rate", partial(gemm_rate, n=64, budget=0.01))
+    monkeypatch.setattr(machine, "gemm_rate", partial(gemm_rate, n=64, budget=0.01))
+    monkeypatch.setattr(machine, "memory_rates", partial(memory_rates, sizes=(1 << 16, 1 << 20), budget=0.01))
     return folder
 
 
@@ -104,6 +106,8 @@ def test_a_run_leaves_table_json_and_plot(toy_folder: Path, capsys: pytest.Captu
     ]
     assert all(row["seconds"]["ours"] > 0 and row["speedup_over_torch"] > 0 for row in rows)
     assert latest["machine"]["machine"]["cpu"] and set(latest["gemm_gflops"]) == {"float32", "bfloat16"}
+    assert all(rate > 0 for rate in latest["memory_gbytes"].values()) and len(latest["memory_gbytes"]) == 2
+    assert all(row["fraction_of_bound"] == row["bound"] / row["seconds"]["ours"] > 0 for row in rows)
     (plot,) = results.glob("toy-*.png")
     assert plot.with_suffix(".json").is_file()
 
@@ -159,16 +163,73 @@ def test_an_unequal_baseline_is_not_timed_against() -> None:
     assert row.seconds == {} and row.error is not None and "baseline computes something else" in row.error
 
 
-def test_rows_behind_schedule_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_rows_are_compiled_until_the_share_for_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(problem: Problem, grad_out: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+        time.sleep(0.05)
         return lambda: (problem.eager(*problem.leaves),)
 
     monkeypatch.setattr(Engine, "compiled", staticmethod(compiled))
-    late = engine(compile=True, budget=1.0)
-    late.start = time.perf_counter() - 0.5
-    skipped = late.measure("toy", case(torch.matmul), torch.float32, progress=0.1)
-    assert skipped.missing == {"compiled": "no time left in the budget"} and "torch" in skipped.seconds
-    assert "compiled" in late.measure("toy", case(torch.matmul), torch.float32, progress=1.0).seconds
+    bench = engine(compile=True, budget=0.05 * 1.5 / COMPILING)
+    rows = [bench.measure("toy", case(torch.matmul), torch.float32, rows_left=3 - i) for i in range(3)]
+    assert ["compiled" in row.seconds for row in rows] == [True, True, False]
+    assert rows[2].missing == {"compiled": "its share of the budget is spent"} and "torch" in rows[2].seconds
+    unlimited, none = engine(compile=True), engine(compile=True, budget=0.0)
+    assert "compiled" in unlimited.measure("toy", case(torch.matmul), torch.float32).seconds
+    assert "compiled" not in none.measure("toy", case(torch.matmul), torch.float32).seconds
+
+
+def test_rows_share_the_time_that_is_left() -> None:
+    bench = engine(budget=1000.0, row_seconds=100.0)
+    assert bench.timing_seconds(100) == pytest.approx(10 * TIMING, rel=0.01)
+    assert bench.timing_seconds(1) == 100.0  # no row is timed for longer
+    bench.start -= 500.0
+    assert bench.timing_seconds(100) == pytest.approx(5 * TIMING, rel=0.01)
+    bench.for_compiling = 400.0
+    assert bench.timing_seconds(100) == pytest.approx(1 * TIMING, rel=0.01)
+    bench.start -= 600.0
+    assert bench.timing_seconds(100) == SHORTEST  # late, and yet timed
+    assert engine(row_seconds=7.0).timing_seconds(100) == 7.0
+
+
+def test_ops_dtypes_and_passes_take_turns(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (toy_folder / "other.py").write_text((toy_folder / "toy.py").read_text())
+    measured: list[tuple[str, str, str]] = []
+    measure = Engine.measure
+
+    def recording(self: Engine, op: str, case: Case, dtype: torch.dtype, rows_left: int) -> Row:
+        measured.append((op, str(dtype)[6:], case.group))
+        return measure(self, op, case, dtype, rows_left)
+
+    monkeypatch.setattr(Engine, "measure", recording)
+    assert run(toy_folder, "--no-compile", "--budget", "0") == 0
+    kinds = [(dtype, group) for dtype in ("float32", "bfloat16") for group in ("forward", "training")]
+    kinds += [("float32", "long"), ("bfloat16", "long")]
+    assert measured == [(op, *kind) for kind in kinds for op in ("other", "toy")]
+    ops = json.loads((toy_folder.parent / "results" / "latest.json").read_text())["ops"]
+    assert [row["dtype"] for row in ops["toy"]["rows"]] == ["float32"] * 3 + ["bfloat16"] * 3
+
+
+def test_a_bound_is_the_slower_of_arithmetic_and_bytes() -> None:
+    ceilings = Ceilings({"float32": 1e9, "bfloat16": 2e9}, {1 << 20: 100e9, 1 << 22: 10e9})
+    assert ceilings.bound(1e9, 1e3, "float32") == 1.0 and ceilings.bound(1e9, 1e3, "bfloat16") == 0.5
+    assert ceilings.bound(0.0, 1e6, "float32") == 1e-5  # fits the nearer working set
+    assert ceilings.bound(0.0, 2e6, "float32") == 2e-4
+    assert ceilings.bound(0.0, 1e9, "float32") == 0.1  # fits none: the rate of the largest
+    for text in ("float32 1 GF/s", "bfloat16 2 GF/s", "1 MiB 100 GB/s", "4 MiB 10 GB/s"):
+        assert text in str(ceilings)
+
+
+def test_the_memory_rate_counts_every_byte_of_the_working_set() -> None:
+    ticks = iter(range(1000))
+    rates = memory_rates(lambda: next(ticks), sizes=(4096, 8192), budget=0.0)  # every call takes one second
+    assert rates == {4096: 4096.0, 8192: 8192.0}
+
+
+def test_table_shows_bytes_bound_and_the_fraction_reached() -> None:
+    row = Row("toy", "forward", "8x8", "toy", "float32", 2e9, 3e6, 2e11, 0.004, {"ours": 0.01, "torch": 0.02})
+    heads, _, _, _, line = report.text_table([row], {"toy": "torch"}).splitlines()
+    assert heads.split()[2:6] == ["ours", "bound", "of", "bound"] and "MB" in heads.split()
+    assert line.split()[2:7] == ["10.0", "4.000", "40%", "3", "20.0"]
 
 
 def test_a_failing_compilation_leaves_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,15 +251,17 @@ def test_times_are_lower_quartiles_of_interleaved_calls() -> None:
 
 
 def test_the_readme_table_is_replaced_between_its_markers(tmp_path: Path) -> None:
-    row = Row("toy", "forward", "8x8", "toy", "float32", 2e9, 1e6, 2e11, {"ours": 0.01, "torch": 0.02})
-    machine = {
+    row = Row("toy", "forward", "8x8", "toy", "float32", 2e9, 1e6, 2e11, 0.005, {"ours": 0.01, "torch": 0.02})
+    info = {
         "machine": {"cpu": "A CPU", "threads": 1},
         "native": {"reason": None, "isa": "avx2"},
         "versions": {"torch": "2.13"},
     }
     when = main.datetime(2030, 1, 2)
-    table = report.markdown_table([row], {"toy": "torch SDPA"}, machine, {"float32": 2e11}, when)
-    assert "A CPU" in table and "**2.00x**" in table and "| 200 | 100% |" in table
+    ceilings = Ceilings({"float32": 2e11}, {1 << 22: 1e10})
+    table = report.markdown_table([row], {"toy": "torch SDPA"}, info, ceilings, when)
+    assert "A CPU" in table and "**2.00x**" in table and "4 MiB 10 GB/s" in table
+    assert "| 10.0 ms | 5.000 ms | 50% | 1 | 20.0 ms | – | 2.00x | 200 |" in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.README_BEGIN}\nold\n{report.README_END}\nafter\n")
     report.update_readme(readme, table)

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from .case import Case, Problem
+from .machine import Ceilings
 from .timing import Clock, interleaved
 
 Run = Callable[[], tuple[Tensor, ...]]
 
-HEAD_START = 0.1  # of the budget
+# Shares of the budget. Of what is not for compiling, a row's share pays for its check first, which may run plain
+# bfloat16 at a hundredth of ours' speed, so that only a part of it is promised to the timing.
+COMPILING, TIMING = 0.35, 0.4
+SHORTEST = 0.05  # seconds of timing that every row gets
+SLOW = 1.0  # seconds of a call that the check has timed well enough, where a row has no more time
 
 # A baseline is not held to the precision rule, only to computing the same thing.
 BASELINE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -31,7 +36,8 @@ class Row:
     dtype: str
     flops: float
     bytes: float
-    peak: float  # FLOP/s of the GEMM that `fraction` refers to
+    peak: float  # FLOP/s of a plain matrix product
+    bound: float  # seconds that it takes at least: `Ceilings.bound`
     seconds: dict[str, float] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -47,7 +53,8 @@ class Row:
 
     @property
     def fraction(self) -> float:
-        return self.flops / self.seconds["ours"] / self.peak
+        """Of the bound; over 1 where data stays in a nearer cache than a copy of as many bytes."""
+        return self.bound / self.seconds["ours"]
 
     def speedup(self, baseline: str) -> float | None:
         """How many times faster than the baseline, None where either was not timed."""
@@ -58,7 +65,7 @@ class Row:
     def as_json(self) -> dict[str, object]:
         derived: dict[str, object] = {}
         if "ours" in self.seconds:
-            derived = {"gflops": self.gflops, "gbytes": self.gbytes, "fraction_of_gemm": self.fraction}
+            derived = {"gflops": self.gflops, "gbytes": self.gbytes, "fraction_of_bound": self.fraction}
             derived |= {f"speedup_over_{name}": self.speedup(name) for name in ("torch", "compiled")}
         return asdict(self) | derived
 
@@ -80,22 +87,32 @@ def as_run(fn: Callable[..., Tensor], leaves: Sequence[Tensor], grad_out: Tensor
     return training
 
 
-def check(problem: Problem, grad_out: Tensor | None) -> None:
-    """Raise AssertionError unless ours obeys the precision rule, gradients included, and the baseline agrees."""
+def check(problem: Problem, grad_out: Tensor | None, now: Clock = time.perf_counter) -> dict[str, float]:
+    """Raise AssertionError unless ours obeys the precision rule, gradients included, and the baseline agrees.
+
+    Returns the seconds of its only call of ours and of torch: too cold to report where calls are short.
+    """
     from mmkernels.testing import assert_close_to_oracle
 
     wide = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in problem.leaves]
     wide_grad = None if grad_out is None else grad_out.double()
     names = ("output", *(f"gradient of {name}" for name in problem.names))
+    same = problem.torch is problem.eager
     oracle = as_run(problem.eager, wide, wide_grad)()
-    plain = as_run(problem.eager, problem.leaves, grad_out)()
+    ticks = [now()]
     ours = as_run(problem.ours, problem.leaves, grad_out)()
+    ticks.append(now())
     baseline = as_run(problem.torch, problem.leaves, grad_out)()
+    ticks.append(now())
+    plain = baseline if same else as_run(problem.eager, problem.leaves, grad_out)()
     for name, got, same_dtype, exact, other in zip(names, ours, plain, oracle, baseline, strict=False):
         assert_close_to_oracle(got, same_dtype, exact, name=name)
+        if same:
+            continue
         distance = ((other.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
         if not distance <= BASELINE_TOLERANCE[got.dtype]:
             raise AssertionError(f"the baseline computes something else: {name} differs by {distance:.1e}")
+    return {"ours": ticks[1] - ticks[0], "torch": ticks[2] - ticks[1]}
 
 
 def serving_backend(problem: Problem) -> str:
@@ -109,50 +126,65 @@ def serving_backend(problem: Problem) -> str:
 
 
 class Engine:
-    """Runs cases under one time budget.
+    """Runs rows under one time budget, in the order in which they are given.
 
-    Compiling is the dear part (seconds a row), so a row is compiled only while the run is on schedule: before the n-th
-    of N rows at most n/N of `budget` may be gone, a little more at the start, where the first compilation builds what
-    the others share. torch keeps compiled code on disk, so a second run fills gaps. `budget=None` compiles every row.
+    Compiling is the dear part (seconds a row): the first rows are compiled, until COMPILING of the budget is spent on
+    it. The rest belongs to the rows alike: of what is left of it, divided by the rows to come, TIMING is how long a row
+    is timed, at least SHORTEST, at most `row_seconds`. `budget=None` compiles every row and times it for `row_seconds`;
+    0 compiles none and times each briefly. Every row is checked, whatever the budget.
     """
 
     def __init__(
-        self, *, now: Clock, peaks: dict[torch.dtype, float], row_seconds: float, compile: bool, budget: float | None
+        self,
+        *,
+        now: Clock,
+        ceilings: Ceilings,
+        row_seconds: float,
+        compile: bool,
+        budget: float | None,
+        start: float | None = None,
     ) -> None:
-        self.now, self.peaks, self.row_seconds = now, peaks, row_seconds
-        self.compile, self.budget = compile, budget
-        self.start = time.perf_counter()
+        self.now, self.ceilings, self.row_seconds = now, ceilings, row_seconds
+        self.budget = float("inf") if budget is None else budget
+        self.start = time.perf_counter() if start is None else start
+        self.compile = compile
+        self.for_compiling = COMPILING * self.budget if compile else 0.0  # seconds left of that share
 
-    def on_schedule(self, progress: float) -> bool:
-        allowed = HEAD_START + (1 - HEAD_START) * progress
-        return self.budget is None or time.perf_counter() - self.start <= allowed * self.budget
+    def timing_seconds(self, rows_left: int) -> float:
+        """How long to time a row that is followed by `rows_left` - 1 others."""
+        if self.budget == float("inf"):
+            return self.row_seconds
+        left = self.budget - (time.perf_counter() - self.start) - max(self.for_compiling, 0.0)
+        return min(max(TIMING * left / rows_left, SHORTEST), self.row_seconds)
 
-    def measure(self, op: str, case: Case, dtype: torch.dtype, progress: float = 1.0) -> Row:
-        """Check and time one case; `progress` in (0, 1] is the share of the run that this row completes."""
+    def measure(self, op: str, case: Case, dtype: torch.dtype, rows_left: int = 1) -> Row:
+        """Check and time one case, which is followed by `rows_left` - 1 others."""
+        name, moved = str(dtype).removeprefix("torch."), case.bytes(dtype.itemsize)
         row = Row(
             op=op,
             group=case.group,
             shape=case.shape,
             note=case.note,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name,
             flops=case.flops,
-            bytes=case.bytes(dtype.itemsize),
-            peak=self.peaks[dtype],
+            bytes=moved,
+            peak=self.ceilings.gemm[name],
+            bound=self.ceilings.bound(case.flops, moved, name),
         )
         try:
-            self._fill(row, case, dtype, progress)
+            self._fill(row, case, dtype, rows_left)
         except (AssertionError, RuntimeError) as wrong:  # a wrong result, or an op that fails: the other rows go on
             row.seconds, row.error = {}, f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         return row
 
-    def _fill(self, row: Row, case: Case, dtype: torch.dtype, progress: float) -> None:
+    def _fill(self, row: Row, case: Case, dtype: torch.dtype, rows_left: int) -> None:
         torch.manual_seed(0)  # a row's inputs do not depend on which rows ran before it
         problem = case.problem(dtype)
         grad_out = None
         if case.training:
             with torch.no_grad():
-                grad_out = torch.randn_like(problem.torch(*problem.leaves))
-        check(problem, grad_out)
+                grad_out = torch.randn_like(problem.ours(*problem.leaves))
+        once = check(problem, grad_out, self.now)
         row.backend = serving_backend(problem)
         contenders = {
             "ours": as_run(problem.ours, problem.leaves, grad_out),
@@ -160,14 +192,19 @@ class Engine:
         }
         if not self.compile:
             row.missing["compiled"] = "not asked for"
-        elif not self.on_schedule(progress):
-            row.missing["compiled"] = "no time left in the budget"
+        elif self.for_compiling <= 0:
+            row.missing["compiled"] = "its share of the budget is spent"
         else:
+            begin = time.perf_counter()
             try:
                 contenders["compiled"] = self.compiled(problem, grad_out)
             except Exception as failure:  # no C++ compiler, an unsupported graph: a gap in the column, not the end
                 row.missing["compiled"] = f"failed: {type(failure).__name__}"
-        row.seconds = interleaved(contenders, self.now, self.row_seconds, 3 if self.on_schedule(progress) else 1)
+            self.for_compiling -= time.perf_counter() - begin
+        seconds = self.timing_seconds(rows_left)
+        slow = {name: taken for name, taken in once.items() if taken > max(seconds, SLOW)}
+        others = {name: run for name, run in contenders.items() if name not in slow}
+        row.seconds = interleaved(others, self.now, seconds, min_rounds=1) | slow
 
     @staticmethod
     def compiled(problem: Problem, grad_out: Tensor | None) -> Run:

@@ -1,10 +1,46 @@
-"""The machine that the numbers belong to, in one line."""
+"""The machine that the numbers belong to: its name in one line, and the rates that bound every row."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .timing import clock, gemm_rate, memory_rates
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best, measured in the same run and with the same threads as the rows."""
+
+    gemm: dict[str, float]  # FLOP/s of a plain matrix product, by dtype
+    memory: dict[int, float]  # bytes/s, by the bytes of the working set
+
+    def bound(self, flops: float, moved: float, dtype: str) -> float:
+        """Seconds that a row takes at least: its arithmetic at the matrix product's rate, or its bytes at the rate of
+        the smallest working set that holds them, whichever is slower."""
+        size = min((size for size in self.memory if size >= moved), default=max(self.memory))
+        return max(flops / self.gemm[dtype], moved / self.memory[size])
+
+    def __str__(self) -> str:
+        """In words; a dtype with float32's rate has none of its own that is faster."""
+        single = self.gemm.get("float32")
+        products = ", ".join(
+            f"{name} {rate / 1e9:.0f} GF/s"
+            + (" (float32's, its own is slower)" if name != "float32" and rate == single else "")
+            for name, rate in self.gemm.items()
+        )
+        memory = ", ".join(f"{size >> 20} MiB {rate / 1e9:.0f} GB/s" for size, rate in self.memory.items())
+        return f"a plain matrix product: {products}; a copy or a sum over {memory}"
+
+
+def measure_ceilings(dtypes: dict[str, torch.dtype], threads: int) -> Ceilings:
+    """The rates by name of dtype. A CPU without arithmetic in a dtype can still convert to float32 and multiply there,
+    so float32's rate is the ceiling of a dtype whose own product is slower."""
+    now = clock(threads)
+    rates = {name: gemm_rate(dtype, now) for name, dtype in {"float32": torch.float32, **dtypes}.items()}
+    return Ceilings({name: max(rates[name], rates["float32"]) for name in dtypes}, memory_rates(now))
 
 
 def caption(info: dict[str, Any]) -> str:

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Row
-from .machine import caption
+from .machine import Ceilings, caption
 
 README_BEGIN = "<!-- measured: written by `python -m mmkernels bench --update-readme` -->"
 README_END = "<!-- /measured -->"
+
+BOUND = (
+    "Bound: the arithmetic at the matrix product's rate or the bytes (MB) at the memory's, whichever takes longer; "
+    "over 100 % of it, data stayed in a nearer cache."
+)
 
 GroupKey = tuple[str, str, str]  # op, dtype, group
 
@@ -38,18 +43,12 @@ def milliseconds(seconds: float | None) -> str:
     return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}"
 
 
+def megabytes(row: Row) -> str:
+    return f"{row.bytes / 1e6:.3g}" if row.bytes < 1e8 else f"{row.bytes / 1e6:.0f}"
+
+
 def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x"
-
-
-def ceiling_text(peaks: dict[str, float]) -> str:
-    """The GEMM rates in words; a dtype with float32's rate has none of its own that is faster."""
-    single = peaks.get("float32")
-    return ", ".join(
-        f"{name} {rate / 1e9:.0f} GF/s"
-        + (" (float32's, its own is slower)" if name != "float32" and rate == single else "")
-        for name, rate in peaks.items()
-    )
 
 
 def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
@@ -60,7 +59,18 @@ def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
     label_width = shape_width + note_width + 4
     headed: tuple[str, str] | None = None
     for (op, dtype, group), members in grouped(rows).items():
-        columns = ("ours", baselines[op], "compiled", "x torch", "x compiled", "GF/s", "GB/s", "of GEMM")
+        columns = (
+            "ours",
+            "bound",
+            "of bound",
+            "MB",
+            baselines[op],
+            "compiled",
+            "x torch",
+            "x compiled",
+            "GF/s",
+            "GB/s",
+        )
         sizes = [max(len(column), 7) for column in columns]
 
         def line(label: str, cells: Sequence[str], sizes: Sequence[int] = sizes) -> str:
@@ -69,7 +79,7 @@ def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
 
         if headed != (op, dtype):
             headed = (op, dtype)
-            lines += ["", line(f"{op}, {dtype}", columns), line("", ["ms", "ms", "ms"])]
+            lines += ["", line(f"{op}, {dtype}", columns), line("", ["ms", "ms", "", "", "ms", "ms"])]
             lines.append("-" * (label_width + sum(sizes) + 2 * len(sizes)))
         lines.append(group)
         for row in members:
@@ -77,13 +87,14 @@ def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
             if row.error is not None:
                 lines.append(line(label, []) + f"  WRONG, not timed: {row.error}")
                 continue
-            cells = [milliseconds(row.seconds.get(name)) for name in ("ours", "torch", "compiled")]
+            cells = [milliseconds(row.seconds["ours"]), milliseconds(row.bound), f"{row.fraction:.0%}", megabytes(row)]
+            cells += [milliseconds(row.seconds.get(name)) for name in ("torch", "compiled")]
             cells += [times(row.speedup("torch")), times(row.speedup("compiled"))]
-            lines.append(line(label, [*cells, f"{row.gflops:.1f}", f"{row.gbytes:.1f}", f"{row.fraction:.0%}"]))
+            lines.append(line(label, [*cells, f"{row.gflops:.1f}", f"{row.gbytes:.1f}"]))
         if len(members) == 1:
             continue
         means = [geometric_mean(row.speedup(name) for row in members) for name in ("torch", "compiled")]
-        lines.append(line("  geometric mean", ["", "", "", *map(times, means)]))
+        lines.append(line("  geometric mean", [""] * 6 + [*map(times, means)]))
     return "\n".join(lines[1:])
 
 
@@ -107,7 +118,7 @@ def save_json(
     rows: Sequence[Row],
     baselines: dict[str, str],
     machine: dict[str, Any],
-    peaks: dict[str, float],
+    ceilings: Ceilings,
     when: datetime,
 ) -> dict[str, Path]:
     """Write ``<op>-<timestamp>.json`` for each op, and all of them as ``latest.json``: op -> the file."""
@@ -115,7 +126,8 @@ def save_json(
     head = {
         "when": when.isoformat(timespec="seconds"),
         "machine": machine,
-        "gemm_gflops": {name: rate / 1e9 for name, rate in peaks.items()},
+        "gemm_gflops": {name: rate / 1e9 for name, rate in ceilings.gemm.items()},
+        "memory_gbytes": {str(size): rate / 1e9 for size, rate in ceilings.memory.items()},
     }
     paths, everything = {}, {}
     for op, baseline in baselines.items():
@@ -128,15 +140,14 @@ def save_json(
 
 
 def markdown_table(
-    rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], peaks: dict[str, float], when: datetime
+    rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], ceilings: Ceilings, when: datetime
 ) -> str:
     """The README's section: geometric means by group first, every shape folded below."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     groups = grouped(rows)
     lines = [
-        f"{caption(machine)}. {when:%Y-%m-%d}. A plain matrix product: {ceiling_text(peaks)}. "
-        f"Backend: {served_by(rows)}.",
-        "Times faster, geometric mean over the shapes of a row; in brackets the range.",
+        f"{caption(machine)}. {when:%Y-%m-%d}. Measured with it: {ceilings}. Backend: {served_by(rows)}.",
+        f"Times faster, geometric mean over the shapes of a row; in brackets the range. {BOUND}",
     ]
     for op, baseline in baselines.items():
         ours = [row for row in rows if row.op == op]
@@ -149,14 +160,17 @@ def markdown_table(
                 cells += [_mean_and_range([row.speedup(name) for row in members]) for name in ("torch", "compiled")]
             lines.append(f"| {group} | " + " | ".join(cells) + " |")
         lines += ["", f"<details><summary>{op}, every shape</summary>", ""]
-        lines += [f"| | shape | dtype | ours | {baseline} | compiled eager | times faster | GF/s | of GEMM |"]
-        lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"| | shape | dtype | ours | bound | of bound | MB | {baseline} | compiled eager | times faster | GF/s |"
+        ]
+        lines += ["|---|---|---|" + "---:|" * 8]
         for row in ours:
             if row.error is not None:
                 continue
-            ms = [milliseconds(row.seconds.get(name)) + " ms" for name in ("ours", "torch", "compiled")]
-            cells = [row.group, f"{row.shape} ({row.note})", row.dtype, *(m.replace("- ms", "–") for m in ms)]
-            cells += [times(row.speedup("torch")), f"{row.gflops:.0f}", f"{row.fraction:.0%}"]
+            seconds = [row.seconds["ours"], row.bound, row.seconds.get("torch"), row.seconds.get("compiled")]
+            mine, bound, *others = ("–" if s is None else f"{milliseconds(s)} ms" for s in seconds)
+            cells = [row.group, f"{row.shape} ({row.note})", row.dtype, mine, bound, f"{row.fraction:.0%}"]
+            cells += [megabytes(row), *others, times(row.speedup("torch")), f"{row.gflops:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
         lines += ["", "</details>"]
     return "\n".join(lines)

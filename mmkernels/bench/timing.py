@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 Clock = Callable[[], float]
+
+# Bytes of a working set whose rate is measured: caches of any machine hold the first and none the last.
+WORKING_SETS = tuple(mib << 20 for mib in (4, 16, 64, 256))
 
 
 def clock(threads: int) -> Clock:
@@ -31,12 +35,27 @@ def interleaved(
     return {name: sorted(taken)[len(taken) // 4] for name, taken in samples.items()}
 
 
-def gemm_rate(dtype: torch.dtype, now: Clock, n: int = 1024, budget: float = 1.0) -> float:
-    """FLOP/s of a plain n x n x n product: the best of what fits in the budget, since it serves as a ceiling."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    best, start, rounds = float("inf"), time.perf_counter(), 0
-    while rounds < 1 or time.perf_counter() - start < budget:
+def shortest(run: Callable[[], object], now: Clock, budget: float) -> float:
+    """The least seconds of as many calls as fit in the budget: what a ceiling is made of."""
+    best, start = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - start < budget:
         begin = now()
-        torch.mm(a, b)
-        best, rounds = min(best, now() - begin), rounds + 1
-    return 2.0 * n**3 / best
+        run()
+        best = min(best, now() - begin)
+    return max(best, 1e-9)
+
+
+def gemm_rate(dtype: torch.dtype, now: Clock, n: int = 1024, budget: float = 1.0) -> float:
+    """FLOP/s of a plain n x n x n product."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return 2.0 * n**3 / shortest(lambda: torch.mm(a, b), now, budget)
+
+
+def memory_rates(now: Clock, sizes: Sequence[int] = WORKING_SETS, budget: float = 0.3) -> dict[int, float]:
+    """Bytes/s by working set: the better of a copy between its halves, read and written, and a sum over all of it."""
+    rates = {}
+    for size in sizes:
+        both = torch.ones(2, size // 8)
+        copy = shortest(partial(both[0].copy_, both[1]), now, budget / 2)
+        rates[size] = size / min(copy, shortest(both.sum, now, budget / 2))
+    return rates
