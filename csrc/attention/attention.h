@@ -65,34 +65,10 @@ struct AttentionParams {
   Workers workers;
 };
 
-struct AttentionKernels {
-  void (*forward)(const AttentionParams&);
-  // As forward for at most 4 queries a head, no dropout and no row_max and log_sum: dot products on whole rows.
-  void (*forward_few_queries)(const AttentionParams&);
-  // Writes each gradient whose data is set.
-  void (*backward)(const AttentionParams&);
-};
-
-#define MMK_DECLARE(name)                             \
-  namespace name {                                    \
-  void attention_forward(const AttentionParams&);     \
-  void attention_few_queries(const AttentionParams&); \
-  void attention_backward(const AttentionParams&);    \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline AttentionKernels attention_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::attention_forward, name::attention_few_queries, name::attention_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, attention_forward, const AttentionParams&);
+// As forward for at most 4 queries a head, no dropout and no row_max and log_sum: dot products on whole rows.
+MMK_KERNEL(void, attention_few_queries, const AttentionParams&);
+// Writes each gradient whose data is set.
+MMK_KERNEL(void, attention_backward, const AttentionParams&);
 
 }  // namespace mmk

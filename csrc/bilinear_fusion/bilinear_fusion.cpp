@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& x, cons
       p.sides[0].projection = x_projection.data_ptr();
       p.sides[1].projection = y_projection.data_ptr();
     }
-    bilinear_kernels().forward(p);
+    MMK_DISPATCH(bilinear_forward)(p);
   }
   return {out, x_projection, y_projection};
 }
@@ -57,8 +57,8 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
                                              const Tensor& x_weight, const Tensor& y_weight, int64_t rank,
                                              const std::vector<Tensor>& saved, const c10::List<bool>& needed) {
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
-  const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]),
-                                    empty_if(x_weight, needed[2]), empty_if(y_weight, needed[3])};
+  const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]), empty_if(x_weight, needed[2]),
+                                    empty_if(y_weight, needed[3])};
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
@@ -71,7 +71,7 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
     if (needed[s]) p.sides[s].grad_x = results[s].data_ptr();
     if (needed[2 + s]) p.sides[s].grad_weight = results[2 + s].data_ptr();
   }
-  bilinear_kernels().backward(p);
+  MMK_DISPATCH(bilinear_backward)(p);
   return results;
 }
 

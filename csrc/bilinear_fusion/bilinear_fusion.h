@@ -29,30 +29,7 @@ struct BilinearParams {
   Workers workers;
 };
 
-struct BilinearKernels {
-  void (*forward)(const BilinearParams&);
-  void (*backward)(const BilinearParams&);  // reads both projections, writes each gradient that is set
-};
-
-#define MMK_DECLARE(name)                        \
-  namespace name {                               \
-  void bilinear_forward(const BilinearParams&);  \
-  void bilinear_backward(const BilinearParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline BilinearKernels bilinear_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::bilinear_forward, name::bilinear_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, bilinear_forward, const BilinearParams&);
+MMK_KERNEL(void, bilinear_backward, const BilinearParams&);  // reads both projections, writes each gradient that is set
 
 }  // namespace mmk

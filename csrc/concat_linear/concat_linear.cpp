@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor> concat_linear_forward(at::TensorList xs, const Tensor
   const Tensor z = empty_if(out, keeps);
   p.out = out.data_ptr();
   if (keeps) p.preactivation = z.data_ptr();
-  if (out.numel() > 0) concat_linear_kernels().forward(p);
+  if (out.numel() > 0) MMK_DISPATCH(concat_linear_forward)(p);
   return {out, z};
 }
 
@@ -97,7 +97,7 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
   // Saved are the output, where the op's table keeps it, and z.
   if (saved.size() == 2) p.out = saved[0].data_ptr();
   if (saved.back().numel() > 0) p.preactivation = saved.back().data_ptr();
-  concat_linear_kernels().backward(p);
+  MMK_DISPATCH(concat_linear_backward)(p);
   if (wanted(count + 4)) {
     result[count + 4].copy_(gate->dim() == 0 ? gate_sums.sum() : gate_sums);
   }

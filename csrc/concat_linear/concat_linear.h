@@ -29,30 +29,7 @@ struct ConcatLinearParams {
   float* grad_gate = nullptr;  // [N], of tanh(gate) times its derivative
 };
 
-#define MMK_DECLARE(name)                                 \
-  namespace name {                                        \
-  void concat_linear_forward(const ConcatLinearParams&);  \
-  void concat_linear_backward(const ConcatLinearParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-struct ConcatLinearKernels {
-  void (*forward)(const ConcatLinearParams&);
-  void (*backward)(const ConcatLinearParams&);
-};
-
-inline ConcatLinearKernels concat_linear_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::concat_linear_forward, name::concat_linear_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, concat_linear_forward, const ConcatLinearParams&);
+MMK_KERNEL(void, concat_linear_backward, const ConcatLinearParams&);
 
 }  // namespace mmk

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor, Tensor> concat_norm_linear_forward(at::TensorList xs,
   p.linear.out = out.data_ptr();
   if (keeps) p.linear.preactivation = z.data_ptr();
   if (training) p.statistics = statistics.data_ptr<float>();
-  if (out.numel() > 0 || statistics.numel() > 0) concat_norm_linear_kernels().forward(p);
+  if (out.numel() > 0 || statistics.numel() > 0) MMK_DISPATCH(concat_norm_linear_forward)(p);
   return {out, z, statistics};
 }
 
@@ -91,7 +91,7 @@ std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::Tensor
   const Tensor& z = activation ? saved[saved.size() - 2] : saved[0];
   p.linear.preactivation = z.data_ptr();
   p.statistics = saved.back().data_ptr<float>();
-  concat_norm_linear_kernels().backward(p);
+  MMK_DISPATCH(concat_norm_linear_backward)(p);
   return result;
 }
 

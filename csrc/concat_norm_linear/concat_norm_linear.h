@@ -24,30 +24,7 @@ struct ConcatNormLinearParams {
   void* grad_norm_bias = nullptr;    // [K]
 };
 
-#define MMK_DECLARE(name)                                          \
-  namespace name {                                                 \
-  void concat_norm_linear_forward(const ConcatNormLinearParams&);  \
-  void concat_norm_linear_backward(const ConcatNormLinearParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-struct ConcatNormLinearKernels {
-  void (*forward)(const ConcatNormLinearParams&);
-  void (*backward)(const ConcatNormLinearParams&);
-};
-
-inline ConcatNormLinearKernels concat_norm_linear_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::concat_norm_linear_forward, name::concat_norm_linear_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, concat_norm_linear_forward, const ConcatNormLinearParams&);
+MMK_KERNEL(void, concat_norm_linear_backward, const ConcatNormLinearParams&);
 
 }  // namespace mmk

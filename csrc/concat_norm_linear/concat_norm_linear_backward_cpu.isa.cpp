@@ -101,7 +101,7 @@ class NormLinearGradient {
 
   void finish_sums(const float* sums) const {
     linear_.finish_sums(sums);
-    if (p_.grad_norm_bias == nullptr) return;
+    if (p_.grad_norm_bias == nullptr || wants_weights()) return;
     for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
       vf totals[kRun] = {};
       for (int64_t f = 0; f < sources_.features; ++f) {
@@ -117,26 +117,18 @@ class NormLinearGradient {
 
   void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, const float* sums) const {
     const ConcatSource& source = sources_.items[s];
-    const int64_t column = source.column + first;
     with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
-      constexpr int64_t kAhead = 12;  // rows of W and dW on their way into cache
-      vf totals[kRun] = {};
-      for (int64_t f = 0; f < sources_.features; ++f) {
-        const vf db = set1(sums[f]);
-        const int64_t row = f * p_.weight_stride + first;
-        for_vectors(width, [&](int64_t v, int64_t c, int64_t n) {
-          const vf product = load(products + f * kGroup + c);
-          __builtin_prefetch(weight + row + kAhead * p_.weight_stride + c);
-          totals[v] = fma(load_as_float(weight + row + c, n), product, totals[v]);
-          if (p_.grad_weight == nullptr) return;
-          vf grad = product * load(gain_ + column + c);
-          if (shift_ != nullptr) grad = fma(load(shift_ + column + c), db, grad);
-          put(p_.grad_weight, f * sources_.columns + column + c, grad, n);
+      for (int64_t c = 0; c < width; c += kFinished * VW) {
+        const int64_t columns = min(kFinished * VW, width - c), last = (columns - 1) % VW + 1;
+        with_constant<kFinished>(ceil_div(columns, VW), [&](auto vectors) {
+          with_bool(last < VW, [&](auto partial) {
+            finish_columns<static_cast<int>(vectors), decltype(partial)::value>(
+                weight + first + c, source.column + first + c, last, products + c, sums);
+          });
         });
       }
-      if (p_.grad_norm_weight == nullptr) return;
-      for_vectors(width, [&](int64_t v, int64_t c, int64_t n) { put(p_.grad_norm_weight, column + c, totals[v], n); });
     });
+    if (streams_weights()) stream_fence();
   }
 
  private:
@@ -145,6 +137,54 @@ class NormLinearGradient {
       if (sources_.items[s].grad.data != nullptr) return true;
     }
     return false;
+  }
+
+  static constexpr int kFinished = 4;  // vectors of columns whose sums stay in registers all down W
+
+  // Whether dW is large, and its vectors lie where they can be written past the caches.
+  bool streams_weights() const {
+    constexpr int64_t kStreamedFloats = 1 << 19;
+    return kStreams && sources_.dtype == Dtype::f32 && sources_.features * sources_.columns >= kStreamedFloats &&
+           sources_.columns % VW == 0 && reinterpret_cast<uintptr_t>(p_.grad_weight) % (VW * sizeof(float)) == 0;
+  }
+
+  // What becomes of G in V vectors of columns, the last of them with `last` columns.
+  template <int V, bool kPartial, class T>
+  void finish_columns(const T* weight, int64_t column, int64_t last, const float* products, const float* sums) const {
+    T* grad = static_cast<T*>(p_.grad_weight) + (p_.grad_weight == nullptr ? 0 : column);
+    const bool streams = streams_weights() && !kPartial && column % VW == 0;
+    const float *gain = gain_ + column, *shift = shift_ == nullptr ? nullptr : shift_ + column;
+    vf gains[V], shifts[V];
+    MMK_UNROLL for (int v = 0; v < V; ++v) gains[v] = shifts[v] = zero();
+    for (int64_t f = 0; f < sources_.features; ++f, weight += p_.weight_stride, products += kGroup) {
+      constexpr int64_t kAhead = 16;  // rows of W on their way into cache
+      __builtin_prefetch(weight + kAhead * p_.weight_stride);
+      __builtin_prefetch(weight + kAhead * p_.weight_stride + V * VW - 1);
+      const vf db = set1(sums[f]);
+      MMK_UNROLL for (int v = 0; v < V; ++v) {
+        const bool partial = kPartial && v == V - 1;
+        const vf product = load(products + v * VW);
+        const vf w = partial ? load_as_float(weight + v * VW, last) : load_as_float(weight + v * VW);
+        gains[v] = fma(w, product, gains[v]);
+        shifts[v] = fma(w, db, shifts[v]);
+        if (p_.grad_weight == nullptr) continue;
+        vf g = product * load(gain + v * VW);
+        if (shift != nullptr) g = fma(load(shift + v * VW), db, g);
+        if constexpr (std::is_same_v<T, float>) {
+          if (streams) {
+            stream(grad + v * VW, g);
+            continue;
+          }
+        }
+        partial ? store_from_float(grad + v * VW, g, last) : store_from_float(grad + v * VW, g);
+      }
+      grad += sources_.columns;
+    }
+    MMK_UNROLL for (int v = 0; v < V; ++v) {
+      const int64_t n = kPartial && v == V - 1 ? last : VW;
+      if (p_.grad_norm_weight != nullptr) put(p_.grad_norm_weight, column + v * VW, gains[v], n);
+      if (p_.grad_norm_bias != nullptr) put(p_.grad_norm_bias, column + v * VW, shifts[v], n);
+    }
   }
 
   void put(void* to, int64_t at, vf x, int64_t n) const {

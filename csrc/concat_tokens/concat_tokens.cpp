@@ -2,6 +2,7 @@
 // [B, L_i, C], type_embedding [M, C], and position_embeddings[j] [L_i, C] is that of source i = position_sources[j].
 #include "csrc/concat_tokens/concat_tokens.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -72,10 +73,16 @@ Tensor forward(at::TensorList xs, const OptionalTensor& types, at::TensorList po
   const auto options = x.options().dtype(out_dtype.value_or(x.scalar_type()));
   const Tensor out = with_huge_pages(at::empty({x.size(0), total_length(xs), x.size(2)}, options));
   if (out.numel() == 0) return out;
+  const bool copies = !norm && !types && position_sources.empty() && out.scalar_type() == x.scalar_type();
+  if (copies && !worth_streaming(static_cast<int64_t>(out.nbytes()))) {  // nothing to fuse, little to move
+    at::AutoDispatchBelowADInplaceOrView below;
+    Tensor to = out;
+    return at::cat_out(to, xs, 1);
+  }
   const std::vector<TokenSource> sources = make_sources(xs, types, positions, position_sources);
   ConcatTokensParams p = make_params(sources, x, out, norm, weight, bias, eps, 10.);
   p.out = token_rows(out);
-  concat_tokens_kernels().forward(p);
+  MMK_DISPATCH(concat_tokens_forward)(p);
   return out;
 }
 
@@ -109,7 +116,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList xs, const Opti
     for (const Tensor& t : result) t.zero_();
     return result;
   }
-  concat_tokens_kernels().backward(p);
+  MMK_DISPATCH(concat_tokens_backward)(p);
   return result;
 }
 

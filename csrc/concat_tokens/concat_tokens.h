@@ -32,30 +32,7 @@ struct ConcatTokensParams {
   Workers workers{};
 };
 
-struct ConcatTokensKernels {
-  void (*forward)(const ConcatTokensParams&);
-  void (*backward)(const ConcatTokensParams&);
-};
-
-#define MMK_DECLARE(name)                                 \
-  namespace name {                                        \
-  void concat_tokens_forward(const ConcatTokensParams&);  \
-  void concat_tokens_backward(const ConcatTokensParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline ConcatTokensKernels concat_tokens_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::concat_tokens_forward, name::concat_tokens_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, concat_tokens_forward, const ConcatTokensParams&);
+MMK_KERNEL(void, concat_tokens_backward, const ConcatTokensParams&);
 
 }  // namespace mmk

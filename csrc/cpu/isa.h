@@ -21,4 +21,26 @@ std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();
 void set_isa(const std::string& name);  // throws std::invalid_argument for a name not in supported_isas()
 
+// MMK_KERNEL(result, function, arguments...) declares a function that every instruction set compiles for itself, and
+// MMK_DISPATCH(function) is that of the one in use.
+#define MMK_KERNEL_IN(isa, result, function, ...) \
+  namespace isa {                                 \
+  result function(__VA_ARGS__);                   \
+  }
+#define MMK_KERNEL(result, function, ...) \
+  MMK_FOR_EACH_ISA(MMK_KERNEL_IN, result, function, __VA_ARGS__) static_assert(true)
+
+#define MMK_KERNEL_CASE(isa, function) \
+  case ::mmk::Isa::isa:                \
+    return ::mmk::isa::function;
+#define MMK_DISPATCH(function)                              \
+  [] {                                                      \
+    switch (::mmk::isa()) {                                 \
+      MMK_FOR_EACH_ISA(MMK_KERNEL_CASE, function)           \
+      case ::mmk::Isa::count:                               \
+        break;                                              \
+    }                                                       \
+    throw std::logic_error("no instruction set is in use"); \
+  }()
+
 }  // namespace mmk

@@ -2,9 +2,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <sys/mman.h>
 
 #include <cstdint>
+
+#include "csrc/cpu/huge_pages.h"
 
 namespace mmk {
 
@@ -12,19 +13,9 @@ namespace mmk {
 constexpr int64_t kStreamedBytes = int64_t{2} << 20;
 inline bool worth_streaming(int64_t bytes) { return bytes >= kStreamedBytes; }
 
-// Asks for huge pages behind a large fresh tensor, whose first touch otherwise costs a page fault for every 4 KB. Only
-// whole huge pages inside the tensor are named; where the system has none to give, nothing happens.
+// The tensor itself.
 inline const at::Tensor& with_huge_pages(const at::Tensor& fresh) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  constexpr size_t kLarge = size_t{4} << 20;
-  if (fresh.nbytes() >= kLarge) {
-    const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
-    const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1),
-                    last = (begin + fresh.nbytes()) & ~(kHugePage - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
+  if (fresh.nbytes() >= kWorthHugePages) ask_for_huge_pages(fresh.data_ptr(), fresh.nbytes());
   return fresh;
 }
 

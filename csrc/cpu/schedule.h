@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "csrc/cpu/huge_pages.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/workers.h"
 
@@ -55,8 +56,12 @@ class Scratch {
   Scratch() = default;
   explicit Scratch(int64_t floats) {
     if (floats <= 0) return;
-    data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
+    const auto bytes = static_cast<size_t>(floats) * sizeof(float);
+    const bool large = bytes >= kWorthHugePages;
+    const size_t alignment = large ? kHugePage : 64;
+    data_ = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
     if (data_ == nullptr) throw std::bad_alloc();
+    if (large) ask_for_huge_pages(data_, bytes);
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -162,7 +162,6 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
     log_sum.fill_(-kInfinity);
     return {out, row_max, log_sum};
   }
-  const AttentionKernels kernels = attention_kernels();
   bool mask_hides = false;
   const auto run = [&](const Tensor& poisoned) {
     AttentionParams p = make_params(in, o, 2.);
@@ -175,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
     if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
     constexpr int64_t kFew = 4;
     const bool few = !with_lse && dropout_p == 0. && query.size(2) <= kFew;
-    (few ? kernels.forward_few_queries : kernels.forward)(p);
+    (few ? MMK_DISPATCH(attention_few_queries) : MMK_DISPATCH(attention_forward))(p);
   };
   run({});
   // What is masked must not reach the output, and 0 · NaN would: only then are K and V looked at.
@@ -225,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
       set_mask_strides(p.grad_mask, dmask);
     }
     if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
-    attention_kernels().backward(p);
+    MMK_DISPATCH(attention_backward)(p);
   };
   if (has_no_scores(in)) {
     for (const Tensor& t : {dq, dk, dv}) t.zero_();

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> gated_concat_forward(const Tensor& x, const Tensor& y
   const Tensor gate = at::empty({p.sources.rows, p.sources.features}, x.options());
   p.out = out.data_ptr();
   p.gate = gate.data_ptr();
-  if (out.numel() > 0) gated_concat_kernels().forward(p);
+  if (out.numel() > 0) MMK_DISPATCH(gated_concat_forward)(p);
   return {out, training ? gate : at::empty({0}, x.options())};
 }
 
@@ -70,7 +70,7 @@ std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x,
   if (needed[3]) p.grad_bias = result[3].data_ptr();
   p.grad_out = row_view(grads[0], call.keep);
   p.gate = saved[0].data_ptr();
-  gated_concat_kernels().backward(p);
+  MMK_DISPATCH(gated_concat_backward)(p);
   return result;
 }
 

@@ -25,30 +25,7 @@ struct GatedConcatParams {
   void* grad_bias = nullptr;
 };
 
-#define MMK_DECLARE(name)                               \
-  namespace name {                                      \
-  void gated_concat_forward(const GatedConcatParams&);  \
-  void gated_concat_backward(const GatedConcatParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-struct GatedConcatKernels {
-  void (*forward)(const GatedConcatParams&);
-  void (*backward)(const GatedConcatParams&);
-};
-
-inline GatedConcatKernels gated_concat_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::gated_concat_forward, name::gated_concat_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, gated_concat_forward, const GatedConcatParams&);
+MMK_KERNEL(void, gated_concat_backward, const GatedConcatParams&);
 
 }  // namespace mmk

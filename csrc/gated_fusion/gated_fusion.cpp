@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_fusion_forward(at::TensorList xs, at::T
     p.values = values.data_ptr();
     p.weights = weights.data_ptr();
   }
-  if (out.numel() > 0) gated_fusion_kernels().forward(p);
+  if (out.numel() > 0) MMK_DISPATCH(gated_fusion_forward)(p);
   return {out, values, weights};
 }
 
@@ -116,7 +116,7 @@ std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList x
   p.grad_out = row_view(grads[0], call.keep);
   p.values = saved[0].data_ptr();
   p.weights = saved[1].data_ptr();
-  gated_fusion_kernels().backward(p);
+  MMK_DISPATCH(gated_fusion_backward)(p);
   return result;
 }
 

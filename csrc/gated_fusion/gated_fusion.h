@@ -30,30 +30,7 @@ struct GatedFusionParams {
   void* grad_gate_bias = nullptr;
 };
 
-#define MMK_DECLARE(name)                               \
-  namespace name {                                      \
-  void gated_fusion_forward(const GatedFusionParams&);  \
-  void gated_fusion_backward(const GatedFusionParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-struct GatedFusionKernels {
-  void (*forward)(const GatedFusionParams&);
-  void (*backward)(const GatedFusionParams&);
-};
-
-inline GatedFusionKernels gated_fusion_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::gated_fusion_forward, name::gated_fusion_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, gated_fusion_forward, const GatedFusionParams&);
+MMK_KERNEL(void, gated_fusion_backward, const GatedFusionParams&);
 
 }  // namespace mmk

@@ -49,7 +49,7 @@ Tensor low_rank_fusion_forward(const std::vector<Tensor>& xs, const std::vector<
   if (out.numel() == 0) return out;
   if (bias) p.bias = bias->const_data_ptr();
   p.out = out.data_ptr();
-  low_rank_kernels().forward(p);
+  MMK_DISPATCH(low_rank_forward)(p);
   return out;
 }
 
@@ -79,7 +79,7 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
   }
   if (needed[2 * count]) p.grad_rank_weights = results[2 * count].data_ptr();
   if (bias_needed) p.grad_bias = results.back().data_ptr();
-  low_rank_kernels().backward(p);
+  MMK_DISPATCH(low_rank_backward)(p);
   return results;
 }
 

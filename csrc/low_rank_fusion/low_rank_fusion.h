@@ -32,30 +32,7 @@ struct LowRankParams {
   Workers workers;
 };
 
-struct LowRankKernels {
-  void (*forward)(const LowRankParams&);
-  void (*backward)(const LowRankParams&);  // writes each gradient that is set
-};
-
-#define MMK_DECLARE(name)                       \
-  namespace name {                              \
-  void low_rank_forward(const LowRankParams&);  \
-  void low_rank_backward(const LowRankParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline LowRankKernels low_rank_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::low_rank_forward, name::low_rank_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, low_rank_forward, const LowRankParams&);
+MMK_KERNEL(void, low_rank_backward, const LowRankParams&);  // writes each gradient that is set
 
 }  // namespace mmk

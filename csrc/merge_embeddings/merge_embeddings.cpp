@@ -38,7 +38,7 @@ void check_count(at::TensorList modals, const Tensor& mask, bool check) {
   int64_t rows = 0;
   for (const Tensor& modal : modals) rows += modal.size(0);
   const int64_t count =
-      merge_kernels().count(reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()), mask.numel());
+      MMK_DISPATCH(count_true)(reinterpret_cast<const uint8_t*>(mask.const_data_ptr<bool>()), mask.numel());
   TORCH_CHECK_VALUE(count <= rows && !(check && count < rows), "merge_embeddings: mask: expected ", rows,
                     " True positions, one for each row of modal; got ", count);
 }
@@ -53,7 +53,7 @@ Tensor forward(const Tensor& text, at::TensorList modals, const Tensor& given_ma
   MergeParams p = make_params(text, mask, sources);
   p.text = byte_rows(text);
   p.merged = byte_rows(out);
-  merge_kernels().merge(p);
+  MMK_DISPATCH(merge_rows)(p);
   return out;
 }
 
@@ -83,7 +83,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& text, at::Tenso
   MergeParams p = make_params(text, mask, sources);
   if (needed[0]) p.text = byte_rows(dtext);
   p.merged = byte_rows(grads[0]);
-  merge_kernels().split(p);
+  MMK_DISPATCH(split_rows)(p);
   return result;
 }
 

@@ -28,33 +28,9 @@ struct MergeParams {
   Workers workers{};
 };
 
-struct MergeKernels {
-  int64_t (*count)(const uint8_t* mask, int64_t size);  // of bytes that are not 0
-  void (*merge)(const MergeParams&);
-  // The other way: rows of merged go to the modals where the mask is true, else to text; the rest of both is zeroed.
-  void (*split)(const MergeParams&);
-};
-
-#define MMK_DECLARE(name)                      \
-  namespace name {                             \
-  int64_t count_true(const uint8_t*, int64_t); \
-  void merge_rows(const MergeParams&);         \
-  void split_rows(const MergeParams&);         \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline MergeKernels merge_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::count_true, name::merge_rows, name::split_rows};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(int64_t, count_true, const uint8_t* mask, int64_t size);  // bytes that are not 0
+MMK_KERNEL(void, merge_rows, const MergeParams&);
+// The other way: rows of merged go to the modals where the mask is true, else to text; the rest of both is zeroed.
+MMK_KERNEL(void, split_rows, const MergeParams&);
 
 }  // namespace mmk

@@ -45,7 +45,7 @@ Tensor forward(const Tensor& x, const Tensor& shift, const Tensor& scale, std::o
   if (x.numel() == 0) return out;
   ModulatedNormParams p = make_params(x, shift, scale, norm, weight, bias, eps, 10.);
   p.out = token_rows(out);
-  modulated_norm_kernels().forward(p);
+  MMK_DISPATCH(modulated_norm_forward)(p);
   return out;
 }
 
@@ -67,7 +67,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   if (needed[2]) p.grad_scale = token_rows(dscale);
   if (needed[3]) p.grad_weight = dweight.data_ptr();
   if (needed[4]) p.grad_bias = dbias.data_ptr();
-  modulated_norm_kernels().backward(p);
+  MMK_DISPATCH(modulated_norm_backward)(p);
   return result;
 }
 

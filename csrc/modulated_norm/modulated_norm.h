@@ -26,30 +26,7 @@ struct ModulatedNormParams {
   Workers workers{};
 };
 
-struct ModulatedNormKernels {
-  void (*forward)(const ModulatedNormParams&);
-  void (*backward)(const ModulatedNormParams&);
-};
-
-#define MMK_DECLARE(name)                                   \
-  namespace name {                                          \
-  void modulated_norm_forward(const ModulatedNormParams&);  \
-  void modulated_norm_backward(const ModulatedNormParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-inline ModulatedNormKernels modulated_norm_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::modulated_norm_forward, name::modulated_norm_backward};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, modulated_norm_forward, const ModulatedNormParams&);
+MMK_KERNEL(void, modulated_norm_backward, const ModulatedNormParams&);
 
 }  // namespace mmk

@@ -45,7 +45,7 @@ Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& xs, const Tensor&
   if (out.numel() == 0) return out;
   if (bias) p.bias = bias->const_data_ptr();
   p.out = out.data_ptr();
-  tensor_fusion_kernels().forward(p);
+  MMK_DISPATCH(tensor_fusion_forward)(p);
   return out;
 }
 
@@ -74,9 +74,8 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   }
   if (weight_needed) p.grad_weight = results[xs.size()].data_ptr();
   if (bias_needed) p.grad_bias = results[xs.size() + 1].data_ptr();
-  const TensorFusionKernels kernels = tensor_fusion_kernels();
-  if (any_modality) kernels.grad_features(p);
-  if (weight_needed || bias_needed) kernels.grad_weight(p);
+  if (any_modality) MMK_DISPATCH(tensor_fusion_grad_features)(p);
+  if (weight_needed || bias_needed) MMK_DISPATCH(tensor_fusion_grad_weight)(p);
   return results;
 }
 

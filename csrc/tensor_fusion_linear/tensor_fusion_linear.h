@@ -32,32 +32,8 @@ struct TensorFusionParams {
   Workers workers;
 };
 
-#define MMK_DECLARE(name)                                      \
-  namespace name {                                             \
-  void tensor_fusion_forward(const TensorFusionParams&);       \
-  void tensor_fusion_grad_weight(const TensorFusionParams&);   \
-  void tensor_fusion_grad_features(const TensorFusionParams&); \
-  }
-MMK_FOR_EACH_ISA(MMK_DECLARE)
-#undef MMK_DECLARE
-
-struct TensorFusionKernels {
-  void (*forward)(const TensorFusionParams&);
-  void (*grad_weight)(const TensorFusionParams&);    // of weight and bias, those that are set
-  void (*grad_features)(const TensorFusionParams&);  // of the modalities, those that are set
-};
-
-inline TensorFusionKernels tensor_fusion_kernels() {
-  switch (isa()) {
-#define MMK_CASE(name) \
-  case Isa::name:      \
-    return {name::tensor_fusion_forward, name::tensor_fusion_grad_weight, name::tensor_fusion_grad_features};
-    MMK_FOR_EACH_ISA(MMK_CASE)
-#undef MMK_CASE
-    case Isa::count:
-      break;
-  }
-  return {};
-}
+MMK_KERNEL(void, tensor_fusion_forward, const TensorFusionParams&);
+MMK_KERNEL(void, tensor_fusion_grad_weight, const TensorFusionParams&);    // of weight and bias, those that are set
+MMK_KERNEL(void, tensor_fusion_grad_features, const TensorFusionParams&);  // of the modalities, those that are set
 
 }  // namespace mmk
