@@ -80,7 +80,9 @@ class PackedWeightColumns {
 //   kSums                                how many sums over rows it wants per column of z
 //   make(first, rows, dz, stride, sums)  writes dz [rows][stride], zero up to a multiple of VW, adds to sums [kSums][…]
 //   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
-//   kFinishesRows, finish_rows(s, first, rows, map, dx)  what becomes of dz W, [rows][width]
+//   kFinishesRows, finish_rows(s, first, rows, dx, stride, out, out_stride)  writes what becomes of dz W,
+//   [rows][width],
+//                                        of sources that are present in every row
 //   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
 //   kFinishesWeights, finish_weights(s, column, width, products, totals)  receives dzᵀ x of columns of a source of one
 //                                        term, [features][kGroup], in place of the term's grad, and the sums over rows
@@ -264,8 +266,10 @@ class ConcatBackward {
         std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
     }
     if (straight) return;
-    if constexpr (Policy::kFinishesRows) policy_.finish_rows(s, first, present, dx, stride);
     with_element_type(sources_.dtype, static_cast<void*>(grad), [&](auto* out) {
+      if constexpr (Policy::kFinishesRows) {
+        return policy_.finish_rows(s, first, rows, dx, stride, out, source.grad.inner_stride);
+      }
       int64_t from = 0;
       for (int64_t i = 0; i < rows; ++i) {
         auto* row = out + i * source.grad.inner_stride;

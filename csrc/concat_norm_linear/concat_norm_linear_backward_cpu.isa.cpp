@@ -57,44 +57,63 @@ class NormLinearGradient {
     }
   }
 
-  void finish_rows(int64_t s, int64_t first, const SourceRows& present, float* dx, int64_t stride) const {
+  template <class T>
+  void finish_rows(int64_t s, int64_t first, int64_t rows, const float* dx, int64_t stride, T* out,
+                   int64_t out_stride) const {
     const ConcatSource& source = sources_.items[s];
-    for (int64_t i = 0; i < present.count(); ++i) {
+    const float* gain = gain_ + source.column;
+    for (int64_t i = 0; i < rows; ++i, dx += stride, out += out_stride) {
       const int64_t row = first + i;
-      const vf mean = set1(p_.statistics[2 * row]), rstd = set1(p_.statistics[2 * row + 1]);
-      const vf mean_a = set1(means_[2 * row]), mean_ax = set1(means_[2 * row + 1]);
-      with_element_type(sources_.dtype, row_address(source.x, sources_.dtype, row), [&](const auto* x) {
-        for (int64_t k = 0; k < source.width; k += VW) {
-          const vf a = load(dx + i * stride + k) * load(gain_ + source.column + k);
-          const vf normalized = (load_as_float(x + k, source.width - k) - mean) * rstd;
-          store(dx + i * stride + k, rstd * (a - mean_a - normalized * mean_ax));
-        }
-      });
+      const T* x = reinterpret_cast<const T*>(row_address(source.x, sources_.dtype, row));
+      const float rstd = p_.statistics[2 * row + 1];
+      const vf mean = set1(p_.statistics[2 * row]), scale = set1(rstd);
+      const vf constant = set1(rstd * means_[2 * row]), slope = set1(rstd * rstd * means_[2 * row + 1]);
+      const auto finish = [&](int64_t k, vf value) {
+        return load(dx + k) * load(gain + k) * scale - fma(value - mean, slope, constant);
+      };
+      int64_t k = 0;
+      for (; k + VW <= source.width; k += VW) store_from_float(out + k, finish(k, load_as_float(x + k)));
+      const int64_t rest = source.width - k;
+      if (rest > 0) store_from_float(out + k, finish(k, load_as_float(x + k, rest)), rest);
     }
   }
 
   void columns(int64_t s, int64_t first, int64_t count, int64_t column, int64_t width, float* panels) const {
     const ConcatSource& source = sources_.items[s];
     const int64_t depth = units<kPairs>(count);
-    constexpr int64_t kRows = 32;  // even, so that pairs of rows stay together
-    alignas(64) float rows[kRows * kGroup];
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t n = min(kRows, count - i);
-      for (int64_t r = 0; r < n; ++r) {
-        const int64_t row = first + i + r;
-        normalize_row<kPairs>(sources_.dtype,
-                              row_address(source.x, sources_.dtype, row) + column * element_size(sources_.dtype), width,
-                              {p_.statistics[2 * row], p_.statistics[2 * row + 1]}, nullptr, nullptr,
-                              rows + r * (kPairs ? kGroup / 2 : kGroup));
-      }
-      for (int64_t c = 0; c < width; c += kPanel) {
-        float* to = panels + c * depth + units<kPairs>(i) * kPanel;
-        const int64_t lanes = min(kPanel, width - c);
-        if constexpr (kPairs) {
-          pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(rows) + c, kGroup, n, lanes, to, kPanel);
-        } else {
-          pack_rows_as_float(Dtype::f32, rows + c, kGroup, n, lanes, to, kPanel);
+    const auto address = [&](int64_t i) {
+      return row_address(source.x, sources_.dtype, first + i) + column * element_size(sources_.dtype);
+    };
+    if constexpr (kPairs) {
+      constexpr int64_t kRows = 32;  // even, so that pairs of rows stay together
+      alignas(64) float rows[kRows * kGroup / 2];
+      for (int64_t i = 0; i < count; i += kRows) {
+        const int64_t n = min(kRows, count - i);
+        for (int64_t r = 0; r < n; ++r) {
+          normalize_row<true>(sources_.dtype, address(i + r), width, statistics(first + i + r), nullptr, nullptr,
+                              rows + r * kGroup / 2);
         }
+        for (int64_t c = 0; c < width; c += kPanel) {
+          pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(rows) + c, kGroup, n, min(kPanel, width - c),
+                                panels + c * depth + i / 2 * kPanel, kPanel);
+        }
+      }
+    } else {
+      const int64_t whole = width / kPanel * kPanel;
+      for (int64_t i = 0; i < count; ++i) {
+        const Statistics s = statistics(first + i);
+        const vf mean = set1(s.mean), rstd = set1(s.rstd);
+        float* const to = panels + i * kPanel;
+        with_element_type(sources_.dtype, address(i), [&](const auto* x) {
+          for (int64_t c = 0; c < whole; c += kPanel) {
+            MMK_UNROLL for (int v = 0; v < kFeatureVectors; ++v) {
+              store(to + c * depth + v * VW, (load_as_float(x + c + v * VW) - mean) * rstd);
+            }
+          }
+          if (whole < width) {
+            normalize_row<false>(sources_.dtype, x + whole, width - whole, s, nullptr, nullptr, to + whole * depth);
+          }
+        });
       }
     }
   }
@@ -132,6 +151,8 @@ class NormLinearGradient {
   }
 
  private:
+  Statistics statistics(int64_t row) const { return {p_.statistics[2 * row], p_.statistics[2 * row + 1]}; }
+
   bool needs_means() const {
     for (int64_t s = 0; s < sources_.count; ++s) {
       if (sources_.items[s].grad.data != nullptr) return true;

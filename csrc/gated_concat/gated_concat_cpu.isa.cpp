@@ -90,26 +90,27 @@ class GatedConcatGradient {
     });
   }
 
-  void finish_rows(int64_t s, int64_t first, const SourceRows& present, float* dx, int64_t stride) const {
-    with_element_type(p_.sources.dtype, p_.gate, [&](const auto* gate) {
-      using T = std::remove_const_t<std::remove_pointer_t<decltype(gate)>>;
-      for (int64_t i = 0; i < present.count(); ++i) {
-        const int64_t row = first + i;
-        const T* grad = row_of<T>(p_.grad_out, row);
-        float* to = dx + i * stride;
-        if (s == p_.y_item) {
-          for (int64_t k = 0; k < p_.y_width; k += VW) {
-            store(to + k, load(to + k) + load_as_float(grad + p_.x_width + k, p_.y_width - k));
-          }
-          continue;
+  template <class T>
+  void finish_rows(int64_t s, int64_t first, int64_t rows, const float* dx, int64_t stride, T* out,
+                   int64_t out_stride) const {
+    const T* gate = static_cast<const T*>(p_.gate);
+    for (int64_t i = 0; i < rows; ++i, dx += stride, out += out_stride) {
+      const int64_t row = first + i;
+      const T* grad = row_of<T>(p_.grad_out, row);
+      if (s == p_.y_item) {
+        for (int64_t k = 0; k < p_.y_width; k += VW) {
+          const int64_t n = p_.y_width - k;
+          store_from_float(out + k, load(dx + k) + load_as_float(grad + p_.x_width + k, n), n);
         }
-        const vf of_sum = set1(sum(load_as_float(grad + p_.x_width + p_.y_width, 1)));
-        for (int64_t k = 0; k < p_.x_width; k += VW) {
-          const vf e = load_as_float(grad + k, p_.x_width - k) + of_sum;
-          store(to + k, fma(e, gates(gate, row, k), load(to + k)));
-        }
+        continue;
       }
-    });
+      const vf of_sum = set1(sum(load_as_float(grad + p_.x_width + p_.y_width, 1)));
+      for (int64_t k = 0; k < p_.x_width; k += VW) {
+        const int64_t n = p_.x_width - k;
+        const vf e = load_as_float(grad + k, n) + of_sum;
+        store_from_float(out + k, fma(e, gates(gate, row, k), load(dx + k)), n);
+      }
+    }
   }
 
   void columns(int64_t s, int64_t first, int64_t count, int64_t column, int64_t width, float* panels) const {
