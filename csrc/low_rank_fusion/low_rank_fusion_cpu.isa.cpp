@@ -28,9 +28,9 @@ const void* element(const void* data, Dtype dtype, int64_t at) {
 void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
 
 float scalar(Dtype dtype, const void* data, int64_t at) {
-  alignas(64) float lanes[VW];
-  with_element_type(dtype, data, [&](const auto* p) { store(lanes, load_as_float(p + at, 1)); });
-  return lanes[0];
+  float value = 0.f;
+  with_element_type(dtype, data, [&](const auto* p) { value = sum(load_as_float(p + at, 1)); });
+  return value;
 }
 
 struct FloatRows {
