@@ -3,7 +3,8 @@
 // the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
 //
 //   open_differentiable_door(name) -> handle
-//   differentiable_door(handle, keeps_output, *arguments) -> the output, or None where the call is not plain
+//   differentiable_door(handle, checked, keeps_output, *arguments) -> the output, or None where the call is not plain,
+//                                                    or was not checked and does not fit
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -44,6 +45,8 @@ struct DoorOp {
       : forward(kernel(name, "fwd")),
         backward(kernel(name, "bwd")),
         differentiable("mmkernels::" + name + "_backward") {
+    const auto& checks = DoorCheck::all();
+    if (const auto found = checks.find(name); found != checks.end()) fits = found->second;
     const auto& arguments = forward.schema().arguments();
     for (size_t i = 0; i + 1 < arguments.size(); ++i) kinds.push_back(kind_of(arguments[i]));  // all but `training`
   }
@@ -54,6 +57,7 @@ struct DoorOp {
   c10::OperatorHandle forward, backward;
   std::string differentiable;  // the backward that has a backward
   std::vector<Kind> kinds;
+  DoorCheck::Function fits = nullptr;
 };
 
 std::vector<std::unique_ptr<DoorOp>>& door_ops() {
@@ -72,7 +76,9 @@ bool take_tensor(PyObject* object, Call& call) {
   if (!is_plain(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
   if (t.is_floating_point() && !has_dense_rows(t)) return false;
-  if (call.leaves.empty() && !has_kernel_dtype(t)) return false;
+  const bool known = call.leaves.empty() ? has_kernel_dtype(t)
+                                         : t.scalar_type() == call.leaves[0].scalar_type() || !t.is_floating_point();
+  if (!known) return false;
   call.needs_grad |= t.requires_grad();
   call.leaves.push_back(t);
   return true;
@@ -91,10 +97,10 @@ bool take(PyObject* object, Kind kind, Call& call) {
       arguments.emplace_back();
       return true;
     case Kind::tensors: {
-      if (!PyList_CheckExact(object)) return false;
+      if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) return false;
       c10::List<Tensor> list;
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(object); ++i) {
-        if (!take_tensor(PyList_GET_ITEM(object, i), call)) return false;
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
+        if (!take_tensor(PySequence_Fast_GET_ITEM(object, i), call)) return false;
         list.push_back(call.leaves.back());
       }
       arguments.emplace_back(std::move(list));
@@ -244,15 +250,16 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
 PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const int64_t handle = PyLong_AsLongLong(arguments[0]);
-  const bool keeps_output = arguments[1] == Py_True;
+  const bool checked = arguments[1] == Py_True, keeps_output = arguments[2] == Py_True;
   const DoorOp& op = *door_ops().at(static_cast<size_t>(handle));
-  TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 2);
-  if (!runs_plainly()) Py_RETURN_NONE;
+  TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 3);
+  if (!runs_plainly() || (!checked && op.fits == nullptr)) Py_RETURN_NONE;
   Call call;
   call.arguments.reserve(op.kinds.size());
   for (size_t i = 0; i < op.kinds.size(); ++i) {
-    if (!take(arguments[i + 2], op.kinds[i], call)) Py_RETURN_NONE;
+    if (!take(arguments[i + 3], op.kinds[i], call)) Py_RETURN_NONE;
   }
+  if (!checked && !op.fits(call.arguments)) Py_RETURN_NONE;
   Tensor out;
   {
     pybind11::gil_scoped_release no_gil;
@@ -276,6 +283,15 @@ PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssi
   return PyLong_FromSize_t(door_ops().size() - 1);
   END_HANDLE_TH_ERRORS
 }
+
+}  // namespace
+
+std::unordered_map<std::string, DoorCheck::Function>& DoorCheck::all() {
+  static std::unordered_map<std::string, Function> checks;
+  return checks;
+}
+
+namespace {
 
 const Door door("differentiable_door", differentiable_door);
 const Door opening("open_differentiable_door", open_differentiable_door);

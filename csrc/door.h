@@ -4,7 +4,13 @@
 
 #include <Python.h>
 
+#include <string>
+#include <unordered_map>
 #include <vector>
+
+namespace c10 {
+struct IValue;
+}
 
 namespace mmk {
 
@@ -16,6 +22,16 @@ class Door {
         {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, nullptr});
   }
   static std::vector<PyMethodDef>& all();
+};
+
+// Whether the arguments of an op's schema fit together, for a call whose tensors are plain and of one floating dtype or
+// bool. An op that has one lets differentiable_door take calls that nobody has checked; what does not fit goes the long
+// way, to the error that says why.
+class DoorCheck {
+ public:
+  using Function = bool (*)(const std::vector<c10::IValue>& arguments);
+  DoorCheck(const char* op, Function function) { all()[op] = function; }
+  static std::unordered_map<std::string, Function>& all();
 };
 
 }  // namespace mmk

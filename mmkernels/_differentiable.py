@@ -121,12 +121,22 @@ class DifferentiableOp:
             self._handle is not None
             and may_use_door()
             and (self._supports is None or self._supports(*args) is None)
-            and (out := _plain_call(self._handle, self._keeps_outputs(*args), *args)) is not None
+            and (out := _plain_call(self._handle, True, self._keeps_outputs(*args), *args)) is not None
         ):
             return (out,)
         training = needs_grad(*self._leaves(args))
         result = self.forward(*args, training)
         return result[: self._outputs] if isinstance(result, tuple) else (result,)
+
+    def unchecked(self, *args: Any) -> Tensor | None:
+        """The output of a plain eager call that nobody has checked; None where it is not plain or does not fit.
+
+        For ops whose kernels come with a check of their own (``DoorCheck``); ask `may_use_door` first.
+        """
+        if self._handle is None:
+            return None
+        out: Tensor | None = _plain_call(self._handle, False, self._keeps_outputs(*args), *args)
+        return out
 
     # --- tensors among the arguments ----------------------------------------------------------------------------------
 

@@ -165,10 +165,56 @@ def test_the_door_itself_refuses_what_the_kernels_do_not_serve() -> None:
     door, handle = _native.door("differentiable_door"), _native.open_door("concat_linear")
     assert door is not None
     x, w = torch.randn(3, 4), torch.randn(6, 4)
-    rest = (None, None, None, None, None)
-    assert door(handle, False, [x], w, *rest) is not None
-    for xs in ([x.double()], [x.to("meta")], [x.t()], [None], (x,), x, None):
-        assert door(handle, False, xs, w, *rest) is None
-    for other in (w.to_sparse(), w.to("meta"), None, 3):
-        assert door(handle, False, [x], other, *rest) is None
-    assert door(handle, False, [x], w, None, 3, None, None, None) is None
+    none = (None, None, None, None, None)
+    for checked in (True, False):
+        assert door(handle, checked, False, [x], w, *none) is not None
+        assert door(handle, checked, False, (x,), w, *none) is not None
+        for xs in ([x.double()], [x.to("meta")], [x.t()], [None], x, None):
+            assert door(handle, checked, False, xs, w, *none) is None
+        for other in (w.to_sparse(), w.to("meta"), w.double(), None, 3):
+            assert door(handle, checked, False, [x], other, *none) is None
+        assert door(handle, checked, False, [x], w, None, 3, None, None, None) is None
+    assert door(_native.open_door("low_rank_fusion"), False, False, [x], [w], w, None) is None  # has no check
+
+
+def test_a_call_that_was_not_checked_has_to_fit() -> None:
+    door, handle = _native.door("differentiable_door"), _native.open_door("concat_linear")
+    assert door is not None
+    x, y, w = torch.randn(2, 3, 4), torch.randn(2, 3, 1), torch.randn(6, 5)
+    fitting = {
+        "bias": [None, torch.randn(6)],
+        "activation": [None, "relu", "gelu_tanh"],
+        "presence": [None, torch.ones(2, dtype=torch.bool), torch.ones(2, 3, 2, dtype=torch.bool)],
+        "residual": [None, torch.randn(2, 3, 6)],
+        "gate": [None, torch.randn(()), torch.randn(6)],
+    }
+    unfit = {
+        "bias": [torch.randn(5), torch.randn(6, 1), torch.randn(()), torch.ones(6) > 0],
+        "activation": ["softmax", ""],
+        "presence": [
+            torch.ones(3, dtype=torch.bool),
+            torch.ones(3, 2, dtype=torch.bool),
+            torch.ones(2),
+            torch.ones(2).int(),
+        ],
+        "residual": [torch.randn(3, 6), torch.randn(2, 3, 5), torch.randn(2, 3, 6).bfloat16()],
+        "gate": [torch.randn(1), torch.randn(5), torch.tensor(True)],
+    }
+
+    def call(xs: object = (x, y), weight: object = w, **given: object) -> Tensor | None:
+        arguments = dict.fromkeys(fitting) | given
+        return door(handle, False, False, xs, weight, *arguments.values())
+
+    for name, values in fitting.items():
+        for value in values:
+            out = call(**{name: value})
+            assert out is not None
+            with mmk.use_backend("cpu"):
+                assert same_bits([out], [mmk.concat_linear([x, y], w, **{name: value})])
+    for name, values in unfit.items():
+        for value in values:
+            assert call(**{name: value}) is None, (name, value)
+    for xs in ([], [x], [x, y, y], [x, y[0]], [x, y[:1]], [torch.tensor(1.0)], [x, y > 0]):
+        assert call(xs) is None
+    for weight in (w[:, :4], w.t().contiguous(), w[0], w[None], w > 0):
+        assert call(weight=weight) is None

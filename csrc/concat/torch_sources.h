@@ -131,12 +131,20 @@ inline std::vector<int64_t> output_sizes(const at::TensorList& xs, int64_t featu
   return sizes;
 }
 
+constexpr std::pair<std::string_view, Activation> kActivationNames[] = {
+    {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
+    {"silu", Activation::silu}, {"tanh", Activation::tanh}, {"sigmoid", Activation::sigmoid}};
+
+inline bool is_activation(std::string_view name) {
+  for (const auto& [known, activation] : kActivationNames) {
+    if (known == name) return true;
+  }
+  return false;
+}
+
 inline Activation activation_of(const std::optional<std::string_view>& name) {
   if (!name) return Activation::none;
-  constexpr std::pair<std::string_view, Activation> kNames[] = {
-      {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
-      {"silu", Activation::silu}, {"tanh", Activation::tanh}, {"sigmoid", Activation::sigmoid}};
-  for (const auto& [known, activation] : kNames) {
+  for (const auto& [known, activation] : kActivationNames) {
     if (known == *name) return activation;
   }
   TORCH_CHECK_VALUE(false, "unknown activation ", *name);

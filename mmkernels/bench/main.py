@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile column out")
     parser.add_argument("--output", type=Path, default=Path("bench_results"), metavar="DIR", help="for JSON and plots")
     parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to run")
-    parser.add_argument("--update-readme", action="store_true", help="rewrite the README's measured table")
+    parser.add_argument("--update-readme", action="store_true", help="rewrite README's table, docs/measured.md")
     args = parser.parse_args(argv)
     args.ops = [op for op in args.ops.split(",") if op]
     args.dtypes = [name.strip() for name in args.dtypes.split(",")]
@@ -126,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("No plot: matplotlib is not installed.")
         print(f"Written: {', '.join(written)}")
     if args.update_readme:
-        readme = benchmarks_dir().parent / "README.md"
-        report.update_readme(readme, report.markdown_table(rows, baselines, machine, ceilings, when))
-        print(f"Updated: {readme}")
+        root, measured = benchmarks_dir().parent, (rows, baselines, machine, ceilings, when)
+        report.update_readme(root / "README.md", report.markdown_table(*measured))
+        (root / "docs" / "measured.md").write_text(report.markdown_rows(*measured))
+        print(f"Updated: {root / 'README.md'} and docs/measured.md")
     wrong = [row for row in rows if row.error is not None]
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong.")
     return 1 if wrong else 0

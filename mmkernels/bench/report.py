@@ -142,7 +142,7 @@ def save_json(
 def markdown_table(
     rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], ceilings: Ceilings, when: datetime
 ) -> str:
-    """The README's section: geometric means by group first, every shape folded below."""
+    """The README's section: geometric means by group."""
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     groups = grouped(rows)
     lines = [
@@ -159,21 +159,31 @@ def markdown_table(
                 members = groups.get((op, dtype, group), [])
                 cells += [_mean_and_range([row.speedup(name) for row in members]) for name in ("torch", "compiled")]
             lines.append(f"| {group} | " + " | ".join(cells) + " |")
-        lines += ["", f"<details><summary>{op}, every shape</summary>", ""]
-        lines += [
-            f"| | shape | dtype | ours | bound | of bound | MB | {baseline} | compiled eager | times faster | GF/s |"
-        ]
-        lines += ["|---|---|---|" + "---:|" * 8]
-        for row in ours:
-            if row.error is not None:
+    return "\n".join(lines)
+
+
+def markdown_rows(
+    rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], ceilings: Ceilings, when: datetime
+) -> str:
+    """A page with every row."""
+    lines = [
+        "# Measured, every shape",
+        "",
+        "Written by `python -m mmkernels bench --update-readme`. "
+        f"{caption(machine)}. {when:%Y-%m-%d}. Measured with it: {ceilings}. {BOUND}",
+    ]
+    for op, baseline in baselines.items():
+        heads = ("", "shape", "dtype", "ours", "bound", "of bound", "MB", baseline, "compiled eager", "times faster")
+        lines += ["", f"## {op}", "", f"| {' | '.join((*heads, 'GF/s'))} |", "|---|---|---|" + "---:|" * 8]
+        for row in rows:
+            if row.op != op or row.error is not None:
                 continue
             seconds = [row.seconds["ours"], row.bound, row.seconds.get("torch"), row.seconds.get("compiled")]
             mine, bound, *others = ("–" if s is None else f"{milliseconds(s)} ms" for s in seconds)
             cells = [row.group, f"{row.shape} ({row.note})", row.dtype, mine, bound, f"{row.fraction:.0%}"]
             cells += [megabytes(row), *others, times(row.speedup("torch")), f"{row.gflops:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
-        lines += ["", "</details>"]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _mean_and_range(ratios: Sequence[float | None]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.concat_linear.op import concat_linear_op
@@ -58,6 +59,10 @@ def concat_linear(
         >>> concat_linear([text, audio, video], torch.randn(128, 409), activation="relu").shape
         torch.Size([8, 128])
     """
+    if may_use_door():
+        out = concat_linear_op.unchecked(xs, weight, bias, activation, presence, residual, gate)
+        if out is not None:
+            return out
     name = "concat_linear"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):
