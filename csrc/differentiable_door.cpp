@@ -171,6 +171,18 @@ void push_arguments(torch::jit::Stack& stack, const std::vector<Kind>& kinds, c1
   }
 }
 
+// f(whether it is there) for the place of every leaf, in order.
+template <class Function>
+void for_each_leaf(const std::vector<Kind>& kinds, c10::ArrayRef<IValue> arguments, Function f) {
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    if (kinds[i] == Kind::tensor) f(true);
+    if (kinds[i] == Kind::optional_tensor) f(arguments[i].toBool());
+    if (kinds[i] == Kind::tensors) {
+      for (int64_t n = arguments[i].toInt(); n > 0; --n) f(true);
+    }
+  }
+}
+
 struct PlainOp : torch::autograd::Function<PlainOp> {
   static Tensor forward(AutogradContext* ctx, int64_t handle, at::TensorList present, const Call* call,
                         bool keeps_output) {
@@ -210,17 +222,10 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
     stack.emplace_back(c10::List<Tensor>(at::TensorList(saved).slice(leaves)));
     c10::List<bool> needed;
     size_t leaf = 0;
-    const auto flag = [&] {
-      needed.push_back(saved[leaf].is_floating_point() && ctx->needs_input_grad(leaf));
-      ++leaf;
-    };
-    for (size_t i = 0; i < op.kinds.size(); ++i) {
-      if (op.kinds[i] == Kind::tensor) flag();
-      if (op.kinds[i] == Kind::optional_tensor) given[i].toBool() ? flag() : needed.push_back(false);
-      if (op.kinds[i] == Kind::tensors) {
-        for (int64_t n = given[i].toInt(); n > 0; --n) flag();
-      }
-    }
+    for_each_leaf(op.kinds, given, [&](bool present) {
+      needed.push_back(present && saved[leaf].is_floating_point() && ctx->needs_input_grad(leaf));
+      leaf += present;
+    });
     stack.emplace_back(needed);
     if (plain) {
       at::AutoDispatchBelowADInplaceOrView below;
@@ -229,20 +234,13 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
       c10::Dispatcher::singleton().findSchemaOrThrow(op.differentiable.c_str(), "").callBoxed(stack);
     }
 
-    const auto pulled = stack[0].toTensorList();
+    const c10::List<Tensor> pulled = stack[0].toTensorList();
     size_t at = 1, position = 0;  // in result, in pulled
-    const auto hand_out = [&] {
-      if (needed[position]) result[at] = pulled[position];
+    for_each_leaf(op.kinds, given, [&](bool present) {
+      if (present && needed.get(position)) result[at] = pulled.get(position);
+      at += present;
       ++position;
-      ++at;
-    };
-    for (size_t i = 0; i < op.kinds.size(); ++i) {
-      if (op.kinds[i] == Kind::tensor) hand_out();
-      if (op.kinds[i] == Kind::optional_tensor) given[i].toBool() ? hand_out() : static_cast<void>(++position);
-      if (op.kinds[i] == Kind::tensors) {
-        for (int64_t n = given[i].toInt(); n > 0; --n) hand_out();
-      }
-    }
+    });
     return result;
   }
 };
