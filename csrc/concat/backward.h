@@ -77,15 +77,18 @@ class PackedWeightColumns {
 };
 
 // Policy:
-//   kSums                                how many sums over rows it wants per column of z
-//   make(first, rows, dz, stride, sums)  writes dz [rows][stride], zero up to a multiple of VW, adds to sums [kSums][…]
-//   finish_sums(sums)                    receives the sums over all rows, [kSums][padded columns of z]
-//   kFinishesRows, finish_rows(s, first, rows, dx, stride, out, out_stride)  writes what becomes of dz W,
-//   [rows][width],
-//                                        of sources that are present in every row
-//   columns(s, first, count, column, width, panels)      packs columns of a source's rows as the product sees them
-//   kFinishesWeights, finish_weights(s, column, width, products, totals)  receives dzᵀ x of columns of a source of one
-//                                        term, [features][kGroup], in place of the term's grad, and the sums over rows
+//   kSums
+//     how many sums over rows it wants per column of z
+//   make(first, rows, dz, stride, sums)
+//     writes dz [rows][stride], zero up to a multiple of VW, adds to sums [kSums][…]
+//   finish_sums(sums)
+//     receives the sums over all rows, [kSums][padded columns of z]
+//   columns(s, first, count, column, width, panels)
+//     packs columns of a source's rows as the product sees them
+//   kFinishesRows, finish_rows(s, first, rows, dx, stride, out, out_stride)
+//     writes what becomes of dz W, [rows][width], of sources that are present in every row
+//   kFinishesWeights, finish_weights(s, column, width, products, sums)
+//     receives dzᵀ x of columns of a source of one term, [features][kGroup], and the sums over rows; writes its grad
 template <bool kPairs, class Policy>
 class ConcatBackward {
  public:

@@ -3,8 +3,7 @@
 //   rows broadcast      W is packed once, transposed; rows are the broadcast operand. For many rows.
 //   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come
 //                       out transposed. For few rows, where packing W would cost more than multiplying by it.
-//   dot products        of rows of x and rows of W, nothing packed. For a handful of rows, which would leave lanes
-//   idle.
+//   dot products        of rows of x and rows of W, nothing packed. For so few rows that lanes would be left idle.
 //
 // The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
 // finished tile of z, still in cache, is the caller's epilogue.
