@@ -22,7 +22,7 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int kQueryBlock = 96, kKeyBlock = 96;
-using BackwardBlocks = Blocks<kQueryBlock / VW, kKeyBlock>;
+using BackwardBlocks = Blocks<kQueryBlock / kLanes, kKeyBlock>;
 
 struct RowStats {
   alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
@@ -148,7 +148,8 @@ void make_ds(const BackwardCall& call, const Task& task, const ScoreBlock& block
                                                 units<kPairs>(p.value_dim), tile.scores + lane + at, kept + at,
                                                 stats.delta + lane, tile.ds + lane + at);
   });
-  if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys()) {
+  const bool mask_from_pairs = kPairs && call.grad_mask.takes_pairs() && !(p.softcap > 0.f);
+  if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys() && !mask_from_pairs) {
     if (call.grad_mask.same_for_all_queries()) {
       for (int64_t i = 0; i < block.keys; ++i) {
         vf total = zero();
@@ -182,6 +183,10 @@ void make_ds(const BackwardCall& call, const Task& task, const ScoreBlock& block
         store(tile.ds_key_pairs + i / 2 * kQueryBlock + x, pair(even, odd));
       }
     }
+    if (mask_from_pairs) {
+      call.grad_mask.wait({task.b, task.h, task.t, task.part, j});
+      call.grad_mask.add_pairs(block, tile.ds_key_pairs, kQueryBlock, lane, NR * VW);
+    }
   }
 }
 
@@ -199,9 +204,13 @@ void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBloc
     if (!call.started[at] && !covers) gradient.clear(v, keys.count);
     if (block.keys > 0) {
       float* sums = v.sums + (block.key_in_segment - keys.first) * v.stride;
-      multiply_features<kPairs>(
-          a, Constant<kStride>{}, Constant<1>{}, block.keys, columns, units<kPairs>(queries), features,
-          {factor, call.started[at] || !covers ? kOnes.values : nullptr, sums, v.stride, nullptr, sums, v.stride});
+      const float* adds = call.started[at] || !covers ? kOnes.values : nullptr;
+      const bool direct = task.last && covers && v.result.takes_products();
+      Epilogue e{factor, adds, sums, v.stride, nullptr, sums, v.stride};
+      if (direct) e.to = v.result.data, e.to_stride = v.result.stride, e.to_dtype = v.result.dtype;
+      multiply_features<kPairs>(a, Constant<kStride>{}, Constant<1>{}, block.keys, columns, units<kPairs>(queries),
+                                features, e);
+      if (direct) return;
     }
     if (task.last) gradient.finish(v, keys.count);
   };
@@ -287,8 +296,9 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
     next_dq = {row_address(rows, p.dtype, b, h, q.first), p.head_dim * element, rows.row * element, q.count, tiles};
   }
 
-  bool first = true;
+  bool first = true, finished_dq = false;
   for (int64_t j = part.begin; j < part.end; ++j) {
+    const bool finishes_dq = j + 1 == part.end && partial_dq == nullptr && p.head_dim % VW == 0;
     const KeyBlock keys = call.blocks.key_block(j);
     ScoreBlock block = score_block<kPairs>(p, keys, any, q, b, h);
     MaskTile mask;
@@ -350,11 +360,17 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
         if (!call.want_query) continue;
         const int64_t rows = min(q.count, q.vectors * (g + 1) / groups * VW) - lane;
         float* to = dq + lane * dq_stride;
+        Epilogue e{p.scale, first ? nullptr : kOnes.values, to, dq_stride, nullptr, to, dq_stride};
+        if (finishes_dq) {
+          const Rows& result = segment.grad_query;
+          e.to = row_address(result, p.dtype, b, h, q.first + lane);
+          e.to_stride = result.row, e.to_dtype = p.dtype;
+        }
         multiply_features<kPairs>((kPairs ? tile.ds_key_pairs : tile.ds) + lane, Constant<1>{}, Constant<kQueryBlock>{},
-                                  rows, key_columns, units<kPairs>(block.keys), p.head_dim,
-                                  {1.f, first ? nullptr : kOnes.values, to, dq_stride, nullptr, to, dq_stride});
+                                  rows, key_columns, units<kPairs>(block.keys), p.head_dim, e);
       }
       first = false;
+      finished_dq = finishes_dq;
     }
     const MaskGradientSum::Place place{b, h, task.t, task.part, j};
     if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys()) {
@@ -373,13 +389,11 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
     }
     call.grad_mask.end(place);
   }
-  if (!call.want_query) return;
+  if (!call.want_query || finished_dq) return;
   if (first) std::memset(dq, 0, sizeof(float) * static_cast<size_t>(q.count * dq_stride));
   if (partial_dq != nullptr) return;
-  float factor[kQueryBlock];
-  for (float& x : factor) x = p.scale;
   store_rows({row_address(segment.grad_query, p.dtype, b, h, q.first), p.dtype, segment.grad_query.row, p.head_dim}, dq,
-             dq_stride, q.count, factor);
+             dq_stride, q.count, nullptr);
 }
 
 // dQ of a block from its parts, in order.
@@ -391,11 +405,9 @@ void merge_query_gradient(const BackwardCall& call, int64_t b, int64_t h, int64_
     for (int64_t x = 0; x < q.count * stride; x += VW)
       store(partials + x, load(partials + x) + load(partials + c * size + x));
   }
-  float factor[kQueryBlock];
-  for (float& x : factor) x = p.scale;
   const Rows& rows = q.segment->grad_query;
   store_rows({row_address(rows, p.dtype, b, h, q.first), p.dtype, rows.row, p.head_dim}, partials, stride, q.count,
-             factor);
+             nullptr);
 }
 
 template <bool kPairs>

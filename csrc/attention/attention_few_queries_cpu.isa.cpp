@@ -2,11 +2,12 @@
 //   The forward for few queries a head (decoding): O = softmax(mask(scale · q Kᵀ)) V, bound by reading K and V once.
 //
 // Tiling     a task owns up to kRows query rows that share a key head (queries of the heads of its group included) and
-// a
-//            part of the keys. Rows of K are multiplied as they lie by q, the features in the lanes, VW sums finished
-//            together; then rows of V are added up with the weights. Nothing is packed; blocks of kKeys keys.
+//            a part of the keys, of which it scores a run, weighs it and adds it up. Rows of K are multiplied as they
+//            lie by q, the features in the lanes, VW sums finished together; then rows of V are added up with the
+//            weights. Nothing is packed, every row is read once and in order.
 // Threads    the keys are cut into parts whose number depends on the shape alone, merged in order.
-// Precision  float32; bfloat16 and float16 are converted as they are loaded.
+// Precision  float32, bfloat16 and float16 being converted as they are loaded; or bfloat16 products accumulated in
+//            float32 where the instruction exists (weights are then rounded to bfloat16).
 // Limits     no dropout, no row_max and log_sum (a backward wants its scores summed in the order of the tiled forward).
 #include "csrc/attention/partial.h"
 #include "csrc/attention/scores.h"
@@ -15,15 +16,17 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-constexpr int kRows = 4, kKeys = 128;
+constexpr int kRows = 4, kKeys = 128;  // a part of the keys is a whole number of blocks of kKeys
+constexpr int64_t kRun = 1024;         // blocks are worked on in runs of up to as many keys
+constexpr int64_t kScoreStride = kRun + 2 * VW;
 using KeyBlocks = Blocks<1, kKeys>;
 
 struct FewQueriesTile {
-  float *query, *scores, *mask, *total;  // [rows][features], [rows][kKeys], [kKeys], [rows][features]
+  float *query, *scores, *mask, *total;  // [rows][features or pairs], [rows][kScoreStride], [kRun], [rows][features]
 
   static FewQueriesTile carve(const AttentionParams& p, Carver& memory) {
-    return {memory.take(kRows * round_up(p.head_dim, VW)), memory.take(kRows * (kKeys + VW)), memory.take(kKeys + VW),
-            memory.take(kRows * round_up(p.value_dim, VW))};
+    return {memory.take(kRows * round_up(p.head_dim, VW)), memory.take(kRows * kScoreStride),
+            memory.take(p.mask.data != nullptr ? kRun + VW : 0), memory.take(kRows * round_up(p.value_dim, VW))};
   }
 };
 
@@ -41,76 +44,183 @@ QueryRow query_row(const AttentionParams& p, int64_t kv_head, int64_t queries, i
   return {s, kv_head * (p.heads / p.kv_heads) + row / queries, l, position};
 }
 
+// Rows of K or V of one head.
+template <class T>
+struct StreamedRows {
+  const T* data;
+  int64_t stride, features;
+};
+
+// Fetches into the level-2 cache what lies a little behind `at`. How far pays was measured (Zen 4, keys in DRAM); one
+// query on pairs is as fast as hardware alone brings its rows.
+template <bool kPairs, int NQ, class T>
+MMK_INLINE void fetch_behind(const T* at) {
+  constexpr int64_t kAhead = NQ > 1 ? 16 << 10 : kPairs ? 0 : 4 << 10;  // bytes
+  if constexpr (kAhead > 0) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead, 0, 2);
+}
+
+// VW units (floats, or pairs of bfloat16) from feature c on, and of fewer features zeros behind them.
+template <bool kPairs, class T>
+MMK_INLINE vf load_units(const T* row, int64_t c) {
+  if constexpr (kPairs) {
+    return load_pairs(&row[c].bits);
+  } else {
+    return load_as_float(row + c);
+  }
+}
+template <bool kPairs, class T>
+MMK_INLINE vf load_units(const T* row, int64_t c, int64_t features) {
+  if constexpr (kPairs) {
+    return load_pairs(&row[c].bits, features - c);
+  } else {
+    return load_as_float(row + c, features - c);
+  }
+}
+
+// Lane sums of one row · one query.
+template <bool kPairs, class T>
+MMK_INLINE vf dot_row(const StreamedRows<T>& key, const T* row, const float* query) {
+  constexpr int64_t kChunk = kPairs ? 2 * VW : VW;
+  vf acc = zero();
+  int64_t c = 0;
+  for (; c + kChunk <= key.features; c += kChunk, query += VW) {
+    fetch_behind<kPairs, 1>(row + c);
+    acc = multiply_add<kPairs>(acc, load_units<kPairs>(row, c), load(query));
+  }
+  return c < key.features ? multiply_add<kPairs>(acc, load_units<kPairs>(row, c, key.features), load(query)) : acc;
+}
+
+// acc[x · kStep + y] += lane sums of row y · query x, from feature c on.
+template <bool kPairs, bool kWhole, int kStep, int NQ, class T>
+MMK_INLINE void dot_chunk(vf (&acc)[VW], const StreamedRows<T>& key, const T* const (&rows)[kStep], int64_t c,
+                          const float* query, int64_t query_stride) {
+  vf q[NQ];
+  MMK_UNROLL for (int x = 0; x < NQ; ++x) q[x] = load(query + x * query_stride);
+  MMK_UNROLL for (int y = 0; y < kStep; ++y) {
+    fetch_behind<kPairs, NQ>(rows[y] + c);
+    const vf k = kWhole ? load_units<kPairs>(rows[y], c) : load_units<kPairs>(rows[y], c, key.features);
+    MMK_UNROLL for (int x = 0; x < NQ; ++x) acc[x * kStep + y] = multiply_add<kPairs>(acc[x * kStep + y], k, q[x]);
+  }
+}
+
 // scores[x][0 … keys - 1] = q[x] · K[i]
-template <int NQ, class T>
-MMK_NOINLINE void dot_rows(const T* key, int64_t stride, int64_t keys, const float* query, int64_t query_stride,
-                           int64_t features, float* scores, RowPrefetch ahead) {
+template <bool kPairs, int NQ, class T>
+MMK_NOINLINE void dot_rows(const StreamedRows<T>& key, int64_t keys, const float* query, int64_t query_stride,
+                           float* scores) {
   constexpr int kSlots = NQ == 3 ? 4 : NQ, kStep = VW / kSlots;  // kStep keys × NQ queries: VW sums
+  constexpr int64_t kChunk = kPairs ? 2 * VW : VW;
   for (int64_t i = 0; i < keys; i += kStep) {
-    ahead.step<false>();
     const T* rows[kStep];
-    MMK_UNROLL for (int y = 0; y < kStep; ++y) rows[y] = key + min(i + y, keys - 1) * stride;
+    MMK_UNROLL for (int y = 0; y < kStep; ++y) rows[y] = key.data + min(i + y, keys - 1) * key.stride;
     vf acc[VW];
-    MMK_UNROLL for (int y = 0; y < VW; ++y) acc[y] = zero();
-    int64_t c = 0;
-    for (; c + VW <= features; c += VW) {
-      vf q[NQ];
-      MMK_UNROLL for (int x = 0; x < NQ; ++x) q[x] = load(query + x * query_stride + c);
-      MMK_UNROLL for (int y = 0; y < kStep; ++y) {
-        const vf k = load_as_float(rows[y] + c);
-        MMK_UNROLL for (int x = 0; x < NQ; ++x) acc[x * kStep + y] = fma(k, q[x], acc[x * kStep + y]);
+    if constexpr (NQ == 1) {
+      MMK_UNROLL for (int y = 0; y < kStep; ++y) acc[y] = dot_row<kPairs>(key, rows[y], query);
+    } else {
+      MMK_UNROLL for (int y = 0; y < VW; ++y) acc[y] = zero();
+      const float* q = query;
+      int64_t c = 0;
+      for (; c + kChunk <= key.features; c += kChunk, q += VW) {
+        dot_chunk<kPairs, true, kStep, NQ>(acc, key, rows, c, q, query_stride);
       }
-    }
-    if (c < features) {
-      for (int y = 0; y < kStep; ++y) {
-        const vf k = load_as_float(rows[y] + c, features - c);
-        for (int x = 0; x < NQ; ++x)
-          acc[x * kStep + y] = fma(k, load(query + x * query_stride + c), acc[x * kStep + y]);
-      }
+      if (c < key.features) dot_chunk<kPairs, false, kStep, NQ>(acc, key, rows, c, q, query_stride);
     }
     alignas(64) float sums[VW];
     store(sums, sum_rows(acc));
     MMK_UNROLL for (int x = 0; x < NQ; ++x)
-        std::memcpy(scores + x * (kKeys + VW) + i, sums + x * kStep, sizeof(float) * kStep);
+        std::memcpy(scores + x * kScoreStride + i, sums + x * kStep, sizeof(float) * kStep);
+  }
+}
+
+// total[x][c …] = factor[x] · total[x][c …] + Σ_i weight[x][i] V[i, c …] for NV vectors of features; with kPairs a
+// weight is that of two keys.
+template <bool kPairs, bool kWhole, int NQ, int NV, class T>
+MMK_INLINE void add_columns(const StreamedRows<T>& value, int64_t keys, const float* weights, const float* factor,
+                            int64_t c, float* total, int64_t total_stride) {
+  vf acc[NQ][NV];
+  clear(acc);
+  const T* row = value.data;
+  if constexpr (kPairs) {
+    for (int64_t i = 0; i < keys; i += 2) {
+      const T* const odd = row + value.stride;
+      MMK_UNROLL for (int j = 0; j < NV; j += 2) {
+        const int64_t at = c + j * VW;
+        fetch_behind<kPairs, NQ>(row + at);
+        fetch_behind<kPairs, NQ>(odd + at);
+        const vf x = kWhole ? load_units<true>(row, at) : load_units<true>(row, at, value.features);
+        const vf y = i + 1 == keys ? zero()
+                     : kWhole      ? load_units<true>(odd, at)
+                                   : load_units<true>(odd, at, value.features);
+        vf first, second;
+        pair_rows(x, y, first, second);
+        MMK_UNROLL for (int q = 0; q < NQ; ++q) {
+          const vf weight = set1(weights[q * kScoreStride + i / 2]);
+          acc[q][j] = pair_dot(acc[q][j], weight, first);
+          if (j + 1 < NV) acc[q][j + 1] = pair_dot(acc[q][j + 1], weight, second);
+        }
+      }
+      row = odd + value.stride;
+    }
+  } else {
+    for (int64_t i = 0; i < keys; ++i, row += value.stride) {
+      MMK_UNROLL for (int j = 0; j < NV; ++j) {
+        const int64_t at = c + j * VW;
+        fetch_behind<kPairs, NQ>(row + at);
+        const vf x = kWhole ? load_units<false>(row, at) : load_units<false>(row, at, value.features);
+        MMK_UNROLL for (int q = 0; q < NQ; ++q) acc[q][j] = fma(set1(weights[q * kScoreStride + i]), x, acc[q][j]);
+      }
+    }
+  }
+  MMK_UNROLL for (int x = 0; x < NQ; ++x) {
+    MMK_UNROLL for (int j = 0; j < NV; ++j) {
+      float* to = total + x * total_stride + c + j * VW;
+      store(to, fma(load(to), set1(factor[x]), acc[x][j]));
+    }
+  }
+}
+
+// add_columns from feature c to the last one, NV vectors at a time and the rest in halves of that.
+template <bool kPairs, int NQ, int NV, class T>
+MMK_INLINE void add_column_blocks(const StreamedRows<T>& value, int64_t keys, const float* weights, const float* factor,
+                                  int64_t c, float* total, int64_t total_stride) {
+  constexpr bool kLast = NV == (kPairs ? 2 : 1);
+  for (; c + NV * VW <= value.features; c += NV * VW) {
+    add_columns<kPairs, true, NQ, NV>(value, keys, weights, factor, c, total, total_stride);
+  }
+  if (c >= value.features) return;
+  if constexpr (!kLast) {
+    add_column_blocks<kPairs, NQ, NV / 2>(value, keys, weights, factor, c, total, total_stride);
+  } else if (kPairs && c + VW < value.features) {
+    add_columns<kPairs, false, NQ, NV>(value, keys, weights, factor, c, total, total_stride);
+  } else {
+    add_columns<kPairs, false, NQ, 1>(value, keys, weights, factor, c, total, total_stride);
   }
 }
 
 // total[x][:] = factor[x] · total[x][:] + Σ_i weight[x][i] V[i, :]
-template <int NQ, class T>
-MMK_NOINLINE void add_rows(const T* value, int64_t stride, int64_t keys, const float* weights, const float* factor,
-                           int64_t features, float* total, int64_t total_stride, RowPrefetch ahead) {
+template <bool kPairs, int NQ, class T>
+MMK_NOINLINE void add_rows(StreamedRows<T> value, int64_t keys, const float* weights, const float* factor, float* total,
+                           int64_t total_stride) {
   constexpr int kVectors = (kRegisters == 32 ? 16 : 8) / (NQ == 3 ? 4 : NQ);
-  const auto chunk = [&](auto width, int64_t v) {
-    constexpr int NV = static_cast<int>(width);
-    const int64_t c = v * VW;
-    vf acc[NQ][NV];
-    clear(acc);
-    const bool whole = c + NV * VW <= features;
-    for (int64_t i = 0; i < keys; ++i) {
-      ahead.step<false>();
-      const T* row = value + i * stride + c;
-      MMK_UNROLL for (int j = 0; j < NV; ++j) {
-        const vf x = whole ? load_as_float(row + j * VW) : load_as_float(row + j * VW, features - c - j * VW);
-        MMK_UNROLL for (int q = 0; q < NQ; ++q) acc[q][j] = fma(set1(weights[q * (kKeys + VW) + i]), x, acc[q][j]);
-      }
-    }
-    MMK_UNROLL for (int x = 0; x < NQ; ++x) {
-      MMK_UNROLL for (int j = 0; j < NV; ++j) {
-        float* to = total + x * total_stride + c + j * VW;
-        store(to, fma(load(to), set1(factor[x]), acc[x][j]));
-      }
-    }
-  };
-  const int64_t vectors = ceil_div(features, VW);
-  int64_t v = 0;
-  for (; v + kVectors <= vectors; v += kVectors) chunk(Constant<kVectors>{}, v);
-  for (; v < vectors; ++v) chunk(Constant<1>{}, v);
+  const int64_t vectors = ceil_div(value.features, VW);
+  // Rows too long for the registers are read in several columns: few rows at a time then, that stay in cache.
+  constexpr int64_t kNear = 16 << 10;
+  const int64_t row_bytes = max(1, value.features * static_cast<int64_t>(sizeof(T)));
+  const int64_t step = vectors <= kVectors ? keys : min(keys, max(8, round_up(kNear / row_bytes, 2)));
+  for (int64_t i = 0; i < keys; i += step) {
+    const int64_t count = min(step, keys - i);
+    const float* const w = weights + (kPairs ? i / 2 : i);
+    add_column_blocks<kPairs, NQ, kVectors>(value, count, w, factor, 0, total, total_stride);
+    value.data += count * value.stride;
+    factor = kOnes.values;
+  }
 }
 
-// Turns the scores of a row into weights exp(s - row_max), in place; returns their sum. row_max goes up as it must,
+// Turns the scores of a row into weights exp(s - row_max), in place, with kPairs as bfloat16 and in pairs that end with
+// a weight of 0; returns their sum. row_max goes up as it must,
 // `factor` is what older weights must be multiplied by.
-inline float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, Range allowed,
-                   const float* mask, float* scores, float& row_max, float& factor) {
+template <bool kPairs>
+float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, Range allowed,
+            const float* mask, float* scores, float& row_max, float& factor) {
   const int64_t keys = block.keys;
   const vf scale = set1(steps.scale_first ? p.scale : 1.f);
   const vf cap = set1(p.softcap);
@@ -145,14 +255,18 @@ inline float weigh(const AttentionParams& p, const ScoreSteps& steps, const Scor
   row_max = raised;
   vf sums = zero();
   for (int64_t i = 0; i < round_up(keys, VW); i += VW) {
-    const vf w = exp2<5>(fma(load(scores + i), set1(steps.exponent_scale), set1(-shift)));
-    store(scores + i, w);
+    const vf w = exp2<kPairs ? 3 : 5>(fma(load(scores + i), set1(steps.exponent_scale), set1(-shift)));
+    if constexpr (kPairs) {
+      store_bf16(reinterpret_cast<uint16_t*>(scores) + i, w);
+    } else {
+      store(scores + i, w);
+    }
     sums = sums + w;
   }
   return sum(sums);
 }
 
-template <int NQ>
+template <bool kPairs, int NQ>
 void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const KeyBlocks& blocks, int64_t b,
                       int64_t kv_head, const QueryRow* rows, Range part, const FewQueriesTile& tile,
                       const Partial& out) {
@@ -162,28 +276,38 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
   Range any{INT64_MAX, 0};
   for (int x = 0; x < NQ; ++x) {
     const void* from = row_address(rows[x].segment->query, p.dtype, b, rows[x].h, rows[x].in_segment);
-    pack_rows_as_float(p.dtype, from, 0, 1, p.head_dim, tile.query + x * query_stride, query_stride);
+    float* const to = tile.query + x * query_stride;
+    if constexpr (kPairs) {
+      std::memset(to, 0, sizeof(float) * static_cast<size_t>(query_stride));
+      pack_rows_as_pairs(static_cast<const uint16_t*>(from), 0, 1, p.head_dim, to, query_stride);
+    } else {
+      pack_rows_as_float(p.dtype, from, 0, 1, p.head_dim, to, query_stride);
+    }
     any = {min(any.begin, window.begin(rows[x].position)), max(any.end, window.end(rows[x].position))};
     out.row_max[x] = -FLT_MAX;
     out.sum[x] = 0.f;
   }
   std::memset(out.total, 0, sizeof(float) * static_cast<size_t>(NQ * stride));
 
-  for (int64_t j = part.begin; j < part.end; ++j) {
-    const KeyBlock keys = blocks.key_block(j);
+  for (int64_t j = part.begin; j < part.end;) {
+    KeyBlock keys = blocks.key_block(j);
+    while (++j < part.end && keys.count + kKeys <= kRun) {
+      const KeyBlock next = blocks.key_block(j);
+      if (next.segment != keys.segment) break;
+      keys.count += next.count;
+    }
     ScoreBlock block = score_block<false>(p, keys, any, {}, b, 0);
     if (block.keys == 0) continue;
     block.kv_head = kv_head;
-    // While keys are multiplied their values are fetched, and while values are added up the next keys.
-    const Rows &k = keys.segment->key, &v = keys.segment->value;
-    const int64_t size = element_size(p.dtype), next = block.key_in_segment + block.keys;
-    const RowPrefetch values(row_address(v, p.dtype, b, kv_head, block.key_in_segment), p.value_dim * size,
-                             v.row * size, block.keys, block.keys * NQ / VW);
-    const RowPrefetch next_keys(row_address(k, p.dtype, b, kv_head, next), p.head_dim * size, k.row * size,
-                                min(kKeys, keys.segment->length - next), block.keys);
-    with_element_type(p.dtype, row_address(k, p.dtype, b, kv_head, block.key_in_segment), [&](const auto* from) {
-      dot_rows<NQ>(from, k.row, block.keys, tile.query, query_stride, p.head_dim, tile.scores, values);
-    });
+    const auto streamed = [&](const Rows& source, int64_t features, auto f) {
+      with_element_type(p.dtype, row_address(source, p.dtype, b, kv_head, block.key_in_segment), [&](const auto* from) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
+        constexpr bool kOnPairs = kBf16Dot && std::is_same_v<T, Bf16>;
+        if constexpr (kPairs == kOnPairs) f(StreamedRows<T>{from, source.row, features});
+      });
+    };
+    streamed(keys.segment->key, p.head_dim,
+             [&](const auto& from) { dot_rows<kPairs, NQ>(from, block.keys, tile.query, query_stride, tile.scores); });
     float factor[NQ];
     for (int x = 0; x < NQ; ++x) {
       float* mask = nullptr;
@@ -197,18 +321,16 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
       const int64_t end = window.end(rows[x].position);
       const Range allowed{window.begin(rows[x].position) - block.key, min(block.keys, end - min(end, block.key))};
       const float weights =
-          weigh(p, steps, block, allowed, mask, tile.scores + x * (kKeys + VW), out.row_max[x], factor[x]);
+          weigh<kPairs>(p, steps, block, allowed, mask, tile.scores + x * kScoreStride, out.row_max[x], factor[x]);
       out.sum[x] = out.sum[x] * factor[x] + weights;
     }
-    with_element_type(p.dtype, row_address(v, p.dtype, b, kv_head, block.key_in_segment), [&](const auto* from) {
-      add_rows<NQ>(from, v.row, block.keys, tile.scores, factor, p.value_dim, out.total, stride, next_keys);
-    });
+    streamed(keys.segment->value, p.value_dim,
+             [&](const auto& from) { add_rows<kPairs, NQ>(from, block.keys, tile.scores, factor, out.total, stride); });
   }
 }
 
-}  // namespace
-
-void attention_few_queries(const AttentionParams& p) {
+template <bool kPairs>
+void few_queries(const AttentionParams& p) {
   const ScoreSteps steps(p);
   const KeyBlocks blocks(p);
   const int64_t queries = total_queries(p), rows = queries * (p.heads / p.kv_heads), groups = ceil_div(rows, kRows);
@@ -231,8 +353,9 @@ void attention_few_queries(const AttentionParams& p) {
       for (int64_t x = 0; x < n; ++x) here[x] = query_row(p, head % p.kv_heads, queries, group * kRows + x);
       const Range range{blocks.key_blocks * part / parts, blocks.key_blocks * (part + 1) / parts};
       with_constant<kRows>(n, [&](auto nq) {
-        few_queries_task<static_cast<int>(nq)>(p, steps, blocks, head / p.kv_heads, head % p.kv_heads, here, range,
-                                               tile, Partial::at(partials + task * partial_size, kRows, stride));
+        few_queries_task<kPairs, static_cast<int>(nq)>(p, steps, blocks, head / p.kv_heads, head % p.kv_heads, here,
+                                                       range, tile,
+                                                       Partial::at(partials + task * partial_size, kRows, stride));
       });
     }
   });
@@ -260,6 +383,15 @@ void attention_few_queries(const AttentionParams& p) {
       }
     }
   });
+}
+
+}  // namespace
+
+void attention_few_queries(const AttentionParams& p) {
+  if constexpr (kBf16Dot) {
+    if (runs_on_pairs(p)) return few_queries<true>(p);
+  }
+  few_queries<false>(p);
 }
 
 }  // namespace MMK_ISA

@@ -20,7 +20,7 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int kKeyBlock = 128, kMaxGroups = 96 / kLanes, kTaskLanes = kMaxGroups * kLanes;
-using ForwardBlocks = Blocks<kMaxGroups * kScoreVectors, kKeyBlock>;
+using ForwardBlocks = Blocks<kMaxGroups, kKeyBlock>;
 
 // What a worker needs for one task: per group Qᵀ and the running O, and for the group at hand the rest.
 struct ForwardTile {
@@ -111,15 +111,15 @@ struct ForwardCall {
   int64_t parts;
 
   explicit ForwardCall(const AttentionParams& params)
-      : p(params), steps(params), queries(total_queries(params)), blocks(params, vectors_per_task(params, queries)) {
+      : p(params), steps(params), queries(total_queries(params)), blocks(params, groups_per_task(params, queries)) {
     parts = queries <= kFewQueries ? key_parts(p.batch * p.heads * blocks.query_blocks, blocks.key_blocks, 2) : 1;
   }
 
  private:
   // More groups to a task read K and V less often; fewer leave something to every worker. No result depends on it.
-  static int vectors_per_task(const AttentionParams& p, int64_t queries) {
+  static int64_t groups_per_task(const AttentionParams& p, int64_t queries) {
     const int64_t groups = p.batch * p.heads * ceil_div(queries, kLanes);
-    return static_cast<int>(max(1, min(kMaxGroups, groups / (4 * p.workers.count)))) * kScoreVectors;
+    return max(1, min(kMaxGroups, groups / (4 * p.workers.count)));
   }
 };
 
@@ -173,12 +173,13 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   group.softmax.template take_block<kPairs, NR>(call.steps, tile.scores, block.keys, best, dropout, old_factor);
 
   group.finished = last_block && out != nullptr;
-  const bool direct = group.finished && out->is_plain();
+  const bool direct = group.finished && out->takes_products();
   if (group.finished) invert_sums(group.softmax.sum, group.queries.count, inverse);
-  multiply_features<kPairs>(tile.scores, Constant<1>{}, Constant<kLanes>{}, group.queries.count, values,
-                            units<kPairs>(block.keys), p.value_dim,
-                            {1.f, group.started ? old_factor : nullptr, group.total, stride, direct ? inverse : nullptr,
-                             direct ? static_cast<float*>(out->data) : group.total, direct ? out->stride : stride});
+  multiply_features<kPairs>(
+      tile.scores, Constant<1>{}, Constant<kLanes>{}, group.queries.count, values, units<kPairs>(block.keys),
+      p.value_dim,
+      {1.f, group.started ? old_factor : nullptr, group.total, stride, direct ? inverse : nullptr,
+       direct ? out->data : group.total, direct ? out->stride : stride, direct ? out->dtype : Dtype::f32});
   group.started = true;
   if (group.finished && !direct) store_rows(*out, group.total, stride, group.queries.count, inverse);
 }

@@ -43,11 +43,12 @@ MMK_INLINE QueryBlock part_of(const QueryBlock& q, int64_t g, int64_t parts) {
   return {q.segment, q.first + skip, min(q.count, end * VW) - skip, static_cast<int>(end - begin), q.position + skip};
 }
 
-// Blocks of at most kMaxVectors · VW queries, as equal as whole vectors allow, and of kKeys keys; none spans segments.
-template <int kMaxVectors, int kKeys>
+// Blocks of at most kMaxGroups groups of queries, none wider than a score tile and all as equal as whole vectors allow,
+// and of kKeys keys; none spans segments.
+template <int kMaxGroups, int kKeys>
 class Blocks {
  public:
-  explicit Blocks(const AttentionParams& p, int max_vectors = kMaxVectors) : p_(p), max_vectors_(max_vectors) {
+  explicit Blocks(const AttentionParams& p, int64_t max_groups = kMaxGroups) : p_(p), max_groups_(max_groups) {
     for (int s = 0; s < p.query_segments; ++s) query_blocks += blocks_of(p.queries[s]);
     for (int s = 0; s < p.key_segments; ++s) {
       key_blocks += ceil_div(p.keys[s].length, kKeys);
@@ -62,8 +63,9 @@ class Blocks {
       t -= blocks_of(*s);
       position += s->length;
     }
-    const int64_t vectors = ceil_div(s->length, VW), blocks = blocks_of(*s);
-    const int64_t begin = t * vectors / blocks, end = (t + 1) * vectors / blocks;
+    const int64_t vectors = ceil_div(s->length, VW), groups = groups_of(*s), blocks = blocks_of(*s);
+    const auto group_begin = [&](int64_t g) { return g * vectors / groups; };
+    const int64_t begin = group_begin(t * groups / blocks), end = group_begin((t + 1) * groups / blocks);
     const int64_t first = begin * VW;
     return {s, first, min(s->length, end * VW) - first, static_cast<int>(end - begin), position + first};
   }
@@ -83,9 +85,10 @@ class Blocks {
   int64_t query_blocks = 0, key_blocks = 0, keys = 0;
 
  private:
-  int64_t blocks_of(const QuerySegment& s) const { return ceil_div(ceil_div(s.length, VW), max_vectors_); }
+  static int64_t groups_of(const QuerySegment& s) { return ceil_div(s.length, kLanes); }
+  int64_t blocks_of(const QuerySegment& s) const { return ceil_div(groups_of(s), max_groups_); }
   const AttentionParams& p_;
-  int max_vectors_;
+  int64_t max_groups_;
 };
 
 // The window: query at position i attends to keys diagonal(i) - left … diagonal(i) + right.

@@ -77,22 +77,35 @@ inline void load_mask_strided(const AttentionMask& mask, int64_t at, int64_t ste
 template <class T>
 MMK_NOINLINE vf transpose_rows(const T* from, int64_t row, int64_t queries, int64_t keys, float* to, int64_t stride) {
   vf lowest = zero(), r[VW];
+  const auto put = [&](int64_t i, int64_t k, vf x) {
+    lowest = min(x, lowest);
+    store(to + k * stride + i, x);
+  };
   for (int64_t i = 0; i < queries; i += VW) {
+    int64_t k = 0;
+    if (i + VW <= queries) {
+      const T* const first = from + i * row;
+      if constexpr (std::is_same_v<T, Bf16>) {  // two keys to a lane while they are transposed
+        for (; k + 2 * VW <= keys; k += 2 * VW) {
+          load_transposed(static_cast<const void*>(first + k), row * static_cast<int64_t>(sizeof(T)), r);
+          MMK_UNROLL for (int x = 0; x < VW; ++x) {
+            put(i, k + 2 * x, low_bf16(r[x]));
+            put(i, k + 2 * x + 1, high_bf16(r[x]));
+          }
+        }
+      } else if constexpr (std::is_same_v<T, float>) {
+        for (; k + VW <= keys; k += VW) {
+          load_transposed(first + k, row, r);
+          MMK_UNROLL for (int x = 0; x < VW; ++x) put(i, k + x, r[x]);
+        }
+      }
+    }
     const T* rows[VW];
     for (int x = 0; x < VW; ++x) rows[x] = from + min(i + x, queries - 1) * row;
-    const auto finish = [&](int64_t k) {
-      MMK_UNROLL for (int x = 0; x < VW; ++x) lowest = min(r[x], lowest);
+    for (; k < keys; k += VW) {
+      for (int x = 0; x < VW; ++x) r[x] = load_entries(rows[x] + k, keys - k);
       transpose(r);
-      MMK_UNROLL for (int x = 0; x < VW; ++x) store(to + (k + x) * stride + i, r[x]);
-    };
-    int64_t k = 0;
-    for (; k + VW <= keys; k += VW) {
-      MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load_entries(rows[x] + k);
-      finish(k);
-    }
-    if (k < keys) {
-      MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load_entries(rows[x] + k, keys - k);
-      finish(k);
+      MMK_UNROLL for (int x = 0; x < VW; ++x) put(i, k + x, r[x]);
     }
   }
   return lowest;

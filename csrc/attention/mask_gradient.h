@@ -59,6 +59,25 @@ class MaskGradientSum {
       }
     }
   }
+  // The same from dS as pairs of bfloat16 [keys / 2][lanes], for a mask that takes_pairs().
+  bool takes_pairs() const { return wanted() && g_.dtype == Dtype::bf16 && g_.query != 0 && g_.key == 1 && !g_.zeroed; }
+  void add_pairs(const ScoreBlock& block, const float* ds_pairs, int64_t stride, int64_t lane, int64_t lanes) const {
+    const int64_t count = min(lanes, block.queries - lane);
+    auto* const to = static_cast<uint16_t*>(g_.data) + at(block, block.query + lane, block.key);
+    for (int64_t i = 0; i < count; i += VW) {
+      for (int64_t k = 0; k < block.keys; k += 2 * VW) {
+        vf r[VW];
+        load_transposed(ds_pairs + k / 2 * stride + lane + i, stride, r);
+        const auto bytes = static_cast<size_t>(2 * min(2 * VW, block.keys - k));
+        uint16_t* const entries = to + i * g_.query + k;
+        if (bytes == sizeof(vf) && i + VW <= count) {
+          MMK_UNROLL for (int x = 0; x < VW; ++x) std::memcpy(entries + x * g_.query, &r[x], sizeof(vf));
+        } else {
+          for (int x = 0; x < VW && i + x < count; ++x) std::memcpy(entries + x * g_.query, &r[x], bytes);
+        }
+      }
+    }
+  }
   RowPrefetch prefetch(const ScoreBlock& block, int64_t steps) const {
     if (!wanted() || g_.query == 0 || g_.key != 1) return {};
     const int64_t size = element_size(g_.dtype);
@@ -96,8 +115,7 @@ class MaskGradientSum {
       const int64_t count = min(VW, queries - i);
       for (int64_t k = 0; k < keys; k += VW) {
         vf r[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load(ds + (k + x) * stride + i);
-        transpose(r);
+        load_transposed(ds + k * stride + i, stride, r);
         T* const entries = to + i * row + k;
         const auto put = [&](int x, int64_t n) {
           T* const e = entries + x * row;

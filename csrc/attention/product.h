@@ -13,8 +13,8 @@ struct Destination {
   Dtype dtype;
   int64_t stride, features;
 
-  // Whether a product can be stored there as it is, in whole vectors of floats.
-  bool is_plain() const { return dtype == Dtype::f32 && features % VW == 0; }
+  // Whether a product can be stored there as it is, in whole vectors.
+  bool takes_products() const { return features % VW == 0; }
 };
 
 // Factors that change nothing, for as many rows as a product may have.
@@ -25,17 +25,28 @@ constexpr struct Ones {
   }
 } kOnes;
 
-// What becomes of a product: rows of `to` = finish · (old_factor · from + factor · A·B). finish and old_factor are one
-// number per row, or null: no such factor, no such term.
+// What becomes of a product: rows of `to` = finish · (old_factor · from + factor · A·B), converted to its dtype. finish
+// and old_factor are one number per row, or null: no such factor, no such term.
 struct Epilogue {
   float factor;
   const float* old_factor;
   const float* from;
   int64_t from_stride;
   const float* finish;
-  float* to;
+  void* to;
   int64_t to_stride;
+  Dtype to_dtype = Dtype::f32;
 };
+
+template <class T, int MR, int NR>
+MMK_INLINE void store_tile(T* to, int64_t stride, const vf (&acc)[MR][NR]) {
+  MMK_UNROLL for (int r = 0; r < MR; ++r) {
+    MMK_UNROLL for (int j = 0; j + 1 < NR; j += 2) {
+      write_pair<false>(to + r * stride + j * VW, acc[r][j], acc[r][j + 1]);
+    }
+    if constexpr (NR % 2 != 0) store_from_float(to + r * stride + (NR - 1) * VW, acc[r][NR - 1]);
+  }
+}
 
 template <bool kPairs, int MR, int NR, class RowStride, class KStride>
 MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_stride, Panel columns, int64_t depth,
@@ -63,9 +74,13 @@ MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_s
       MMK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = acc[r][j] * factor;
     }
   }
-  float* to = e.to + row * e.to_stride + column;
-  MMK_UNROLL for (int r = 0; r < MR; ++r) {
-    MMK_UNROLL for (int j = 0; j < NR; ++j) store(to + r * e.to_stride + j * VW, acc[r][j]);
+  const int64_t at = row * e.to_stride + column;
+  if (e.to_dtype == Dtype::f32) {
+    store_tile(static_cast<float*>(e.to) + at, e.to_stride, acc);
+  } else if (e.to_dtype == Dtype::bf16) {
+    store_tile(static_cast<Bf16*>(e.to) + at, e.to_stride, acc);
+  } else {
+    store_tile(static_cast<F16*>(e.to) + at, e.to_stride, acc);
   }
 }
 

@@ -46,6 +46,23 @@ MMK_INLINE void write_pair(F16* p, vf a, vf b) {
   write_bits<kStream>(p, to_f16(a, b));
 }
 
+// The bits of 2 · VW halves, or of the first n of them and zeros.
+MMK_INLINE vf load_pairs(const uint16_t* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+MMK_INLINE vf load_pairs(const uint16_t* p, int64_t n) {
+  if (n >= 2 * VW) return load_pairs(p);
+  vf x = zero();
+  std::memcpy(&x, p, static_cast<size_t>(n) * sizeof *p);
+  return x;
+}
+
+// A lane's two bfloat16 as floats: the one in the low half, the one in the high half.
+MMK_INLINE vf low_bf16(vf pairs) { return (vf)((vi)pairs << 16); }
+MMK_INLINE vf high_bf16(vf pairs) { return (vf)((vi)pairs & -0x10000); }
+
 // n <= VW elements, zero behind them; nothing beyond is read or written.
 template <class T>
 MMK_INLINE vf load_as_float(const T* p, int64_t n) {
@@ -64,6 +81,17 @@ MMK_INLINE void store_from_float(T* p, vf x, int64_t n) {
 
 MMK_INLINE vf load_as_float(const float* p, int64_t n) { return n >= VW ? load(p) : load_partial(p, n); }
 MMK_INLINE void store_from_float(float* p, vf x, int64_t n) { n >= VW ? store(p, x) : store_partial(p, x, n); }
+
+// r[i] = column i of VW rows, the rows `stride` elements apart.
+template <class T>
+MMK_INLINE void load_transposed(const T* from, int64_t stride, vf (&r)[VW]) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    load_transposed(static_cast<const void*>(from), stride * static_cast<int64_t>(sizeof(float)), r);
+  } else {
+    MMK_UNROLL for (int i = 0; i < VW; ++i) r[i] = load_as_float(from + i * stride);
+    transpose(r);
+  }
+}
 
 // Calls f(T*) with the pointer in its element type.
 template <class Function>

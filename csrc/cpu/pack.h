@@ -18,30 +18,33 @@ MMK_INLINE int64_t units(int64_t features) {
 template <bool kPairs>
 inline void pack_lanes(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features, float* out,
                        int64_t stride) {
-  const int64_t columns = units<kPairs>(features);
-  const auto tile = [&](auto load_chunk) {
+  const int64_t columns = units<kPairs>(features), whole_columns = kPairs ? features / 2 : features;
+  const auto pack = [&](auto load_chunk, auto load_tile) {
     for (int64_t i = 0; i < count; i += VW) {
       for (int64_t c = 0; c < columns; c += VW) {
+        float* to = out + c * stride + i;
         vf r[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = i + x < count ? load_chunk(i + x, c) : zero();
-        transpose(r);
-        MMK_UNROLL for (int x = 0; x < VW; ++x) {
-          if (c + x < columns) store(out + (c + x) * stride + i, r[x]);
+        if (i + VW <= count && c + VW <= whole_columns) {
+          load_tile(i, c, r);
+          MMK_UNROLL for (int x = 0; x < VW; ++x) store(to + x * stride, r[x]);
+          continue;
         }
+        for (int x = 0; x < VW; ++x) r[x] = i + x < count ? load_chunk(i + x, c) : zero();
+        transpose(r);
+        for (int x = 0; x < VW && c + x < columns; ++x) store(to + x * stride, r[x]);
       }
     }
   };
   if constexpr (kPairs) {
     const auto* p = static_cast<const uint16_t*>(source);
-    tile([&](int64_t row, int64_t unit) {
-      const int64_t n = min(2 * VW, features - 2 * unit);
-      vf x = zero();
-      std::memcpy(&x, p + row * row_stride + 2 * unit, n == 2 * VW ? sizeof x : static_cast<size_t>(n) * 2);
-      return x;
-    });
+    pack([&](int64_t row, int64_t unit) { return load_pairs(p + row * row_stride + 2 * unit, features - 2 * unit); },
+         [&](int64_t row, int64_t unit, vf(&r)[VW]) {
+           load_transposed(static_cast<const void*>(p + row * row_stride + 2 * unit), row_stride * 2, r);
+         });
   } else {
     with_element_type(dtype, source, [&](const auto* p) {
-      tile([&](int64_t row, int64_t unit) { return load_as_float(p + row * row_stride + unit, features - unit); });
+      pack([&](int64_t row, int64_t c) { return load_as_float(p + row * row_stride + c, features - c); },
+           [&](int64_t row, int64_t c, vf(&r)[VW]) { load_transposed(p + row * row_stride + c, row_stride, r); });
     });
   }
 }
@@ -71,23 +74,16 @@ inline void pack_rows_as_pairs(const uint16_t* source, int64_t row_stride, int64
 inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
                                   float* out, int64_t stride) {
   if constexpr (kBf16Dot) {
-    constexpr uint16_t kZeros[2 * VW] = {};
     for (int64_t i = 0; i < count; i += 2) {
       const uint16_t* even = source + i * row_stride;
       for (int64_t c = 0; c < features; c += 2 * VW) {
         const int64_t n = features - c;
-        const uint16_t* odd = i + 1 < count ? even + row_stride + c : kZeros;
         float* to = out + i / 2 * stride + c;
-        if (n >= 2 * VW) {
-          pair_rows(even + c, odd, to);
-        } else {
-          uint16_t x[2 * VW] = {}, y[2 * VW] = {};
-          std::memcpy(x, even + c, static_cast<size_t>(n) * 2);
-          std::memcpy(y, odd, static_cast<size_t>(n) * 2);
-          alignas(64) float both[2 * VW];
-          pair_rows(x, y, both);
-          std::memcpy(to, both, static_cast<size_t>(round_up(n, VW)) * sizeof(float));
-        }
+        vf first, second;
+        pair_rows(load_pairs(even + c, n), i + 1 < count ? load_pairs(even + row_stride + c, n) : zero(), first,
+                  second);
+        store(to, first);
+        if (n > VW) store(to + VW, second);
       }
     }
   }

@@ -40,7 +40,12 @@ inline void copy_transposed(Dtype dtype, const void* from, int64_t stride, int64
     for (int64_t i = 0; i < rows; i += VW) {
       for (int64_t c = 0; c < columns; c += VW) {
         vf r[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) {
+        if (i + VW <= rows && c + VW <= columns) {
+          load_transposed(p + i * stride + c, stride, r);
+          MMK_UNROLL for (int x = 0; x < VW; ++x) store(to + (c + x) * to_stride + i, r[x]);
+          continue;
+        }
+        for (int x = 0; x < VW; ++x) {
           r[x] = i + x < rows ? load_as_float(p + (i + x) * stride + c, columns - c) : zero();
         }
         transpose(r);

@@ -5,8 +5,8 @@
 //   kRegisters, kFma, kBf16Dot how many registers there are, and whether fma and the bf16 pair product are instructions
 //   vh                         as many bfloat16 or float16, as bits
 //   load_partial, store_partial  the first n <= VW floats, zero behind them; nothing beyond is read or written
-//   load, store, stream, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, sum_rows, pair
-//   operations
+//   load, store, stream, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, load_transposed,
+//   sum_rows, pair operations
 //
 // Everything is in an anonymous namespace inside mmk::<isa>, so that the linker cannot merge two instruction sets.
 #pragma once
@@ -54,8 +54,8 @@ template <class V>
 V pair_dot(V acc, V a, V b);
 template <class V>
 V pair(V low, V high);
-template <class T>
-void pair_rows(const uint16_t* even, const uint16_t* odd, T* out);
+template <class V>
+void pair_rows(V even, V odd, V& first, V& second);
 #endif
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

@@ -49,12 +49,8 @@ MMK_INLINE float max_lane(vf x) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-MMK_INLINE void transpose(vf (&r)[VW]) {
-  vf t[VW];
-  MMK_UNROLL for (int i = 0; i < 4; ++i) {  // 128-bit halves: t[i] = r[i].low, r[i+4].low; t[i+4] the highs
-    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
-    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
-  }
+// r from t, whose 128-bit halves are in place: t[i] has columns 0 … 3 of rows i and i+4, t[i+4] their columns 4 … 7.
+MMK_INLINE void transpose_halves(const vf (&t)[VW], vf (&r)[VW]) {
   MMK_UNROLL for (int h = 0; h < 8; h += 4) {
     const vf a = _mm256_unpacklo_ps(t[h], t[h + 1]), b = _mm256_unpackhi_ps(t[h], t[h + 1]);
     const vf c = _mm256_unpacklo_ps(t[h + 2], t[h + 3]), d = _mm256_unpackhi_ps(t[h + 2], t[h + 3]);
@@ -63,6 +59,28 @@ MMK_INLINE void transpose(vf (&r)[VW]) {
     r[h + 2] = _mm256_shuffle_ps(b, d, 0x44);
     r[h + 3] = _mm256_shuffle_ps(b, d, 0xee);
   }
+}
+
+MMK_INLINE void transpose(vf (&r)[VW]) {
+  vf t[VW];
+  MMK_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+  }
+  transpose_halves(t, r);
+}
+
+// r[i] = column i of a VW×VW tile.
+MMK_INLINE void load_transposed(const void* from, int64_t stride_bytes, vf (&r)[VW]) {
+  const auto quad = [&](int row, int column) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + row * stride_bytes) + column);
+  };
+  vf t[VW];
+  MMK_UNROLL for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(quad(i, 0)), quad(i + 4, 0), 1);
+    t[i + 4] = _mm256_insertf128_ps(_mm256_castps128_ps256(quad(i, 4)), quad(i + 4, 4), 1);
+  }
+  transpose_halves(t, r);
 }
 
 // Lane i of the result is the sum of the lanes of r[i].

@@ -71,6 +71,28 @@ MMK_INLINE void transpose(vf (&r)[VW]) {
   }
 }
 
+// r[i] = column i of a VW×VW tile. 128-bit loads put the rows into place, which halves the shuffles.
+MMK_INLINE void load_transposed(const void* from, int64_t stride_bytes, vf (&r)[VW]) {
+  const auto quad = [&](int row, int column) {
+    return _mm_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + row * stride_bytes) + column);
+  };
+  MMK_UNROLL for (int c = 0; c < VW; c += 4) {
+    vf q[4];  // q[i]: in 128-bit lane k, columns c … c+3 of row 4k+i
+    MMK_UNROLL for (int i = 0; i < 4; ++i) {
+      q[i] = _mm512_castps128_ps512(quad(i, c));
+      q[i] = _mm512_mask_broadcast_f32x4(q[i], 0x00f0, quad(4 + i, c));
+      q[i] = _mm512_mask_broadcast_f32x4(q[i], 0x0f00, quad(8 + i, c));
+      q[i] = _mm512_mask_broadcast_f32x4(q[i], 0xf000, quad(12 + i, c));
+    }
+    const vf a = _mm512_unpacklo_ps(q[0], q[1]), b = _mm512_unpackhi_ps(q[0], q[1]);
+    const vf x = _mm512_unpacklo_ps(q[2], q[3]), y = _mm512_unpackhi_ps(q[2], q[3]);
+    r[c] = shuffle_pairs(a, x, false);
+    r[c + 1] = shuffle_pairs(a, x, true);
+    r[c + 2] = shuffle_pairs(b, y, false);
+    r[c + 3] = shuffle_pairs(b, y, true);
+  }
+}
+
 // Lane i of the result is the sum of the lanes of r[i].
 MMK_INLINE vf sum_rows(vf (&r)[VW]) {
   vf quad[4];  // quad[k]: in each 128-bit lane, the partial sums of rows 4k … 4k+3
@@ -140,15 +162,15 @@ MMK_INLINE vf pair(vf low, vf high) {
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_load_si512(kInterleave), both));
 }
 
-// Interleaves two rows of 2·VW bfloat16 into 2·VW pairs.
-MMK_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, float* out) {
+// Interleaves two rows of 2·VW bfloat16 into 2·VW pairs: of columns 0 … VW-1, and of the others.
+MMK_INLINE void pair_rows(vf even, vf odd, vf& first, vf& second) {
   alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   alignas(64) static constexpr uint16_t kSecond[32] = {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,
                                                        24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
-  const __m512i x = _mm512_loadu_si512(even), y = _mm512_loadu_si512(odd);
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(x, _mm512_load_si512(kFirst), y));
-  _mm512_storeu_si512(out + VW, _mm512_permutex2var_epi16(x, _mm512_load_si512(kSecond), y));
+  const __m512i x = _mm512_castps_si512(even), y = _mm512_castps_si512(odd);
+  first = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, _mm512_load_si512(kFirst), y));
+  second = _mm512_castsi512_ps(_mm512_permutex2var_epi16(x, _mm512_load_si512(kSecond), y));
 }
 #endif
 

@@ -79,6 +79,13 @@ MMK_INLINE void transpose(vf (&r)[VW]) {
   }
 }
 
+// r[i] = column i of a VW×VW tile.
+MMK_INLINE void load_transposed(const void* from, int64_t stride_bytes, vf (&r)[VW]) {
+  for (int i = 0; i < VW; ++i)
+    r[i] = load(reinterpret_cast<const float*>(static_cast<const char*>(from) + i * stride_bytes));
+  transpose(r);
+}
+
 // Lane i of the result is the sum of the lanes of r[i].
 MMK_INLINE vf sum_rows(vf (&r)[VW]) {
   transpose(r);
@@ -205,11 +212,14 @@ MMK_INLINE vf pair(vf low, vf high) {
 }
 
 // Interleaves two rows of 2·VW bfloat16 into 2·VW pairs.
-MMK_INLINE void pair_rows(const uint16_t* even, const uint16_t* odd, float* out) {
-  for (int i = 0; i < 2 * VW; ++i) {
-    const uint32_t bits = even[i] | static_cast<uint32_t>(odd[i]) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
+MMK_INLINE void pair_rows(vf even, vf odd, vf& first, vf& second) {
+  uint16_t x[2 * VW], y[2 * VW];
+  uint32_t pairs[2 * VW];
+  std::memcpy(x, &even, sizeof x);
+  std::memcpy(y, &odd, sizeof y);
+  for (int i = 0; i < 2 * VW; ++i) pairs[i] = x[i] | static_cast<uint32_t>(y[i]) << 16;
+  std::memcpy(&first, pairs, sizeof first);
+  std::memcpy(&second, pairs + VW, sizeof second);
 }
 
 }  // namespace
