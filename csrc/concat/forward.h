@@ -79,7 +79,8 @@ inline bool has_row_presence(const ConcatSources& sources) {
 struct PlainLoader {
   const ConcatSources& sources;
 
-  void prepare(int, int64_t, int64_t) const {}  // called before rows of a block are read
+  static constexpr bool kPreparesRows = false;  // whether prepare(), called before a block, reads its rows
+  void prepare(int, int64_t, int64_t) const {}
   SourceRows rows(int, int64_t s, int64_t first, int64_t count) const {
     return SourceRows(sources.items[s], sources.dtype, first, count);
   }
@@ -100,15 +101,14 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
   const int64_t blocks = ceil_div(sources.rows, block_rows), splits = ceil_div(sources.features, block_columns);
   const bool whole = sources.count > 0 && !has_row_presence(sources) && sources.items[0].term_count == 1;
   const bool split = blocks < 4 * workers.count;  // else a block is one task, and its rows stay in cache
-  // The rows that are read after the chunk of source s that ends at column k.
+  // What is to come into cache while a chunk of source s from column k on is multiplied: the chunk behind it, or where
+  // a block's rows are read as a whole before, the same chunk of the next block.
   const auto next_chunk = [&](int64_t s, int64_t k, int64_t first, int64_t steps) {
-    if (k == sources.items[s].width) {
-      k = 0;
-      ++s;
-    }
-    if (s == sources.count) {
-      s = 0;
+    if (Loader::kPreparesRows) {
       first += block_rows;
+    } else if ((k += chunk_elements<kPairs>()) >= sources.items[s].width) {
+      k = 0;
+      if (++s == sources.count) s = 0, first += block_rows;
     }
     if (first >= sources.rows) return RowPrefetch();
     return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k),
@@ -138,9 +138,8 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
               const Block c{z + max(0, term.column - column), columns, min(block_columns, term.features - skipped), add,
                             present.map()};
               if (present.count() > 0) {
-                multiply_panels<kPairs>(
-                    x, present.count(), panels + skipped * depth, depth, c,
-                    t == 0 ? next_chunk(s, k + width, first, tiles_of(rows, c.columns)) : RowPrefetch());
+                multiply_panels<kPairs>(x, present.count(), panels + skipped * depth, depth, c,
+                                        t == 0 ? next_chunk(s, k, first, tiles_of(rows, c.columns)) : RowPrefetch());
               }
               panels += depth * round_up(term.features, kPanel);
             }

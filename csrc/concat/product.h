@@ -26,6 +26,18 @@ MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row
   return static_cast<const char*>(view.data) + element * element_size(dtype);
 }
 
+// f(i, address of row first + i) for `count` rows.
+template <class Function>
+MMK_INLINE void for_row_addresses(const RowView& view, Dtype dtype, int64_t first, int64_t count, Function f) {
+  const int64_t step = view.inner_stride * element_size(dtype);
+  for (int64_t i = 0; i < count;) {  // a division for each run of rows, none for a row
+    const char* address = row_address(view, dtype, first + i);
+    for (int64_t end = min(count, i + view.inner - (first + i) % view.inner); i < end; ++i, address += step) {
+      f(i, address);
+    }
+  }
+}
+
 // Rows of units.
 struct Operand {
   const float* data = nullptr;

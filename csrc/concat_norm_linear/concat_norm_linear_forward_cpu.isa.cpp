@@ -18,6 +18,8 @@ constexpr int64_t kNormRows = kFeatureRows * (48 / kFeatureRows);
 
 class NormLoader {
  public:
+  static constexpr bool kPreparesRows = true;
+
   static int64_t floats(const ConcatNormLinearParams& p) {
     return 2 * round_up(p.linear.sources.columns + VW, 16) + p.linear.workers.count * kStatistics;
   }
@@ -61,12 +63,11 @@ class NormLoader {
       const ConcatSource& source = sources.items[s_];
       const int64_t stride = kPairs ? round_up(width, 2 * VW) / 2 : round_up(width, VW);
       const int64_t at = source.column + column;
-      for (int64_t i = 0; i < count_; ++i) {
-        const char* row = row_address(source.x, sources.dtype, first_ + i) + column * element_size(sources.dtype);
-        normalize_row<kPairs>(sources.dtype, row, width, {statistics_[2 * i], statistics_[2 * i + 1]},
-                              loader_.gain_ + at, loader_.shift_ == nullptr ? nullptr : loader_.shift_ + at,
-                              copy + i * stride);
-      }
+      for_row_addresses(source.x, sources.dtype, first_, count_, [&](int64_t i, const char* row) {
+        normalize_row<kPairs>(sources.dtype, row + column * element_size(sources.dtype), width,
+                              {statistics_[2 * i], statistics_[2 * i + 1]}, loader_.gain_ + at,
+                              loader_.shift_ == nullptr ? nullptr : loader_.shift_ + at, copy + i * stride);
+      });
       return {copy, stride};
     }
 
@@ -83,11 +84,7 @@ class NormLoader {
   static constexpr int64_t kStatistics = 2 * kBlockRows;
 
   void take_statistics(int64_t first, int64_t count, float* to) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const Statistics s = row_statistics(p_.linear.sources, first + i, p_.rms, p_.eps);
-      to[2 * i] = s.mean;
-      to[2 * i + 1] = s.rstd;
-    }
+    rows_statistics(p_.linear.sources, first, count, p_.rms, p_.eps, to);
   }
 
   const ConcatNormLinearParams& p_;

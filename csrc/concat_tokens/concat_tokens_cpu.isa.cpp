@@ -10,6 +10,7 @@
 // Limits     any number of sources, any C, any strides of batch and token.
 #include "csrc/concat_tokens/concat_tokens.h"
 #include "csrc/cpu/schedule.h"
+#include "csrc/cpu/tile.h"
 #include "csrc/norm/row_norm.h"
 #include "csrc/norm/vectors.h"
 
@@ -67,17 +68,19 @@ Task task_at(const ConcatTokensParams& p, const Cut& cut, int64_t index) {
           min((part + 1) * cut.batch, p.batch)};
 }
 
-// addend = type + position as floats.
+// addend = type + position as floats; the next position's row is fetched meanwhile.
 void add_embeddings(const ConcatTokensParams& p, const TokenSource& s, int64_t l, float* addend) {
   if (s.type == nullptr && s.position.data == nullptr) return clear_vector(addend, padded_features(p.features));
-  const void* position = s.position.data != nullptr ? row_address(s.position, 0, l, p.dtype) : nullptr;
-  if (s.type == nullptr || position == nullptr) {
-    return load_vector(p.dtype, position == nullptr ? s.type : position, p.features, addend);
-  }
-  with_element_type(p.dtype, position, [&](const auto* of_position) {
+  if (s.position.data == nullptr) return load_vector(p.dtype, s.type, p.features, addend);
+  const char* const next = row_address(s.position, 0, l + 1 < s.length ? l + 1 : l, p.dtype);
+  for (int64_t byte = 0; byte < p.features * element_size(p.dtype); byte += 64) __builtin_prefetch(next + byte);
+  with_element_type(p.dtype, row_address(s.position, 0, l, p.dtype), [&](const auto* of_position) {
     const auto* of_type = static_cast<decltype(of_position)>(s.type);
-    for_each_vector(p.features, [&](int64_t k, int64_t n) {
-      store(addend + k, load_as_float(of_position + k, n) + load_as_float(of_type + k, n));
+    with_bool(of_type != nullptr, [&](auto both) {
+      for_each_vector(p.features, [&](int64_t k, int64_t n) {
+        const vf x = load_as_float(of_position + k, n);
+        store(addend + k, both ? x + load_as_float(of_type + k, n) : x);
+      });
     });
   });
 }

@@ -5,8 +5,8 @@
 //   kRegisters, kFma, kBf16Dot how many registers there are, and whether fma and the bf16 pair product are instructions
 //   vh                         as many bfloat16 or float16, as bits
 //   load_partial, store_partial  the first n <= VW floats, zero behind them; nothing beyond is read or written
-//   load, store, stream, set1, fma, max, min, round_down, scale_by_power_of_two, sum, transpose, load_transposed,
-//   sum_rows, pair operations
+//   load, store, stream, set1, fma, max, min, divide_fast, sqrt, round_down, scale_by_power_of_two, sum, transpose,
+//   load_transposed, sum_rows, pair operations
 //
 // Everything is in an anonymous namespace inside mmk::<isa>, so that the linker cannot merge two instruction sets.
 #pragma once

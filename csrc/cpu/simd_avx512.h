@@ -31,6 +31,12 @@ MMK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 MMK_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 MMK_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }  // the same
 MMK_INLINE vf select(vi mask, vf a, vf b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask((__m512i)mask), a); }
+// a / b to about two roundings, b being a normal number: a third of the time of the exact one.
+MMK_INLINE vf divide_fast(vf a, vf b) {
+  const vf r = _mm512_rcp14_ps(b);
+  return a * fma(r, _mm512_fnmadd_ps(b, r, set1(1.f)), r);
+}
+MMK_INLINE vf sqrt(vf x) { return _mm512_sqrt_ps(x); }
 MMK_INLINE vf round_down(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 
 // p · 2^floor(x); 0 at floor(x) = -127, as on the other sets, where p < 2.

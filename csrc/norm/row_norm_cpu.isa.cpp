@@ -3,11 +3,12 @@
 //   e = grad_out · gain,   grad_z = rstd · (e − mean(e) − x̂ · mean(e ∘ x̂)),   means over the row; rms has no mean(e)
 //
 // Tiling     R rows at once, so that gain and offset are loaded once for R rows and the sums of R rows hide each
-//            other's latency. Forward: x is read once into float rows in the first-level cache and summed; the second
-//            pass, which has arithmetic to spare, takes the squares and fetches the rows of the next call; the third
-//            writes. Float rows with nothing to add are not copied. Backward: two more passes, of grad_out and of
-//            grad_z; what is summed over rows is added R rows at a time.
-// Precision  float32; the mean from distances to the row's first feature, the variance from the centred row. The sums
+//            other's latency. Forward: x is read once into float rows in the first-level cache and summed; a second
+//            pass takes the squares, of float32 alone; the last writes. The pass with the squares fetches the rows of
+//            the next call. Float rows with nothing to add are not copied. Backward: two more passes, of grad_out and
+//            of grad_z; what is summed over rows is added R rows at a time.
+// Precision  float32; the mean from distances to the row's first feature, the variance from the centred row, or
+//            of half precision from those distances, which is as exact as its elements (load_rows). The sums
 //            of a row do not depend on R.
 // Limits     any C, any alignment: tails are masked, never padded in memory of others.
 #include "csrc/cpu/element.h"
@@ -65,43 +66,11 @@ struct RowVectors {
   }
 };
 
-MMK_INLINE int64_t row_stride(int64_t features) { return padded_features(features) + 16; }  // off the multiples of 1 KB
+// Whether the pass that loads a row of T sums its squares too.
+template <class T>
+constexpr bool kSumsSquares = !std::is_same_v<T, float>;
 
-// z[j] = x[j] + add[j] as floats, and its mean; floats with nothing to add stay where they are. What is summed is the
-// distance from the first feature, so that the mean of a row far from zero is not rounded like the sum of large terms.
-template <class T, int R, bool kAdd>
-MMK_NOINLINE void load_rows(const NormRows& rows, int64_t features, float* copy, const float* (&z)[R],
-                            float (&means)[R]) {
-  constexpr bool kCopies = kAdd || !std::is_same_v<T, float>;
-  const int64_t stride = row_stride(features);
-  const T* x[R];
-  const float* added[R];
-  float first[R];
-  vf acc[R][kStep], origin[R];
-  clear(acc);
-  MMK_UNROLL for (int j = 0; j < R; ++j) {
-    x[j] = static_cast<const T*>(rows.x[j]);
-    added[j] = rows.add[j];
-    first[j] = sum(load_as_float(x[j], int64_t{1})) + (kAdd ? added[j][0] : 0.f);
-    origin[j] = set1(first[j]);
-  }
-  for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
-    MMK_UNROLL for (int j = 0; j < R; ++j) {
-      vf v = load_as_float(x[j] + k, n);
-      if constexpr (kAdd) v = v + load(added[j] + k);
-      if constexpr (kCopies) store(copy + j * stride + k, v);
-      acc[j][u] = acc[j][u] + keep_first(v - origin[j], n);
-    }
-  });
-  MMK_UNROLL for (int j = 0; j < R; ++j) {
-    means[j] = first[j] + sum(acc[j][0] + acc[j][1]) / static_cast<float>(features);
-    if constexpr (kCopies) {
-      z[j] = copy + j * stride;
-    } else {
-      z[j] = x[j];
-    }
-  }
-}
+MMK_INLINE int64_t row_stride(int64_t features) { return padded_features(features) + 16; }  // off the multiples of 1 KB
 
 // The lines of the next rows that belong to a turn at feature k.
 template <int R, int kElement>
@@ -109,7 +78,71 @@ MMK_INLINE void prefetch_turn(const void* const* rows, int64_t k) {
   constexpr int kBytes = kStep * VW * kElement;
   MMK_UNROLL for (int j = 0; j < R; ++j) {
     MMK_UNROLL for (int byte = 0; byte < kBytes; byte += 64)
-        __builtin_prefetch(static_cast<const char*>(rows[j]) + k * kElement + byte);
+        __builtin_prefetch(static_cast<const char*>(rows[j]) + k * kElement + byte, 0, 2);
+  }
+}
+
+// What the next call reads, or null: rows of x, and in the backward of grad_out.
+struct Ahead {
+  const void *const *x, *const *grad;
+
+  template <int R, int kElement>
+  MMK_INLINE void fetch_turn(int64_t k) const {
+    if (x != nullptr) prefetch_turn<R, kElement>(x, k);
+    if (grad != nullptr) prefetch_turn<R, kElement>(grad, k);
+  }
+};
+
+// z[j] = x[j] + add[j] as floats, and its mean; floats with nothing to add stay where they are. What is summed is the
+// distance from the first feature, so that the mean of a row far from zero is not rounded like the sum of large terms.
+//
+// Of bfloat16 and float16 rows the squares of these distances are summed as well, which spares a pass: Σ (z − mean)² is
+// that less n (mean − first)². A row's first feature is at most √C standard deviations from its mean, so the difference
+// is off by C float32 roundings at most, however the row is made, and by few in all but made-up ones.
+template <class T, int R, bool kAdd>
+MMK_NOINLINE void load_rows(const NormRows& rows, int64_t features, bool centers, float* copy, const float* (&z)[R],
+                            float (&means)[R], float (&squares)[R], const Ahead& ahead) {
+  constexpr bool kSquares = kSumsSquares<T>, kCopies = kAdd || !std::is_same_v<T, float>;
+  const int64_t stride = row_stride(features);
+  const T* x[R];
+  const float* added[R];
+  float first[R];
+  vf acc[R][kStep], square[R][kSquares ? kStep : 1], origin[R];
+  clear(acc);
+  clear(square);
+  MMK_UNROLL for (int j = 0; j < R; ++j) {
+    x[j] = static_cast<const T*>(rows.x[j]);
+    added[j] = rows.add[j];
+    first[j] = centers ? sum(load_as_float(x[j], int64_t{1})) + (kAdd ? added[j][0] : 0.f) : 0.f;
+    origin[j] = set1(first[j]);
+  }
+  for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
+    if constexpr (kSquares) {
+      if (u == 0) ahead.fetch_turn<R, sizeof(T)>(k);
+    }
+    MMK_UNROLL for (int j = 0; j < R; ++j) {
+      vf v = load_as_float(x[j] + k, n);
+      if constexpr (kAdd) v = v + load(added[j] + k);
+      if constexpr (kCopies) store(copy + j * stride + k, v);
+      const vf distance = keep_first(v - origin[j], n);
+      acc[j][u] = acc[j][u] + distance;
+      if constexpr (kSquares) square[j][u] = fma(distance, distance, square[j][u]);
+    }
+  });
+  const auto count = static_cast<float>(features);
+  MMK_UNROLL for (int j = 0; j < R; ++j) {
+    const float total = sum(acc[j][0] + acc[j][1]);
+    means[j] = centers ? first[j] + total / count : 0.f;
+    if constexpr (kSquares) {
+      const float around_first = sum(square[j][0] + square[j][1]);
+      const float around_mean = centers ? around_first - total * (total / count) : around_first;
+      squares[j] = around_mean < 0.f ? 0.f : around_mean;  // a NaN stays
+    }
+    if constexpr (kCopies) {
+      z[j] = copy + j * stride;
+    } else {
+      z[j] = x[j];
+    }
   }
 }
 
@@ -121,17 +154,13 @@ void prefetch_rows(const void* const* rows, int count, int64_t bytes) {
 }
 
 // Σ (z − mean)²
-template <int R, int kElement>
-MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const void* const* next,
-                                   const void* const* next_grad, float (&squares)[R]) {
+template <int R>
+MMK_NOINLINE void centered_squares(const RowSet<R>& set, int64_t features, const Ahead& ahead, float (&squares)[R]) {
   const RowVectors<R> row(set);
   vf acc[R][kStep];
   clear(acc);
   for_vectors(features, [&](int64_t k, int u, auto n) MMK_LAMBDA {
-    if (u == 0) {
-      if (next != nullptr) prefetch_turn<R, kElement>(next, k);
-      if (next_grad != nullptr) prefetch_turn<R, kElement>(next_grad, k);
-    }
+    if (u == 0) ahead.fetch_turn<R, sizeof(float)>(k);
     MMK_UNROLL for (int j = 0; j < R; ++j) {
       const vf d = keep_first(row.centered(j, k, n), n);
       acc[j][u] = fma(d, d, acc[j][u]);
@@ -266,31 +295,27 @@ const void* const* repeat_last(const void* const* rows, int count, const void* (
 template <int R>
 void take_statistics(const RowNorm& norm, const NormRows& rows, const NormRows& next, bool backward, float* scratch,
                      RowSet<R>& set) {
-  float means[R], squares[R];
-  with_element(norm.dtype, [&](auto t) {
-    with_bool(rows.add[0] != nullptr, [&](auto add) {
-      load_rows<decltype(t), R, decltype(add)::value>(rows, norm.features, scratch, set.z, means);
-    });
-  });
-  const float count = static_cast<float>(norm.features);
-  for (int j = 0; j < R; ++j) {
-    set.mean[j] = norm.norm == Norm::layer ? means[j] : 0.f;
-    set.rstd[j] = 1.f;
-  }
-  if (norm.norm == Norm::none) {
+  const bool normalizes = norm.norm != Norm::none;
+  const void *next_x[R], *next_grad[R];
+  Ahead ahead{nullptr, nullptr};
+  if (normalizes) {
+    ahead.x = repeat_last(next.x, next.count, next_x);
+    if (backward) ahead.grad = repeat_last(next.grad_out, next.count, next_grad);
+  } else {
     prefetch_rows(next.x, next.count, norm.features * element_size(norm.dtype));
     if (backward) prefetch_rows(next.grad_out, next.count, norm.features * element_size(norm.out_dtype));
-    return;
   }
-  const void *next_x[R], *next_grad[R];
-  const auto* ahead = repeat_last(next.x, next.count, next_x);
-  const auto* grad_ahead = backward ? repeat_last(next.grad_out, next.count, next_grad) : nullptr;
-  if (norm.dtype == Dtype::f32) {
-    centered_squares<R, 4>(set, norm.features, ahead, grad_ahead, squares);
-  } else {
-    centered_squares<R, 2>(set, norm.features, ahead, grad_ahead, squares);
-  }
-  for (int j = 0; j < R; ++j) set.rstd[j] = 1.f / std::sqrt(squares[j] / count + norm.eps);
+  float squares[R];
+  with_element(norm.dtype, [&](auto t) {
+    using T = decltype(t);
+    with_bool(rows.add[0] != nullptr, [&](auto add) {
+      load_rows<T, R, decltype(add)::value>(rows, norm.features, norm.norm == Norm::layer, scratch, set.z, set.mean,
+                                            squares, ahead);
+    });
+    if (normalizes && !kSumsSquares<T>) centered_squares(set, norm.features, ahead, squares);
+  });
+  const auto count = static_cast<float>(norm.features);
+  for (int j = 0; j < R; ++j) set.rstd[j] = normalizes ? 1.f / std::sqrt(squares[j] / count + norm.eps) : 1.f;
 }
 
 // Whether every row can be streamed: its address is a multiple of a vector.
