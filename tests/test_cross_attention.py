@@ -136,6 +136,14 @@ CASES: dict[str, tuple[dict[str, Any], Options]] = {
     "4 queries, many keys": (dict(query_len=4, key_len=1111, dim=32), dict(return_lse=True)),
     "16 queries, many keys": (dict(batch=1, query_len=16, key_len=1111, dim=32), {}),
     "17 queries, many keys": (dict(batch=1, query_len=17, key_len=1111, dim=32), {}),
+    "few queries, more keys to a task than it scores at once": (
+        dict(heads=16, query_len=2, key_len=1300, dim=8),
+        lambda dtype: {**float_mask(1, 16, 2, 1300)(dtype), **lengths(1290, 1025)},
+    ),
+    "few queries, wide heads": (
+        dict(query_len=3, key_len=150, dim=200, value_dim=136),
+        {},
+    ),
     "few queries, grouped heads, lengths": (
         dict(heads=4, kv_heads=1, query_len=1, key_len=777, dim=64),
         lengths(700, 3, enable_gqa=True),

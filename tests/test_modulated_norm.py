@@ -85,6 +85,13 @@ def test_a_mean_far_from_zero_costs_no_accuracy(dtype: torch.dtype, backend: str
     check_op(mmk.modulated_norm, *make(dtype, features=768, offset=1e3), backend=backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_squares_taken_around_an_outlier_cost_no_accuracy(dtype: torch.dtype, backend: str) -> None:
+    x, shift, scale = make(dtype, features=4000)
+    x.data[..., 0] = 1e4
+    check_op(mmk.modulated_norm, x, shift, scale, backend=backend)
+
+
 def test_the_formula(backend: str) -> None:
     x, shift, scale = make()
     for norm in NORMS:

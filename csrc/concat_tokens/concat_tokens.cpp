@@ -10,6 +10,7 @@
 
 #include "csrc/cpu/large_output.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 #include "csrc/norm/torch_rows.h"
 
 namespace mmk {
@@ -119,6 +120,38 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList xs, const Opti
   MMK_DISPATCH(concat_tokens_backward)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto xs = arguments[0].toTensorList();
+  if (xs.empty() || xs.get(0).dim() != 3) return false;
+  const Tensor first = xs.get(0);
+  const auto dtype = first.scalar_type();
+  const int64_t batch = first.size(0), features = first.size(2);
+  for (const Tensor& x : xs) {
+    if (x.scalar_type() != dtype || x.dim() != 3 || x.size(0) != batch || x.size(2) != features) return false;
+  }
+  const auto is = [&](const Tensor& t, at::IntArrayRef shape) {
+    return t.scalar_type() == dtype && t.sizes() == shape;
+  };
+  const auto fits_if_given = [&](size_t i, at::IntArrayRef shape) {
+    return arguments[i].isNone() || is(arguments[i].toTensor(), shape);
+  };
+  const auto positions = arguments[2].toTensorList();
+  const auto sources = arguments[3].toIntList();
+  if (positions.size() != sources.size()) return false;
+  for (size_t j = 0; j < sources.size(); ++j) {
+    if (!is(positions.get(j), {xs.get(static_cast<size_t>(sources.get(j))).size(1), features})) return false;
+  }
+  if (arguments[4].isNone()) {
+    if (!arguments[5].isNone() || !arguments[6].isNone()) return false;
+  } else if (arguments[4].toStringRef() != "layer" && arguments[4].toStringRef() != "rms") {
+    return false;
+  }
+  return fits_if_given(1, {static_cast<int64_t>(xs.size()), features}) && fits_if_given(5, {features}) &&
+         fits_if_given(6, {features});
+}
+
+const DoorCheck door_check("concat_tokens", fits);
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(

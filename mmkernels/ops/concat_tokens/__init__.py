@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._norm import check_norm
 from mmkernels.ops.concat_tokens.op import concat_tokens_op
@@ -58,6 +59,14 @@ def concat_tokens(
         >>> concat_tokens([text, image], type_embedding=torch.randn(2, 768), norm="layer").shape
         torch.Size([2, 236, 768])
     """
+    if may_use_door() and isinstance(xs, (list, tuple)) and isinstance(position_embeddings, (list, tuple, type(None))):
+        places = position_embeddings or ()
+        sources = [i for i, p in enumerate(places) if p is not None]
+        present = [p for p in places if p is not None]
+        if len(places) in (0, len(xs)):
+            args = (xs, type_embedding, present, sources, norm, norm_weight, norm_bias, eps, out_dtype)
+            if (result := concat_tokens_op.unchecked(*args)) is not None:
+                return result
     if not isinstance(xs, (list, tuple)):
         raise checks.type_error(_NAME, "xs", "a list of tensors", type(xs).__name__)
     if len(xs) == 0:
