@@ -135,6 +135,33 @@ constexpr std::pair<std::string_view, Activation> kActivationNames[] = {
     {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
     {"silu", Activation::silu}, {"tanh", Activation::tanh}, {"sigmoid", Activation::sigmoid}};
 
+// What modalities that fit together share: the leading dims, the sum of the last ones, the dtype.
+struct SharedShape {
+  std::vector<int64_t> lead;
+  int64_t width = 0;
+  at::ScalarType dtype;
+
+  // Whether an optional argument, if given, is [of, last] of that dtype.
+  bool fits(const c10::IValue& argument, at::IntArrayRef of, int64_t last) const {
+    return argument.isNone() || fits(argument.toTensor(), dtype, of, last);
+  }
+  static bool fits(const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef of, int64_t last) {
+    return t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(of.size()) + 1 && t.size(-1) == last &&
+           t.sizes().slice(0, of.size()) == of;
+  }
+};
+inline std::optional<SharedShape> shared_shape(const c10::List<at::Tensor>& xs) {
+  if (xs.empty() || xs.get(0).dim() == 0) return std::nullopt;
+  const at::Tensor first = xs.get(0);
+  const auto lead = first.sizes().slice(0, static_cast<size_t>(first.dim() - 1));
+  SharedShape shape{lead.vec(), 0, first.scalar_type()};
+  for (const at::Tensor& x : xs) {
+    if (!SharedShape::fits(x, shape.dtype, lead, x.dim() == 0 ? 0 : x.size(-1))) return std::nullopt;
+    shape.width += x.size(-1);
+  }
+  return shape;
+}
+
 inline bool is_activation(std::string_view name) {
   for (const auto& [known, activation] : kActivationNames) {
     if (known == name) return true;

@@ -106,34 +106,19 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
 }
 
 bool fits(const std::vector<c10::IValue>& arguments) {
-  const auto xs = arguments[0].toTensorList();
-  if (xs.empty()) return false;
-  const Tensor first = xs.get(0);
-  if (first.dim() == 0) return false;
-  const auto lead = first.sizes().slice(0, static_cast<size_t>(first.dim() - 1));
-  int64_t width = 0;
-  for (const Tensor& x : xs) {
-    if (x.dim() != first.dim() || x.sizes().slice(0, lead.size()) != lead) return false;
-    if (x.scalar_type() != first.scalar_type()) return false;
-    width += x.size(-1);
-  }
-  const auto has = [&](size_t i, at::ScalarType dtype, at::IntArrayRef of, int64_t last) {
-    if (arguments[i].isNone()) return true;
-    const Tensor& t = arguments[i].toTensor();
-    return t.scalar_type() == dtype && t.dim() == static_cast<int64_t>(of.size()) + 1 && t.size(-1) == last &&
-           t.sizes().slice(0, of.size()) == of;
-  };
+  const auto shape = shared_shape(arguments[0].toTensorList());
   const Tensor& weight = arguments[1].toTensor();
-  if (weight.dim() != 2) return false;
-  const int64_t features = weight.size(0);
-  const auto dtype = first.scalar_type();
-  const bool known = arguments[3].isNone() || is_activation(arguments[3].toStringRef());
-  return known && has(1, dtype, {features}, width) && has(2, dtype, {}, features) &&
-         (has(4, at::kBool, lead, static_cast<int64_t>(xs.size())) ||
-          has(4, at::kBool, {}, static_cast<int64_t>(xs.size()))) &&
-         has(5, dtype, lead, features) &&
-         (has(6, dtype, {}, features) ||
-          (arguments[6].toTensor().dim() == 0 && arguments[6].toTensor().scalar_type() == dtype));
+  if (!shape || weight.dim() != 2) return false;
+  const int64_t features = weight.size(0), modalities = static_cast<int64_t>(arguments[0].toListRef().size());
+  const auto presence_fits = [&](at::IntArrayRef of) {
+    return SharedShape::fits(arguments[4].toTensor(), at::kBool, of, modalities);
+  };
+  const auto is_scalar = [&](const Tensor& t) { return t.dim() == 0 && t.scalar_type() == shape->dtype; };
+  return shape->fits(arguments[1], {features}, shape->width) && shape->fits(arguments[2], {}, features) &&
+         (arguments[3].isNone() || is_activation(arguments[3].toStringRef())) &&
+         (arguments[4].isNone() || presence_fits(shape->lead) || presence_fits({})) &&
+         shape->fits(arguments[5], shape->lead, features) &&
+         (shape->fits(arguments[6], {}, features) || is_scalar(arguments[6].toTensor()));
 }
 
 const DoorCheck door_check("concat_linear", fits);

@@ -11,6 +11,7 @@
 
 #include "csrc/concat/torch_sources.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -94,6 +95,19 @@ std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::Tensor
   MMK_DISPATCH(concat_norm_linear_backward)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto shape = shared_shape(arguments[0].toTensorList());
+  const Tensor& weight = arguments[3].toTensor();
+  if (!shape || weight.dim() != 2) return false;
+  const int64_t features = weight.size(0);
+  return shape->fits(arguments[1], {}, shape->width) && shape->fits(arguments[2], {}, shape->width) &&
+         shape->fits(arguments[3], {features}, shape->width) && shape->fits(arguments[4], {}, features) &&
+         arguments[5].isString() && (arguments[5].toStringRef() == "layer" || arguments[5].toStringRef() == "rms") &&
+         arguments[6].toDouble() >= 0. && (arguments[7].isNone() || is_activation(arguments[7].toStringRef()));
+}
+
+const DoorCheck door_check("concat_norm_linear", fits);
 
 }  // namespace
 

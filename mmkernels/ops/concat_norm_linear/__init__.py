@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.concat_norm_linear.op import concat_norm_linear_op
@@ -62,6 +63,10 @@ def concat_norm_linear(
         >>> concat_norm_linear([image, text], g, h, weight, activation="gelu").shape
         torch.Size([8, 256])
     """
+    if may_use_door():
+        out = concat_norm_linear_op.unchecked(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation)
+        if out is not None:
+            return out
     name = "concat_norm_linear"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):
