@@ -10,8 +10,7 @@
 //            and no bit depends on the number of threads. The same holds for a broadcast mask's gradient. With few
 //            queries the keys are cut into parts instead, whose dQ are added in order.
 // Precision  P is recomputed by the very operations of the forward, from row_max and log_sum apart. A product starts
-// its
-//            accumulators at zero and is added to the running sum at its end, in float32.
+//            its accumulators at zero and is added to the running sum at its end, in float32.
 // Limits     as the forward.
 #include "csrc/attention/key_gradient.h"
 #include "csrc/attention/mask_gradient.h"

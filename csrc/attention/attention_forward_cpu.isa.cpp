@@ -2,11 +2,11 @@
 //   O[i, :] = Σ_j P[i, j] V[j, :] / Σ_j P[i, j],   P = exp(S - row_max),   S = mask(scale · Q Kᵀ)
 //
 // Tiling     a task owns up to kMaxGroups groups of kLanes queries of one head (three vectors: 24 on AVX2, 48 on
-// AVX-512)
-//            and walks the keys in blocks of kKeyBlock, so that a block of K and V is read from afar once for all
-//            groups. Sᵀ = K·Qᵀ with the queries in the lanes: K is read as it lies, and maximum, sum and exponential
-//            need no work across lanes. Qᵀ [D][lanes], S [keys][lanes] and the running O [lanes][Dv] of a group stay in
-//            level-1 cache. P·V broadcasts from that same S and reads V as it lies.
+//            AVX-512) and walks the keys in blocks of kKeyBlock, so that a block of K and V is read from afar once for
+//            all groups. Sᵀ = K·Qᵀ with the queries in the lanes: K is read as it lies, and maximum, sum and
+//            exponential need no work across lanes. Qᵀ [D][lanes], S [keys][lanes] and the running O [lanes][Dv] of a
+//            group stay in level-1 cache. P·V broadcasts from that same S and reads V as it lies; the last block's
+//            product is O and leaves in O's dtype.
 // Threads    tasks are independent. With few queries the keys are cut into parts whose number depends on the shape
 //            alone; partial results are merged in order.
 // Precision  float32 throughout, or bfloat16 products accumulated in float32 where the instruction exists (P is then
