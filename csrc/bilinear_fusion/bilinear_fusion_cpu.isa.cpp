@@ -8,8 +8,9 @@
 //            are transposed; U and V are read as they lie. Too few rows for the lanes: the features are in the lanes,
 //            and rows of x and of U are multiplied as dot products.
 //            backward: a task owns a tile of one gradient; dP is formed in scratch, kChunk of the summed dim at a time.
+//            bfloat16 is multiplied in pairs where the instruction set has them (kPairs): depths are in units.
 // Threads    no sum is shared by two tasks.
-// Precision  float32; the kept projections have the inputs' dtype, as where plain code would keep them.
+// Precision  float32; the kept projections, and dP in pairs, have the inputs' dtype, as where plain code keeps them.
 // Limits     any sizes.
 #include "csrc/bilinear_fusion/bilinear_fusion.h"
 #include "csrc/cpu/products.h"
@@ -18,25 +19,19 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-constexpr int64_t kMostLanes = 96, kProjections = 256, kDepth = 128;
+constexpr int64_t kMostLanes = 128, kProjections = 256, kDepth = 128;
 constexpr int64_t kFewRowsDepth = 1024;
-constexpr int64_t kTileRows = 96, kTileColumns = 256, kChunk = 128;
+constexpr int64_t kTileRows = 256, kTileColumns = 256, kChunk = 128;
 
 const void* element(const void* data, Dtype dtype, int64_t at) {
   return static_cast<const char*>(data) + at * element_size(dtype);
 }
 void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
 
-// Rows [rows][columns] of a tensor as floats: in place, or as a copy in `scratch`.
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-FloatRows as_floats(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, bool in_place,
-                    float* scratch, int64_t scratch_stride) {
-  if (dtype == Dtype::f32 && in_place) return {static_cast<const float*>(from), stride};
-  copy_rows(dtype, from, stride, rows, columns, scratch, scratch_stride);
-  return {scratch, scratch_stride};
+// Elements of so many units.
+template <bool kPairs>
+constexpr int64_t elements(int64_t units) {
+  return kPairs ? 2 * units : units;
 }
 
 // --- forward
@@ -87,41 +82,50 @@ struct ForwardTile {
 };
 
 // The projections `first` … of a block of rows, into panels of [projections][lanes].
+template <bool kPairs>
 void project(const BilinearParams& p, const BilinearSide& side, const ForwardPlan& plan, const ForwardTile& t,
              int64_t first_row, int64_t rows, int64_t first, int64_t projections, float* out) {
   const int64_t lanes = plan.lanes, panels = ceil_div(rows, lanes);
   if (side.width == 0) std::memset(out, 0, static_cast<size_t>(plan.projections * plan.block) * sizeof(float));
-  for (int64_t k = 0; k < side.width; k += kDepth) {
-    const int64_t count = min(kDepth, side.width - k);
-    const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k),
-                                       side.weight_stride, projections, count, true, t.weight, spread_stride(kDepth));
+  for (int64_t k = 0; k < side.width; k += elements<kPairs>(kDepth)) {
+    const int64_t width = min(elements<kPairs>(kDepth), side.width - k), depth = units<kPairs>(width);
+    const Operand weight =
+        operand_of_rows<kPairs>(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k),
+                                side.weight_stride, projections, width, t.weight, spread_stride(kDepth));
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
       float* features = t.features + i * kDepth * lanes;
-      if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(count * lanes) * sizeof(float));
-      copy_transposed(p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, count, features,
-                      lanes);
-      multiply(weight.data, weight.stride, Constant<1>{}, projections, features, lanes, count, lanes,
-               {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
+      if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(depth * lanes) * sizeof(float));
+      pack_lanes<kPairs>(p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
+                         features, lanes);
+      multiply<kPairs>(weight.data, weight.stride, Constant<1>{}, projections, features, lanes, depth, lanes,
+                       {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
     }
   }
 }
 
 // As `project` for so few rows that the features are in the lanes.
+template <bool kPairs>
 void project_few_rows(const BilinearParams& p, const BilinearSide& side, const ForwardPlan& plan, const ForwardTile& t,
                       int64_t first, int64_t projections, float* out) {
+  constexpr int64_t kMost = elements<kPairs>(kFewRowsDepth), ld = spread_stride(kFewRowsDepth);
   const int64_t ldp = round_up(plan.projections, VW), ldd = spread_stride(plan.projections);
   std::memset(t.partial, 0, static_cast<size_t>(p.batch * ldp * VW) * sizeof(float));
-  for (int64_t k = 0; k < side.width; k += kFewRowsDepth) {
-    const int64_t count = min(kFewRowsDepth, side.width - k);
-    constexpr int64_t ld = spread_stride(kFewRowsDepth);
-    const FloatRows x = as_floats(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, count, true, t.x, ld);
-    const int64_t step = p.dtype == Dtype::f32 ? projections : kDotOthers;
+  for (int64_t k = 0; k < side.width; k += kMost) {
+    const int64_t width = min(kMost, side.width - k);
+    const auto weight_from = [&](int64_t c) {
+      return element(side.weight, p.dtype, (first + c) * side.weight_stride + k);
+    };
+    const Operand x =
+        operand_of_rows<kPairs>(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, width, t.x, ld);
+    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), side.weight_stride, width);
+    const int64_t step = in_place ? projections : kDotOthers;
     for (int64_t c = 0; c < projections; c += step) {
       const int64_t some = min(step, projections - c);
-      const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, (first + c) * side.weight_stride + k),
-                                         side.weight_stride, some, count, true, t.weight, ld);
-      dot_rows(x.data, x.stride, p.batch, weight.data, weight.stride, some, count, t.partial + c * VW, ldp);
+      const Operand weight =
+          operand_of_rows<kPairs>(p.dtype, weight_from(c), side.weight_stride, some, width, t.weight, ld);
+      dot_rows<kPairs>(x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
+                       t.partial + c * VW, ldp);
     }
   }
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -132,15 +136,16 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
   copy_transposed(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
 }
 
+template <bool kPairs>
 void forward_task(const BilinearParams& p, const ForwardPlan& plan, const ForwardTile& t, int64_t first_row,
                   int64_t first_output) {
   const int64_t rows = min(plan.block, p.batch - first_row), outputs = min(plan.outputs, p.outputs - first_output);
   const int64_t first = first_output * p.rank, projections = outputs * p.rank, lanes = plan.lanes;
   for (int s = 0; s < 2; ++s) {
     if (plan.few) {
-      project_few_rows(p, p.sides[s], plan, t, first, projections, t.projections[s]);
+      project_few_rows<kPairs>(p, p.sides[s], plan, t, first, projections, t.projections[s]);
     } else {
-      project(p, p.sides[s], plan, t, first_row, rows, first, projections, t.projections[s]);
+      project<kPairs>(p, p.sides[s], plan, t, first_row, rows, first, projections, t.projections[s]);
     }
   }
   for (int64_t i = 0; i < ceil_div(rows, lanes); ++i) {
@@ -170,34 +175,52 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
 // ---------------------------------------------------------------------------------------------------------
 
 struct BackwardTile {
-  float *grad_projection, *operand, *sums;  // [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns], the tile
+  // In units, kChunk of the summed dim: [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns]; the tile.
+  float *grad_projection, *operand, *sums;
   int64_t floats;
 
   explicit BackwardTile(Carver memory)
-      : grad_projection(memory.take(kChunk * spread_stride(kChunk))),
+      : grad_projection(memory.take(spread_stride(kTileRows) * spread_stride(kChunk))),
         operand(memory.take(kChunk * spread_stride(kTileColumns))),
         sums(memory.take(kTileRows * spread_stride(kTileColumns))),
         floats(memory.used()) {}
 };
 
-// dP of `projections` × `rows`: dz of the output times the other side's projection.
+// dP of `projections` × `rows`, [projections][rows]: dz of the output times the other side's projection. For pairs,
+// a unit is of two projections or, along rows, of two rows.
+template <bool kPairs, bool kAlongRows>
 void form_grad_projection(const BilinearParams& p, const void* other, const float* grad_out, int64_t ldg, int64_t first,
                           int64_t projections, int64_t first_row, int64_t rows, float* out, int64_t ldo) {
+  constexpr int64_t kTogether = kPairs && !kAlongRows ? 2 : 1;
   with_element_type(p.dtype, other, [&](const auto* q) {
-    for (int64_t c = 0; c < projections; ++c) {
-      const float* g = grad_out + (first + c) / p.rank * ldg + first_row;
-      const auto* row = q + (first + c) * p.batch + first_row;
-      for (int64_t b = 0; b < rows; b += VW) {
-        store(out + c * ldo + b, load(g + b) * load_as_float(row + b, rows - b));
+    for (int64_t c = 0; c < projections; c += kTogether) {
+      const auto row_of = [&](int64_t i) {
+        const float* g = grad_out + i / p.rank * ldg + first_row;
+        const auto* row = q + i * p.batch + first_row;
+        return [=](int64_t b) { return b < rows ? load(g + b) * load_as_float(row + b, rows - b) : zero(); };
+      };
+      const auto at = row_of(first + c);
+      float* to = out + c / kTogether * ldo;
+      if constexpr (!kPairs) {
+        for (int64_t b = 0; b < rows; b += VW) store(to + b, at(b));
+      } else if constexpr (kAlongRows) {
+        for (int64_t b = 0; b < rows; b += 2 * VW) store(to + b / 2, to_bf16(at(b), at(b + VW)));
+      } else if (c + 1 < projections) {
+        const auto next = row_of(first + c + 1);
+        for (int64_t b = 0; b < rows; b += VW) store(to + b, pair(at(b), next(b)));
+      } else {
+        for (int64_t b = 0; b < rows; b += VW) store(to + b, pair(at(b), zero()));
       }
     }
   });
 }
 
+template <bool kPairs>
 void backward_side(const BilinearParams& p, const BilinearSide& side, const void* other, const float* grad_out,
                    int64_t ldg, float* memory, int64_t floats) {
   const int64_t all = p.outputs * p.rank, column_tiles = ceil_div(side.width, kTileColumns);
-  constexpr int64_t ldo = spread_stride(kTileColumns), ldd = spread_stride(kChunk);
+  constexpr int64_t ldo = spread_stride(kTileColumns), kMost = elements<kPairs>(kChunk);
+  constexpr int64_t ldr = spread_stride(kTileRows), ldc = spread_stride(kChunk);  // dP's, by projections and by rows
   // A copy pays when it is read again, and columns come in whole vectors only from a copy.
   const auto is_in_place = [&](int64_t rows) { return rows <= 2 * kFeatureRows && side.width % VW == 0; };
   if (side.grad_x != nullptr) {
@@ -206,13 +229,14 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
       for (; t < end; ++t) {
         const int64_t row = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
         const int64_t rows = min(kTileRows, p.batch - row), columns = min(kTileColumns, side.width - column);
-        for (int64_t c = 0; c < all; c += kChunk) {
-          const int64_t depth = min(kChunk, all - c);
-          form_grad_projection(p, other, grad_out, ldg, c, depth, row, rows, tile.grad_projection, ldd);
-          const FloatRows weight = as_floats(p.dtype, element(side.weight, p.dtype, c * side.weight_stride + column),
-                                             side.weight_stride, depth, columns, is_in_place(rows), tile.operand, ldo);
-          multiply(tile.grad_projection, Constant<1>{}, ldd, rows, weight.data, weight.stride, depth, columns,
-                   {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        for (int64_t c = 0; c < all; c += kMost) {
+          const int64_t some = min(kMost, all - c);
+          form_grad_projection<kPairs, false>(p, other, grad_out, ldg, c, some, row, rows, tile.grad_projection, ldr);
+          const Operand weight =
+              operand_of_columns<kPairs>(p.dtype, element(side.weight, p.dtype, c * side.weight_stride + column),
+                                         side.weight_stride, some, columns, is_in_place(rows), tile.operand, ldo);
+          multiply<kPairs>(tile.grad_projection, Constant<1>{}, ldr, rows, weight.data, weight.stride,
+                           units<kPairs>(some), columns, {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
         }
         write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
                    side.width);
@@ -225,13 +249,14 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
     for (; t < end; ++t) {
       const int64_t c = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
       const int64_t rows = min(kTileRows, all - c), columns = min(kTileColumns, side.width - column);
-      for (int64_t b = 0; b < p.batch; b += kChunk) {
-        const int64_t depth = min(kChunk, p.batch - b);
-        form_grad_projection(p, other, grad_out, ldg, c, rows, b, depth, tile.grad_projection, ldd);
-        const FloatRows x = as_floats(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
-                                      depth, columns, is_in_place(rows), tile.operand, ldo);
-        multiply(tile.grad_projection, ldd, Constant<1>{}, rows, x.data, x.stride, depth, columns,
-                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+      for (int64_t b = 0; b < p.batch; b += kMost) {
+        const int64_t some = min(kMost, p.batch - b);
+        form_grad_projection<kPairs, true>(p, other, grad_out, ldg, c, rows, b, some, tile.grad_projection, ldc);
+        const Operand x =
+            operand_of_columns<kPairs>(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
+                                       some, columns, is_in_place(rows), tile.operand, ldo);
+        multiply<kPairs>(tile.grad_projection, ldc, Constant<1>{}, rows, x.data, x.stride, units<kPairs>(some), columns,
+                         {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
       }
       write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, c * side.width + column),
                  side.width);
@@ -248,9 +273,11 @@ void bilinear_forward(const BilinearParams& p) {
   const Scratch memory(floats * p.workers.count);
   for_each_claim(p.workers, ceil_div(p.batch, plan.block) * parts, 1, [&](int worker, int64_t begin, int64_t end) {
     const ForwardTile tile(p, plan, Carver(memory.data() + worker * floats));
-    for (int64_t task = begin; task < end; ++task) {
-      forward_task(p, plan, tile, task / parts * plan.block, task % parts * plan.outputs);
-    }
+    with_pairs(p.dtype, [&](auto pairs) {
+      for (int64_t task = begin; task < end; ++task) {
+        forward_task<pairs>(p, plan, tile, task / parts * plan.block, task % parts * plan.outputs);
+      }
+    });
   });
 }
 
@@ -258,9 +285,11 @@ void bilinear_backward(const BilinearParams& p) {
   const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
   copy_transposed(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
-  for (int s = 0; s < 2; ++s) {
-    backward_side(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);
-  }
+  with_pairs(p.dtype, [&](auto pairs) {
+    for (int s = 0; s < 2; ++s) {
+      backward_side<pairs>(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);
+    }
+  });
 }
 
 }  // namespace MMK_ISA

@@ -199,8 +199,9 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
             }
           }
           const ConcatTerm& term = source.terms[0];
-          const Operand w = operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k),
-                                                    term.weight_stride, count, width, chunk);
+          const Operand w =
+              operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k), term.weight_stride,
+                                      count, width, chunk, copy_stride<kPairs>(width));
           const Block c{z_lanes, block, round_up(rows, VW), unit > 0};
           multiply_panels<kPairs>(w, count, to, depth, c);
           unit += depth;
@@ -259,8 +260,9 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
         for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
           const ConcatTerm& term = source.terms[0];
           const Operand x = present.template operand<kPairs>(k, width, rows_copy);
-          const Operand w = operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k),
-                                                    term.weight_stride, count, width, weight_copy);
+          const Operand w =
+              operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k), term.weight_stride,
+                                      count, width, weight_copy, copy_stride<kPairs>(width));
           for_runs<kTileFeatures>(count, [&](auto features, int64_t f) {
             for_runs<kTileRows>(sources.rows, [&](auto rows, int64_t r) {
               dot_tile<kPairs, static_cast<int>(rows), static_cast<int>(features)>(

@@ -38,12 +38,6 @@ MMK_INLINE void for_row_addresses(const RowView& view, Dtype dtype, int64_t firs
   }
 }
 
-// Rows of units.
-struct Operand {
-  const float* data = nullptr;
-  int64_t stride = 0;  // between rows
-};
-
 // Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
 struct Block {
   float* data;
@@ -133,28 +127,10 @@ void pack_panels(Dtype dtype, const void* source, int64_t row_stride, int64_t de
   }
 }
 
-// Whether rows of a dtype are rows of units as they lie, from an element offset on.
+// Between rows of a copy of `width` elements.
 template <bool kPairs>
-MMK_INLINE bool lies_in_units(Dtype dtype, const void* data, int64_t row_stride, int64_t width) {
-  if (!kPairs) return dtype == Dtype::f32;
-  return row_stride % 2 == 0 && width % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
-}
-
-// `width` elements of `count` rows at a constant stride, as an operand: in place, or copied to `copy`.
-template <bool kPairs>
-Operand operand_of_rows(Dtype dtype, const void* data, int64_t row_stride, int64_t count, int64_t width, float* copy) {
-  if (lies_in_units<kPairs>(dtype, data, row_stride, width)) {
-    return {static_cast<const float*>(data), kPairs ? row_stride / 2 : row_stride};
-  }
-  if constexpr (kPairs) {
-    const int64_t stride = units<true>(width);
-    pack_rows_as_pairs(static_cast<const uint16_t*>(data), row_stride, count, width, copy, stride);
-    return {copy, stride};
-  } else {
-    const int64_t stride = round_up(width, VW);
-    pack_rows_as_float(dtype, data, row_stride, count, width, copy, stride);
-    return {copy, stride};
-  }
+MMK_INLINE int64_t copy_stride(int64_t width) {
+  return kPairs ? units<true>(width) : round_up(width, VW);
 }
 
 // The rows of a block in which a source is present, and a way to read any of their columns as an operand.
@@ -182,9 +158,9 @@ class SourceRows {
     const int64_t inner = first_ % x.inner;
     if (!some_ && inner + count_ <= x.inner) {
       const char* data = row_address(x, dtype_, first_) + column * bytes;
-      return operand_of_rows<kPairs>(dtype_, data, x.inner_stride, count_, width, copy);
+      return operand_of_rows<kPairs>(dtype_, data, x.inner_stride, count_, width, copy, copy_stride<kPairs>(width));
     }
-    const int64_t stride = kPairs ? units<true>(width) : round_up(width, VW);
+    const int64_t stride = copy_stride<kPairs>(width);
     for (int64_t i = 0; i < count_; ++i) {
       const char* data = row_address(x, dtype_, first_ + (some_ ? map_[i] : i)) + column * bytes;
       if constexpr (kPairs) {

@@ -13,6 +13,15 @@ MMK_INLINE int64_t units(int64_t features) {
   return kPairs ? (features + 1) / 2 : features;
 }
 
+// Calls f(kPairs), a constant: whether products of a dtype run on bfloat16 pairs, or on float after conversion.
+template <class Function>
+MMK_INLINE void with_pairs(Dtype dtype, Function f) {
+  if constexpr (kBf16Dot) {
+    if (dtype == Dtype::bf16) return f(std::true_type{});
+  }
+  f(std::false_type{});
+}
+
 // [count][features] of a dtype → [units][stride] floats (or pairs) with one row to a lane; lanes up to a multiple of VW
 // are zero.
 template <bool kPairs>
@@ -74,10 +83,14 @@ inline void pack_rows_as_pairs(const uint16_t* source, int64_t row_stride, int64
 inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
                                   float* out, int64_t stride) {
   if constexpr (kBf16Dot) {
+    constexpr int64_t kAhead = 8;  // rows
     for (int64_t i = 0; i < count; i += 2) {
       const uint16_t* even = source + i * row_stride;
+      const uint16_t* later = source + max(0, min(i + kAhead, count - 2)) * row_stride;
       for (int64_t c = 0; c < features; c += 2 * VW) {
         const int64_t n = features - c;
+        __builtin_prefetch(later + c, 0, 2);
+        __builtin_prefetch(later + row_stride + c, 0, 2);
         float* to = out + i / 2 * stride + c;
         vf first, second;
         pair_rows(load_pairs(even + c, n), i + 1 < count ? load_pairs(even + row_stride + c, n) : zero(), first,
@@ -87,6 +100,48 @@ inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, in
       }
     }
   }
+}
+
+// Rows of units.
+struct Operand {
+  const float* data = nullptr;
+  int64_t stride = 0;  // between rows
+};
+
+// Whether rows of a dtype are rows of units as they lie, from an element offset on.
+template <bool kPairs>
+MMK_INLINE bool lies_in_units(Dtype dtype, const void* data, int64_t row_stride, int64_t width) {
+  if (!kPairs) return dtype == Dtype::f32;
+  return row_stride % 2 == 0 && width % 2 == 0 && reinterpret_cast<uintptr_t>(data) % 4 == 0;
+}
+
+// `width` elements of `count` rows at a constant stride, as an operand of units along a row: in place, or copied.
+template <bool kPairs>
+Operand operand_of_rows(Dtype dtype, const void* data, int64_t row_stride, int64_t count, int64_t width, float* copy,
+                        int64_t copy_stride) {
+  if (lies_in_units<kPairs>(dtype, data, row_stride, width)) {
+    return {static_cast<const float*>(data), kPairs ? row_stride / 2 : row_stride};
+  }
+  if constexpr (kPairs) {
+    pack_rows_as_pairs(static_cast<const uint16_t*>(data), row_stride, count, width, copy, copy_stride);
+  } else {
+    pack_rows_as_float(dtype, data, row_stride, count, width, copy, copy_stride);
+  }
+  return {copy, copy_stride};
+}
+
+// `width` elements of `count` rows, as an operand of units along a column: [units of count][width]. In place where
+// they lie so and `in_place` allows it, else copied, zeros up to a multiple of VW columns.
+template <bool kPairs>
+Operand operand_of_columns(Dtype dtype, const void* data, int64_t row_stride, int64_t count, int64_t width,
+                           bool in_place, float* copy, int64_t copy_stride) {
+  if constexpr (kPairs) {
+    pack_columns_as_pairs(static_cast<const uint16_t*>(data), row_stride, count, width, copy, copy_stride);
+  } else {
+    if (in_place && dtype == Dtype::f32) return {static_cast<const float*>(data), row_stride};
+    pack_rows_as_float(dtype, data, row_stride, count, width, copy, copy_stride);
+  }
+  return {copy, copy_stride};
 }
 
 }  // namespace

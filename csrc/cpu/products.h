@@ -1,13 +1,14 @@
-// Products of blocks of float rows that fit a core's cache, for ops made of several of them:
+// Products of blocks of rows that fit a core's cache, for ops made of several of them:
 //
-//   multiply      C[i, :] = Σ_k A[i, k] · B[k, :]    B's rows in vectors, A one element at a time in any layout
+//   multiply      C[i, :] = Σ_k A[i, k] · B[k, :]    B's rows in vectors, A one unit at a time in any layout
 //   dot_rows      C[i, j] = Σ_k A[i, k] · B[j, k]    rows of both in vectors, nothing packed, any number of rows
 //
-// and the copies of operands into float scratch. Sums are float32, in an order that depends on neither how the caller
-// cuts rows and columns nor how many rows there are.
+// and the copies of operands into scratch. A unit is a float or a pair of bfloat16 (csrc/cpu/pack.h); depths and
+// strides of operands are counted in units. Sums are float32, in an order that depends on neither how the caller cuts
+// rows and columns nor how many rows there are.
 #pragma once
 
-#include "csrc/cpu/element.h"
+#include "csrc/cpu/pack.h"
 #include "csrc/cpu/schedule.h"
 #include "csrc/cpu/tile.h"
 
@@ -67,6 +68,32 @@ inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int
   });
 }
 
+// Floats [rows][columns] → units of two rows [units of rows][columns], in place; whole vectors of columns.
+inline void pair_rows_in_place(float* data, int64_t stride, int64_t rows, int64_t columns) {
+  if constexpr (kBf16Dot) {
+    for (int64_t i = 0; i < rows; i += 2) {
+      const float *low = data + i * stride, *high = low + stride;
+      float* to = data + i / 2 * stride;
+      for (int64_t c = 0; c < columns; c += VW) {
+        store(to + c, pair(load(low + c), i + 1 < rows ? load(high + c) : zero()));
+      }
+    }
+  }
+}
+
+// Floats [rows][columns] → units of two columns [rows][units of columns], in place, zeros up to a multiple of VW units.
+inline void pair_columns_in_place(float* data, int64_t stride, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = data + i * stride;
+    for (int64_t c = 0; c < columns; c += 2 * VW) {
+      const auto at = [&](int64_t k) { return k < columns ? load_partial(row + k, min(VW, columns - k)) : zero(); };
+      const vf low = c + VW <= columns ? load(row + c) : at(c);
+      const vf high = c + 2 * VW <= columns ? load(row + c + VW) : at(c + VW);
+      store(row + c / 2, to_bf16(low, high));
+    }
+  }
+}
+
 // to[column] = Σ_rows of [rows][columns] floats, in blocks of rows so that a long sum keeps its digits.
 inline void sum_columns(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to) {
   constexpr int64_t kRun = 64;
@@ -97,12 +124,12 @@ struct Result {
   float factor = 1.f;
 };
 
-template <int MR, int NR, class RowStride, class KStride>
+template <bool kPairs, int MR, int NR, class RowStride, class KStride>
 MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_stride, const float* b, int64_t ldb,
                                int64_t depth, const Result& c, int64_t row, int64_t column) {
   vf acc[MR][NR];
   clear(acc);
-  accumulate<false>(acc, a, row_stride, k_stride, b, ldb, depth);
+  accumulate<kPairs>(acc, a, row_stride, k_stride, b, ldb, depth);
   const auto each = [&](auto f) {
     MMK_UNROLL for (int i = 0; i < MR; ++i) {
       MMK_UNROLL for (int j = 0; j < NR; ++j) f(acc[i][j], (row + i) * c.stride + column + j * VW);
@@ -122,15 +149,15 @@ MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_s
 }
 
 // A[rows][depth] · B[depth][columns]. B and C are read and written in whole vectors, up to a multiple of VW columns.
-template <class RowStride, class KStride>
+template <bool kPairs = false, class RowStride, class KStride>
 void multiply(const float* a, RowStride row_stride, KStride k_stride, int64_t rows, const float* b, int64_t ldb,
               int64_t depth, int64_t columns, const Result& c) {
   const int64_t vectors = ceil_div(columns, VW);
   const auto run = [&](auto most_rows, auto most_vectors) {
     for_runs<static_cast<int>(most_vectors)>(vectors, [&](auto width, int64_t v) {
       for_runs<static_cast<int>(most_rows)>(rows, [&](auto height, int64_t i) {
-        product_tile<static_cast<int>(height), static_cast<int>(width)>(a + i * row_stride, row_stride, k_stride,
-                                                                        b + v * VW, ldb, depth, c, i, v * VW);
+        product_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
+            a + i * row_stride, row_stride, k_stride, b + v * VW, ldb, depth, c, i, v * VW);
       });
     });
   };
@@ -148,7 +175,7 @@ constexpr int kDotRows = kRegisters == 32 ? 4 : kFma ? 3 : 2;
 constexpr int kDotOthers = kRegisters == 32 ? 6 : 4;
 
 // partial[i][j] += Σ_k a[i][k] · b[j][k], one sum per lane.
-template <int MR, int NR>
+template <bool kPairs, int MR, int NR>
 MMK_NOINLINE void dot_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* partial,
                            int64_t ldp) {
   vf acc[MR][NR];
@@ -158,7 +185,7 @@ MMK_NOINLINE void dot_tile(const float* a, int64_t lda, const float* b, int64_t 
     MMK_UNROLL for (int i = 0; i < MR; ++i) x[i] = load_row(a + i * lda);
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       const vf y = load_row(b + j * ldb);
-      MMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = fma(x[i], y, acc[i][j]);
+      MMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = multiply_add<kPairs>(acc[i][j], x[i], y);
     }
   };
   int64_t k = 0;
@@ -173,15 +200,16 @@ MMK_NOINLINE void dot_tile(const float* a, int64_t lda, const float* b, int64_t 
 }
 
 // partial [rows][ldp][VW] += A[rows][depth] · B[others][depth]ᵀ, one sum per lane; `finish_dots` adds the lanes up.
-inline void dot_rows(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t others,
-                     int64_t depth, float* partial, int64_t ldp) {
+template <bool kPairs>
+void dot_rows(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t others, int64_t depth,
+              float* partial, int64_t ldp) {
   constexpr int64_t kRowsInCache = 4 * kDotRows;  // rows of A that stay in the first cache while B passes by
   for (int64_t first = 0; first < rows; first += kRowsInCache) {
     for_runs<kDotOthers>(others, [&](auto width, int64_t j) {
       for_runs<kDotRows>(min(kRowsInCache, rows - first), [&](auto height, int64_t x) {
         const int64_t i = first + x;
-        dot_tile<static_cast<int>(height), static_cast<int>(width)>(a + i * lda, lda, b + j * ldb, ldb, depth,
-                                                                    partial + (i * ldp + j) * VW, ldp);
+        dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(a + i * lda, lda, b + j * ldb, ldb, depth,
+                                                                            partial + (i * ldp + j) * VW, ldp);
       });
     });
   }

@@ -5,11 +5,11 @@
 //   dw[r] = Σ dy ∘ Π_i P_i[r],  dbias = Σ_b dy
 //
 // Tiling     forward: a task owns kRows rows × kOutputs outputs; a rank after the other, the product over the
-// modalities
-//            is taken on the register tile and added to y, which stay in the second cache.
+//            modalities is taken on the register tile and added to y, which stay in the second cache.
 //            backward: a task owns a rank, and walks over blocks of rows; P is formed again, dF stays in scratch.
+//            bfloat16 is multiplied in pairs where the instruction set has them (kPairs): depths are in units.
 // Threads    ranks are added to dx in their order, whichever worker has them; no other sum is shared by two tasks.
-// Precision  float32.
+// Precision  float32; as pairs, dP is rounded to bfloat16.
 // Limits     any number of modalities, any widths and ranks.
 #include "csrc/cpu/products.h"
 #include "csrc/low_rank_fusion/low_rank_fusion.h"
@@ -33,12 +33,8 @@ float scalar(Dtype dtype, const void* data, int64_t at) {
   return value;
 }
 
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-
-// [1; x_i] of a block of rows, all modalities side by side.
+// [1; x_i] of a block of rows, all modalities side by side, in units along a row.
+template <bool kPairs>
 class Inputs {
  public:
   Inputs(const LowRankParams& p, Carver& memory, int64_t rows) : p_(&p) {
@@ -55,14 +51,26 @@ class Inputs {
   void fill(int64_t first, int64_t rows) const {
     for_each([&](int64_t i, float* to) {
       const LowRankModality& m = p_->modalities[i];
-      for (int64_t b = 0; b < rows; ++b) to[b * stride_] = 1.f;
-      copy_rows(p_->dtype, element(m.x, p_->dtype, first * m.x_stride), m.x_stride, rows, m.width, to + 1, stride_);
+      const void* from = element(m.x, p_->dtype, first * m.x_stride);
+      if constexpr (kPairs) {
+        constexpr uint16_t kOne = 0x3f80;
+        for (int64_t b = 0; b < rows; ++b) {
+          if (m.width % 2 == 0) to[b * stride_ + m.width / 2] = 0.f;
+          auto* halves = reinterpret_cast<uint16_t*>(to + b * stride_);
+          halves[0] = kOne;
+          std::memcpy(halves + 1, static_cast<const uint16_t*>(from) + b * m.x_stride,
+                      static_cast<size_t>(m.width) * sizeof(uint16_t));
+        }
+      } else {
+        for (int64_t b = 0; b < rows; ++b) to[b * stride_] = 1.f;
+        copy_rows(p_->dtype, from, m.x_stride, rows, m.width, to + 1, stride_);
+      }
     });
   }
   int64_t stride() const { return stride_; }
 
  private:
-  int64_t offset(int64_t i) const { return round_up(p_->modalities[i].width, VW) + VW; }
+  int64_t offset(int64_t i) const { return round_up(units<kPairs>(p_->modalities[i].width + 1), VW) + VW; }
 
   const LowRankParams* p_;
   int64_t stride_ = 0;
@@ -75,35 +83,35 @@ int64_t widest(const LowRankParams& p) {
   return width;
 }
 
-// Columns `first` … of F_i[r], [width + 1][columns]: in place where few rows will read it, else as a copy.
-FloatRows factor(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t columns,
-                 int64_t rows, float* scratch, int64_t stride) {
-  const void* from = element(m.factor, p.dtype, r * m.factor_rank_stride + first);
-  if (p.dtype == Dtype::f32 && rows <= kRowsInPlace && columns % VW == 0) {
-    return {static_cast<const float*>(from), m.factor_stride};
-  }
-  copy_rows(p.dtype, from, m.factor_stride, m.width + 1, columns, scratch, stride);
-  return {scratch, stride};
+// Columns `first` … of F_i[r], [units of width + 1][columns].
+template <bool kPairs>
+Operand factor(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t columns,
+               bool in_place, float* scratch, int64_t stride) {
+  return operand_of_columns<kPairs>(p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + first),
+                                    m.factor_stride, m.width + 1, columns, in_place, scratch, stride);
 }
 
 // --- forward
 // ----------------------------------------------------------------------------------------------------------
 
+template <bool kPairs>
 struct ForwardTile {
-  Inputs x;
-  float *factor, *product, *sum;  // [width + 1][outputs], [rows][outputs] each
+  Inputs<kPairs> x;
+  float *factor, *product, *sum;  // [units of width + 1][outputs], [rows][outputs] each
   int64_t floats;
 
   ForwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t stride)
       : x(p, memory, rows),
-        factor(memory.take((widest(p) + 1) * stride)),
+        factor(memory.take(units<kPairs>(widest(p) + 1) * stride)),
         product(memory.take(rows * stride)),
         sum(memory.take(rows * stride)),
         floats(memory.used()) {}
 };
 
-void forward_task(const LowRankParams& p, const ForwardTile& t, int64_t stride, int64_t first_row, int64_t rows,
+template <bool kPairs>
+void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t stride, int64_t first_row, int64_t rows,
                   int64_t first, int64_t outputs) {
+  const bool in_place = rows <= kRowsInPlace && outputs % VW == 0;  // a copy pays when it is read again
   t.x.fill(first_row, rows);
   for (int64_t b = 0; b < rows; ++b) {
     if (p.bias != nullptr) {
@@ -119,10 +127,10 @@ void forward_task(const LowRankParams& p, const ForwardTile& t, int64_t stride, 
     const float weight = scalar(p.dtype, p.rank_weights, r);
     t.x.for_each([&](int64_t i, const float* x) {
       const LowRankModality& m = p.modalities[i];
-      const FloatRows f = factor(p, m, r, first, outputs, rows, t.factor, stride);
+      const Operand f = factor<kPairs>(p, m, r, first, outputs, in_place, t.factor, stride);
       const Combine how = i + 1 == p.count ? Combine::add_product : i == 0 ? Combine::store : Combine::multiply;
-      multiply(x, t.x.stride(), Constant<1>{}, rows, f.data, f.stride, m.width + 1, outputs,
-               {how, t.product, stride, t.sum, weight});
+      multiply<kPairs>(x, t.x.stride(), Constant<1>{}, rows, f.data, f.stride, units<kPairs>(m.width + 1), outputs,
+                       {how, t.product, stride, t.sum, weight});
     });
   }
   write_rows(t.sum, stride, rows, outputs, p.dtype, element(p.out, p.dtype, first_row * p.outputs + first), p.outputs);
@@ -131,48 +139,87 @@ void forward_task(const LowRankParams& p, const ForwardTile& t, int64_t stride, 
 // --- backward
 // ---------------------------------------------------------------------------------------------------------
 
+template <bool kPairs>
 struct BackwardTile {
-  Inputs x;
-  float *factors, *transposed, *grad_factors;         // [Σ width + 1][N], [N][Σ width], [Σ width + 1][N]
-  float *projections, *grad_projection, *grad_input;  // [M][rows][N], [rows][N], [rows][widest]
+  Inputs<kPairs> x;
+  float *factors, *transposed, *grad_factors;  // [Σ units of width + 1][N], [units of N][Σ width], [Σ width + 1][N]
+  float* projections;                          // [M][rows][N]
+  float *by_outputs, *by_rows;                 // dP in units of outputs, [rows][N], and of rows: the same for float
+  float* columns;                              // pairs alone: [1; x_i] in units of rows, [units of rows][width + 1]
   int64_t floats;
 
   BackwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t ldn) : x(p, memory, rows) {
-    int64_t entries = 0, transposed_width = 0;
+    int64_t entries = 0, depth = 0, transposed_width = 0;
     for (int64_t i = 0; i < p.count; ++i) {
       entries += p.modalities[i].width + 1;
+      depth += units<kPairs>(p.modalities[i].width + 1);
       transposed_width += spread_stride(p.modalities[i].width);
     }
-    factors = memory.take(entries * ldn);
-    transposed = memory.take(p.outputs * transposed_width);
+    factors = memory.take(depth * ldn);
+    transposed = memory.take(units<kPairs>(p.outputs) * transposed_width);
     grad_factors = memory.take(entries * ldn);
     projections = memory.take(p.count * rows * ldn);
-    grad_projection = memory.take(rows * ldn);
-    grad_input = memory.take(rows * spread_stride(widest(p)));
+    by_outputs = by_rows = memory.take(rows * ldn);
+    columns = nullptr;
+    if (kPairs) {
+      by_rows = memory.take(units<true>(rows) * ldn);
+      columns = memory.take(units<true>(rows) * spread_stride(widest(p) + 1));
+    }
     floats = memory.used();
   }
 };
 
-// dP of modality i, without the weight of the rank; for i = -1 the product of all P with dy, whose sum is returned.
-float form_grad_projection(const LowRankParams& p, const BackwardTile& t, int64_t i, float weight,
-                           const float* grad_out, int64_t rows, int64_t block, int64_t ldn) {
+// dy · weight · Π_{j≠i} P_j of row b, as a vector of outputs from n on.
+template <bool kPairs>
+MMK_INLINE vf product_of_others(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_t i, vf weight,
+                                const float* grad_out, int64_t block, int64_t ldn, int64_t b, int64_t n) {
+  vf g = load(grad_out + b * ldn + n) * weight;
+  for (int64_t j = 0; j < p.count; ++j) {
+    if (j != i) g = g * load(t.projections + (j * block + b) * ldn + n);
+  }
+  return g;
+}
+
+// dP of modality i, times the weight of the rank.
+template <bool kPairs>
+void form_grad_projection(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_t i, float weight,
+                          const float* grad_out, int64_t rows, int64_t block, int64_t ldn) {
+  const auto at = [&](int64_t b, int64_t n) {
+    return product_of_others(p, t, i, set1(weight), grad_out, block, ldn, b, n);
+  };
+  if constexpr (!kPairs) {
+    for (int64_t b = 0; b < rows; ++b) {
+      for (int64_t n = 0; n < p.outputs; n += VW) store(t.by_outputs + b * ldn + n, at(b, n));
+    }
+  } else {
+    for (int64_t b = 0; b < rows; b += 2) {
+      const bool single = b + 1 == rows;
+      for (int64_t n = 0; n < p.outputs; n += 2 * VW) {
+        const bool half = n + VW >= p.outputs;
+        const vf even = at(b, n), even_next = half ? zero() : at(b, n + VW);
+        const vf odd = single ? zero() : at(b + 1, n), odd_next = single || half ? zero() : at(b + 1, n + VW);
+        store(t.by_outputs + b * ldn + n / 2, to_bf16(even, even_next));
+        if (!single) store(t.by_outputs + (b + 1) * ldn + n / 2, to_bf16(odd, odd_next));
+        store(t.by_rows + b / 2 * ldn + n, pair(even, odd));
+        if (!half) store(t.by_rows + b / 2 * ldn + n + VW, pair(even_next, odd_next));
+      }
+    }
+  }
+}
+
+// Σ dy ∘ Π P over a block of rows.
+template <bool kPairs>
+float sum_products(const LowRankParams& p, const BackwardTile<kPairs>& t, const float* grad_out, int64_t rows,
+                   int64_t block, int64_t ldn) {
   vf total = zero();
   for (int64_t b = 0; b < rows; ++b) {
-    vf of_row = zero();  // apart from the other rows', so that a long sum keeps its digits
-    for (int64_t n = 0; n < p.outputs; n += VW) {
-      vf g = load(grad_out + b * ldn + n) * set1(weight);
-      for (int64_t j = 0; j < p.count; ++j) {
-        if (j != i) g = g * load(t.projections + (j * block + b) * ldn + n);
-      }
-      if (i < 0) {
-        of_row = of_row + g;  // beyond the last output dy is zero, and so is the copied factor
-      } else {
-        store(t.grad_projection + b * ldn + n, g);
-      }
+    vf of_row = zero();                            // apart from the other rows', so that a long sum keeps its digits
+    for (int64_t n = 0; n < p.outputs; n += VW) {  // beyond the last output dy is zero, and so is the copied factor
+      of_row = of_row + product_of_others(p, t, -1, set1(1.f), grad_out, block, ldn, b, n);
     }
     total = total + of_row;
   }
-  return i < 0 ? sum(total) : 0.f;
+  return sum(total);
 }
 
 struct InputGradients {
@@ -181,20 +228,20 @@ struct InputGradients {
   int32_t* turns;  // per block of rows: how many ranks have been added
 };
 
-void backward_rank(const LowRankParams& p, const BackwardTile& t, int64_t r, const float* grad_out, int64_t ldn,
+template <bool kPairs>
+void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_t r, const float* grad_out, int64_t ldn,
                    int64_t block, const InputGradients& inputs) {
   const float weight = scalar(p.dtype, p.rank_weights, r);
   float *copies = t.factors, *transposed = t.transposed;
   for (int64_t i = 0; i < p.count; ++i) {
     const LowRankModality& m = p.modalities[i];
-    const void* from = element(m.factor, p.dtype, r * m.factor_rank_stride);
-    copy_rows(p.dtype, from, m.factor_stride, m.width + 1, p.outputs, copies, ldn);
-    copies += (m.width + 1) * ldn;
+    factor<kPairs>(p, m, r, 0, p.outputs, false, copies, ldn);
+    copies += units<kPairs>(m.width + 1) * ldn;
     if (m.grad_x != nullptr) {
-      copy_transposed(p.dtype, element(from, p.dtype, m.factor_stride), m.factor_stride, m.width, p.outputs, transposed,
-                      spread_stride(m.width));
+      pack_lanes<kPairs>(p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + m.factor_stride),
+                         m.factor_stride, m.width, p.outputs, transposed, spread_stride(m.width));
     }
-    transposed += p.outputs * spread_stride(m.width);
+    transposed += units<kPairs>(p.outputs) * spread_stride(m.width);
   }
   float grad_weight = 0.f;
   for (int64_t first = 0; first < p.batch; first += block) {
@@ -203,12 +250,12 @@ void backward_rank(const LowRankParams& p, const BackwardTile& t, int64_t r, con
     t.x.fill(first, rows);
     const float* f = t.factors;
     t.x.for_each([&](int64_t i, const float* x) {
-      const int64_t entries = p.modalities[i].width + 1;
-      multiply(x, t.x.stride(), Constant<1>{}, rows, f, ldn, entries, p.outputs,
-               {Combine::store, t.projections + i * block * ldn, ldn});
-      f += entries * ldn;
+      const int64_t depth = units<kPairs>(p.modalities[i].width + 1);
+      multiply<kPairs>(x, t.x.stride(), Constant<1>{}, rows, f, ldn, depth, p.outputs,
+                       {Combine::store, t.projections + i * block * ldn, ldn});
+      f += depth * ldn;
     });
-    if (p.grad_rank_weights != nullptr) grad_weight += form_grad_projection(p, t, -1, 1.f, dy, rows, block, ldn);
+    if (p.grad_rank_weights != nullptr) grad_weight += sum_products(p, t, dy, rows, block, ldn);
     int32_t* turn = inputs.turns + first / block;
     wait_turn(turn, static_cast<int32_t>(r));
     float *grad_factor = t.grad_factors, *columns = t.transposed;
@@ -218,16 +265,22 @@ void backward_rank(const LowRankParams& p, const BackwardTile& t, int64_t r, con
         form_grad_projection(p, t, i, weight, dy, rows, block, ldn);
       }
       if (m.grad_factor != nullptr) {
-        multiply(x, Constant<1>{}, t.x.stride(), m.width + 1, t.grad_projection, ldn, rows, p.outputs,
-                 {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
+        Operand entries{x, t.x.stride()};
+        if constexpr (kPairs) {
+          entries = {t.columns, spread_stride(m.width + 1)};
+          pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(x), 2 * t.x.stride(), rows, m.width + 1, t.columns,
+                                entries.stride);
+        }
+        multiply<kPairs>(entries.data, Constant<1>{}, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows),
+                         p.outputs, {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
       }
       if (m.grad_x != nullptr) {
-        multiply(
-            t.grad_projection, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), p.outputs, m.width,
+        multiply<kPairs>(
+            t.by_outputs, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), units<kPairs>(p.outputs), m.width,
             {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
       }
       grad_factor += (m.width + 1) * ldn;
-      columns += p.outputs * spread_stride(m.width);
+      columns += units<kPairs>(p.outputs) * spread_stride(m.width);
     });
     end_turn(turn, static_cast<int32_t>(r));
   }
@@ -254,14 +307,16 @@ void low_rank_forward(const LowRankParams& p) {
   const int64_t parts = max(ceil_div(p.outputs, kOutputs), ceil_div(p.workers.count, row_blocks));
   const int64_t outputs = round_up(ceil_div(p.outputs, parts), VW), stride = spread_stride(outputs);
   const int64_t blocks = ceil_div(p.outputs, outputs);
-  const int64_t floats = ForwardTile(p, Carver(nullptr), rows, stride).floats;
-  const Scratch memory(floats * p.workers.count);
-  for_each_claim(p.workers, row_blocks * blocks, 1, [&](int worker, int64_t begin, int64_t end) {
-    const ForwardTile tile(p, Carver(memory.data() + worker * floats), rows, stride);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks * kRows, n = task % blocks * outputs;
-      forward_task(p, tile, stride, b, min(kRows, p.batch - b), n, min(outputs, p.outputs - n));
-    }
+  with_pairs(p.dtype, [&](auto pairs) {
+    const int64_t floats = ForwardTile<pairs>(p, Carver(nullptr), rows, stride).floats;
+    const Scratch memory(floats * p.workers.count);
+    for_each_claim(p.workers, row_blocks * blocks, 1, [&](int worker, int64_t begin, int64_t end) {
+      const ForwardTile<pairs> tile(p, Carver(memory.data() + worker * floats), rows, stride);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / blocks * kRows, n = task % blocks * outputs;
+        forward_task(p, tile, stride, b, min(kRows, p.batch - b), n, min(outputs, p.outputs - n));
+      }
+    });
   });
 }
 
@@ -305,13 +360,15 @@ void low_rank_backward(const LowRankParams& p) {
   }
   if (p.grad_bias != nullptr) sum_columns(s.grad_out, ldn, p.batch, p.outputs, p.dtype, p.grad_bias);
 
-  const int64_t floats = BackwardTile(p, Carver(nullptr), block, ldn).floats;
-  const Scratch memory(floats * p.workers.count);
-  for_each_claim(p.workers, p.rank, 1, [&](int worker, int64_t begin, int64_t end) {
-    const BackwardTile tile(p, Carver(memory.data() + worker * floats), block, ldn);
-    for (int64_t r = begin; r < end; ++r) {
-      backward_rank(p, tile, r, s.grad_out, ldn, block, {s.sums, s.strides, s.turns});
-    }
+  with_pairs(p.dtype, [&](auto pairs) {
+    const int64_t floats = BackwardTile<pairs>(p, Carver(nullptr), block, ldn).floats;
+    const Scratch memory(floats * p.workers.count);
+    for_each_claim(p.workers, p.rank, 1, [&](int worker, int64_t begin, int64_t end) {
+      const BackwardTile<pairs> tile(p, Carver(memory.data() + worker * floats), block, ldn);
+      for (int64_t r = begin; r < end; ++r) {
+        backward_rank(p, tile, r, s.grad_out, ldn, block, {s.sums, s.strides, s.turns});
+      }
+    });
   });
   for (int64_t i = 0; i < p.count; ++i) {
     const LowRankModality& m = p.modalities[i];

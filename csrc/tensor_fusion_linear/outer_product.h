@@ -1,4 +1,5 @@
-// A row of the outer product ⊗_i [1; x_i] in pieces: which factors entry k is made of, and runs of entries as vectors.
+// A row of the outer product ⊗_i [1; x_i] in pieces: which factors entry k is made of, and runs of entries as vectors,
+// forward and backward.
 #pragma once
 
 #include "csrc/cpu/products.h"
@@ -8,7 +9,8 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// Rows of all modalities as floats side by side, each with its leading 1. The last modality has a vector of slack.
+// Rows of all modalities as floats side by side, each with its leading 1, or their gradients in the same places. A
+// modality has a vector of slack.
 class Factors {
  public:
   Factors(const TensorFusionParams& p, Carver& memory, int64_t rows) : p_(&p) {
@@ -31,7 +33,8 @@ class Factors {
                 stride_);
     }
   }
-  const float* of(int64_t row, int64_t modality) const { return data_ + row * stride_ + offsets_[modality]; }
+  void clear(int64_t rows) const { std::memset(data_, 0, static_cast<size_t>(rows * stride_) * sizeof(float)); }
+  float* of(int64_t row, int64_t modality) const { return data_ + row * stride_ + offsets_[modality]; }
 
  private:
   const TensorFusionParams* p_;
@@ -79,6 +82,9 @@ class Position {
   int64_t *start_, *digits_;
 };
 
+// Whether so many rows leave too many lanes of a panel idle: the entries are then in the lanes.
+MMK_INLINE bool are_few(int64_t rows) { return 2 * rows <= 3 * VW; }
+
 // `count` entries of one row's outer product from where `at` started. Up to a vector beyond them is overwritten.
 inline void expand_row(const Factors& x, int64_t row, Position& at, int64_t count, float* out) {
   at.rewind();
@@ -97,6 +103,50 @@ inline void expand_row(const Factors& x, int64_t row, Position& at, int64_t coun
     for (int64_t c = 0; c < run; c += VW) store(out + done + c, prefix * load(x_last + j + c));
     done += run;
     if (at.advance(run) + 1 < last) set_outer();
+  }
+}
+
+// Adds to the gradients of one row's factors what `grad`, of `count` entries from where `at` started, brings them. A
+// run of the faster modalities that is complete passes on to the slower one before them: until then up[i], of modality
+// i, sums the gradient of the product of the factors before i.
+inline void contract_row(const Factors& x, const Factors& gradients, int64_t row, Position& at, int64_t count,
+                         const float* grad, float* up) {
+  at.rewind();
+  const int64_t last = at.last(), size = at.size(last);
+  const auto prefix = [&](int64_t modality) {
+    float product = 1.f;
+    for (int64_t i = 0; i < modality; ++i) product *= x.of(row, i)[at[i]];
+    return product;
+  };
+  for (int64_t done = 0; done < count;) {
+    const int64_t j = at[last], run = min(size - j, count - done);
+    const float* factor = x.of(row, last) + j;
+    float* gradient = gradients.of(row, last) + j;
+    const vf before = set1(prefix(last));
+    vf total = zero();
+    int64_t c = 0;
+    for (; c + VW <= run; c += VW) {
+      const vf g = load(grad + done + c);
+      total = fma(g, load(factor + c), total);
+      store(gradient + c, fma(g, before, load(gradient + c)));
+    }
+    if (c < run) {
+      const vf g = load_partial(grad + done + c, run - c);
+      total = fma(g, load_partial(factor + c, run - c), total);
+      store(gradient + c, fma(g, before, load(gradient + c)));
+    }
+    up[last] += sum(total);
+    if (j + run == size) {
+      for (int64_t i = last; i > 0; --i) {
+        const float complete = up[i];
+        up[i] = 0.f;
+        gradients.of(row, i - 1)[at[i - 1]] += complete * prefix(i - 1);
+        up[i - 1] += complete * x.of(row, i - 1)[at[i - 1]];
+        if (at[i - 1] + 1 < at.size(i - 1)) break;
+      }
+    }
+    done += run;
+    at.advance(run);
   }
 }
 

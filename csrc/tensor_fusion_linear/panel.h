@@ -12,7 +12,7 @@ struct PanelPlan {
   int64_t panels, vectors, lanes, block;  // panels of a block, vectors and lanes of a panel, rows of a block
 
   explicit PanelPlan(const TensorFusionParams& p, int64_t workers) {
-    constexpr int64_t kMostLanes = 96;
+    constexpr int64_t kMostLanes = 128;
     const int64_t block_vectors = max(1, min(kMostLanes / VW, ceil_div(ceil_div(p.batch, VW), workers)));
     panels = ceil_div(block_vectors, kFeatureVectors);
     vectors = ceil_div(block_vectors, panels);
@@ -22,7 +22,7 @@ struct PanelPlan {
 };
 
 // [entries][lanes] of every modality's factor [1; x]; for modality i, [lanes] the prefix: the product of the factors
-// before it; and, where gradients are formed, the same of those, and the output's gradient [N][lanes].
+// before it; and, where gradients are formed, the same of those, and the output's gradient [units of N][lanes].
 class Panel {
  public:
   Panel(const TensorFusionParams& p, Carver& memory, int64_t lanes, bool with_gradients)
@@ -61,8 +61,10 @@ class Panel {
     }
     for (int64_t b = 0; b < lanes_; ++b) prefix(0)[b] = 1.f;
     if (!with_gradients_) return;
-    copy_transposed(p_->dtype, rows_of(p_->grad_out, p_->grad_out_stride), p_->grad_out_stride, rows, p_->outputs,
-                    grad_out_, lanes_);
+    with_pairs(p_->dtype, [&](auto pairs) {
+      pack_lanes<pairs>(p_->dtype, rows_of(p_->grad_out, p_->grad_out_stride), p_->grad_out_stride, rows, p_->outputs,
+                        grad_out_, lanes_);
+    });
   }
 
   // `rows` is scratch, [lanes][spread_stride(width)] floats.

@@ -6,8 +6,10 @@
 //            W's rows as they lie, one element at a time. Fewer rows than lanes: the entries are in the lanes instead,
 //            and rows of A and of W are multiplied as dot products.
 //            dW: a task owns kColumns entries of all outputs, and forms them for kBatch rows at a time.
+//            bfloat16 is multiplied in pairs where the instruction set has them (kPairs): a piece of A is paired where
+//            it was formed.
 // Threads    no sum is shared by two tasks.
-// Precision  float32; the forward's sums run over kDepth entries at a time.
+// Precision  float32; the forward's sums run over kDepth entries at a time. As pairs, A is rounded to bfloat16.
 // Limits     any number of modalities, any widths; A itself is never held.
 #include "csrc/tensor_fusion_linear/panel.h"
 
@@ -18,9 +20,6 @@ namespace {
 constexpr int64_t kDepth = 256;          // entries of A formed at a time
 constexpr int64_t kFewRowsDepth = 1024;  // bound by reading W: longer runs of each of its rows
 constexpr int64_t kBatch = 256, kColumns = 128;
-
-// Whether so many rows leave too many lanes of a panel idle.
-bool are_few(int64_t rows) { return 2 * rows <= 3 * VW; }
 
 const void* element(const void* data, Dtype dtype, int64_t at) {
   return static_cast<const char*>(data) + at * element_size(dtype);
@@ -45,8 +44,9 @@ struct FewRowsTile {
   int64_t floats;
 };
 
+template <bool kPairs>
 void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_output, int64_t outputs) {
-  constexpr int64_t kDepth = kFewRowsDepth;
+  constexpr int64_t kDepth = kFewRowsDepth, ldw = spread_stride(kDepth);
   const int64_t rows = p.batch, lda = spread_stride(kDepth + VW), ldp = round_up(outputs, VW);
   t.x.fill(0, rows);
   std::memset(t.partial, 0, static_cast<size_t>(rows * ldp * VW) * sizeof(float));
@@ -54,19 +54,18 @@ void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_ou
     const int64_t count = min(kDepth, p.features - k);
     t.at.start_at(k);
     for (int64_t b = 0; b < rows; ++b) expand_row(t.x, b, t.at, count, t.expanded + b * lda);
-    const auto weight_at = [&](int64_t n) {
+    if constexpr (kPairs) pair_columns_in_place(t.expanded, lda, rows, count);
+    const auto weight_from = [&](int64_t n) {
       return element(p.weight, p.dtype, (first_output + n) * p.weight_stride + k);
     };
-    if (p.dtype == Dtype::f32) {
-      dot_rows(t.expanded, lda, rows, static_cast<const float*>(weight_at(0)), p.weight_stride, outputs, count,
-               t.partial, ldp);
-      continue;
-    }
-    for (int64_t n = 0; n < outputs; n += kDotOthers) {
-      constexpr int64_t ldw = spread_stride(kDepth);
-      const int64_t some = min(kDotOthers, outputs - n);
-      copy_rows(p.dtype, weight_at(n), p.weight_stride, some, count, t.weight, ldw);
-      dot_rows(t.expanded, lda, rows, t.weight, ldw, some, count, t.partial + n * VW, ldp);
+    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), p.weight_stride, count);
+    const int64_t step = in_place ? outputs : kDotOthers;
+    for (int64_t n = 0; n < outputs; n += step) {
+      const int64_t some = min(step, outputs - n);
+      const Operand weight =
+          operand_of_rows<kPairs>(p.dtype, weight_from(n), p.weight_stride, some, count, t.weight, ldw);
+      dot_rows<kPairs>(t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
+                       t.partial + n * VW, ldp);
     }
   }
   with_element_type(p.dtype, p.out, [&](auto* out) {
@@ -88,9 +87,11 @@ void forward_few_rows(const TensorFusionParams& p) {
   const Scratch memory(floats * p.workers.count);
   for_each_claim(p.workers, ceil_div(p.outputs, outputs), 1, [&](int worker, int64_t begin, int64_t end) {
     FewRowsTile tile(p, Carver(memory.data() + worker * floats), outputs);
-    for (int64_t task = begin; task < end; ++task) {
-      few_rows_task(p, tile, task * outputs, min(outputs, p.outputs - task * outputs));
-    }
+    with_pairs(p.dtype, [&](auto pairs) {
+      for (int64_t task = begin; task < end; ++task) {
+        few_rows_task<pairs>(p, tile, task * outputs, min(outputs, p.outputs - task * outputs));
+      }
+    });
   });
 }
 
@@ -143,6 +144,7 @@ MMK_NOINLINE void expand_panel(const Panel& t, Position& at, int64_t count, floa
   }
 }
 
+template <bool kPairs>
 void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& plan, int64_t first_row,
                   int64_t first_output, int64_t outputs) {
   const int64_t lanes = plan.lanes, rows = min(plan.block, p.batch - first_row), panels = ceil_div(rows, lanes);
@@ -152,21 +154,17 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
   }
   for (int64_t k = 0; k < p.features; k += kDepth) {
     const int64_t count = min(kDepth, p.features - k);
-    const void* from = element(p.weight, p.dtype, first_output * p.weight_stride + k);
-    const auto* weight = static_cast<const float*>(from);
-    int64_t ldw = p.weight_stride;
-    if (p.dtype != Dtype::f32) {
-      ldw = spread_stride(kDepth);
-      copy_rows(p.dtype, from, p.weight_stride, outputs, count, t.weight, ldw);
-      weight = t.weight;
-    }
+    const Operand weight =
+        operand_of_rows<kPairs>(p.dtype, element(p.weight, p.dtype, first_output * p.weight_stride + k),
+                                p.weight_stride, outputs, count, t.weight, spread_stride(kDepth));
     t.at.start_at(k);
     for (int64_t i = 0; i < panels; ++i) {
       with_constant<kFeatureVectors>(plan.vectors, [&](auto width) {
         expand_panel<static_cast<int>(width)>(t.panel(p, plan, i), t.at, count, t.expanded);
       });
-      multiply(weight, ldw, Constant<1>{}, outputs, t.expanded, lanes, count, lanes,
-               {k == 0 ? Combine::store : Combine::add, sums_of(i), lanes});
+      if constexpr (kPairs) pair_rows_in_place(t.expanded, lanes, count, lanes);
+      multiply<kPairs>(weight.data, weight.stride, Constant<1>{}, outputs, t.expanded, lanes, units<kPairs>(count),
+                       lanes, {k == 0 ? Combine::store : Combine::add, sums_of(i), lanes});
     }
   }
   const int64_t stride = spread_stride(outputs);
@@ -192,6 +190,7 @@ struct WeightGradientTile {
   Factors x;
   Position at;
   float *expanded, *sums;  // [kBatch][kColumns], [outputs][kColumns]
+  int64_t floats;
 
   WeightGradientTile(const TensorFusionParams& p, Carver memory)
       : x(p, memory, min(p.batch, kBatch)),
@@ -199,7 +198,6 @@ struct WeightGradientTile {
         expanded(memory.take(min(p.batch, kBatch) * spread_stride(kColumns + VW))),
         sums(memory.take(p.outputs * spread_stride(kColumns))),
         floats(memory.used()) {}
-  int64_t floats;
 };
 
 }  // namespace
@@ -215,10 +213,12 @@ void tensor_fusion_forward(const TensorFusionParams& p) {
   const Scratch memory(floats * p.workers.count);
   for_each_claim(p.workers, row_blocks * blocks, 1, [&](int worker, int64_t begin, int64_t end) {
     ForwardTile tile(p, Carver(memory.data() + worker * floats), plan, outputs);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks * plan.block, n = task % blocks * outputs;
-      forward_task(p, tile, plan, b, n, min(outputs, p.outputs - n));
-    }
+    with_pairs(p.dtype, [&](auto pairs) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / blocks * plan.block, n = task % blocks * outputs;
+        forward_task<pairs>(p, tile, plan, b, n, min(outputs, p.outputs - n));
+      }
+    });
   });
 }
 
@@ -232,20 +232,24 @@ void tensor_fusion_grad_weight(const TensorFusionParams& p) {
   const int64_t lda = spread_stride(kColumns + VW), lds = spread_stride(kColumns);
   const int64_t floats = WeightGradientTile(p, Carver(nullptr)).floats;
   const Scratch memory(floats * p.workers.count);
-  for_each_claim(p.workers, ceil_div(p.features, kColumns), 4, [&](int worker, int64_t begin, int64_t end) {
-    WeightGradientTile t(p, Carver(memory.data() + worker * floats));
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t k = task * kColumns, count = min(kColumns, p.features - k);
-      t.at.start_at(k);
-      for (int64_t b = 0; b < p.batch; b += kBatch) {
-        const int64_t rows = min(kBatch, p.batch - b);
-        if (task == begin || p.batch > kBatch) t.x.fill(b, rows);
-        for (int64_t i = 0; i < rows; ++i) expand_row(t.x, i, t.at, count, t.expanded + i * lda);
-        multiply(grad_out.data() + b * ldy, Constant<1>{}, ldy, p.outputs, t.expanded, lda, rows, count,
-                 {b == 0 ? Combine::store : Combine::add, t.sums, lds});
+  with_pairs(p.dtype, [&](auto pairs) {
+    if constexpr (pairs) pair_rows_in_place(grad_out.data(), ldy, p.batch, p.outputs);
+    for_each_claim(p.workers, ceil_div(p.features, kColumns), 4, [&](int worker, int64_t begin, int64_t end) {
+      WeightGradientTile t(p, Carver(memory.data() + worker * floats));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t k = task * kColumns, count = min(kColumns, p.features - k);
+        t.at.start_at(k);
+        for (int64_t b = 0; b < p.batch; b += kBatch) {
+          const int64_t rows = min(kBatch, p.batch - b);
+          if (task == begin || p.batch > kBatch) t.x.fill(b, rows);
+          for (int64_t i = 0; i < rows; ++i) expand_row(t.x, i, t.at, count, t.expanded + i * lda);
+          if constexpr (pairs) pair_rows_in_place(t.expanded, lda, rows, count);
+          multiply<pairs>(grad_out.data() + units<pairs>(b) * ldy, Constant<1>{}, ldy, p.outputs, t.expanded, lda,
+                          units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
+        }
+        write_rows(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k), p.features);
       }
-      write_rows(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k), p.features);
-    }
+    });
   });
 }
 
