@@ -75,6 +75,11 @@ inline bool has_row_presence(const ConcatSources& sources) {
   return false;
 }
 
+// Whether the first chunk of the first source writes every element of z.
+inline bool first_source_fills(const ConcatSources& sources) {
+  return sources.count > 0 && !has_row_presence(sources) && sources.items[0].term_count == 1;
+}
+
 // Reads rows as they are.
 struct PlainLoader {
   const ConcatSources& sources;
@@ -99,7 +104,7 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
   float* const tiles = scratch.data() + packed.floats();
 
   const int64_t blocks = ceil_div(sources.rows, block_rows), splits = ceil_div(sources.features, block_columns);
-  const bool whole = sources.count > 0 && !has_row_presence(sources) && sources.items[0].term_count == 1;
+  const bool whole = first_source_fills(sources);
   const bool split = blocks < 4 * workers.count;  // else a block is one task, and its rows stay in cache
   // What is to come into cache while a chunk of source s from column k on is multiplied: the chunk behind it, or where
   // a block's rows are read as a whole before, the same chunk of the next block.
@@ -152,6 +157,17 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
   });
 }
 
+// Calls f(term, its first feature, features, their column in the tile) for what a source adds to a tile of columns of
+// z.
+template <class Function>
+MMK_INLINE void for_terms(const ConcatSource& source, int64_t column, int64_t columns, Function f) {
+  for (int64_t t = 0; t < source.term_count; ++t) {
+    const ConcatTerm& term = source.terms[t];
+    const int64_t begin = max(column, term.column), end = min(column + columns, term.column + term.features);
+    if (begin < end) f(term, begin - term.column, end - begin, begin - column);
+  }
+}
+
 // [rows][stride] → [columns][to_stride], the transposed.
 inline void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
                            int64_t to_stride) {
@@ -184,7 +200,8 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
       const bool pack = packed_block != first;
       packed_block = first;
       if (pack) loader.prepare(worker, first, rows);
-      if (sources.count == 0) std::memset(z_lanes, 0, sizeof(float) * static_cast<size_t>(count * block));
+      bool add = !first_source_fills(sources);
+      if (add) std::memset(z_lanes, 0, sizeof(float) * static_cast<size_t>(count * block));
       int64_t unit = 0;
       for (int64_t s = 0; s < sources.count; ++s) {
         const ConcatSource& source = sources.items[s];
@@ -198,12 +215,14 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
               transpose_tile(x.data + p * x.stride, x.stride, min(kPanel, rows - p), depth, to + p * depth, kPanel);
             }
           }
-          const ConcatTerm& term = source.terms[0];
-          const Operand w =
-              operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k), term.weight_stride,
-                                      count, width, chunk, copy_stride<kPairs>(width));
-          const Block c{z_lanes, block, round_up(rows, VW), unit > 0};
-          multiply_panels<kPairs>(w, count, to, depth, c);
+          for_terms(source, feature, count, [&](const ConcatTerm& term, int64_t from, int64_t some, int64_t at) {
+            const Operand w =
+                operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, from, k), term.weight_stride,
+                                        some, width, chunk, copy_stride<kPairs>(width));
+            const Block c{z_lanes + at * block, block, round_up(rows, VW), add};
+            multiply_panels<kPairs>(w, some, to, depth, c);
+          });
+          add = true;
           unit += depth;
         });
       }
@@ -253,27 +272,28 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
     loader.prepare(worker, 0, sources.rows);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t feature = task * kFeatures, count = min(kFeatures, sources.features - feature);
-      bool add = false;
+      bool add = !first_source_fills(sources);
+      if (add) std::memset(z, 0, sizeof(float) * kDotRows * kFeatures);
       for (int64_t s = 0; s < sources.count; ++s) {
         const ConcatSource& source = sources.items[s];
         const auto present = loader.rows(worker, s, 0, sources.rows);
         for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
-          const ConcatTerm& term = source.terms[0];
           const Operand x = present.template operand<kPairs>(k, width, rows_copy);
-          const Operand w =
-              operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, feature, k), term.weight_stride,
-                                      count, width, weight_copy, copy_stride<kPairs>(width));
-          for_runs<kTileFeatures>(count, [&](auto features, int64_t f) {
-            for_runs<kTileRows>(sources.rows, [&](auto rows, int64_t r) {
-              dot_tile<kPairs, static_cast<int>(rows), static_cast<int>(features)>(
-                  {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, units<kPairs>(width),
-                  z + r * kFeatures + f, kFeatures, add);
+          for_terms(source, feature, count, [&](const ConcatTerm& term, int64_t from, int64_t some, int64_t at) {
+            const Operand w =
+                operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, from, k), term.weight_stride,
+                                        some, width, weight_copy, copy_stride<kPairs>(width));
+            for_runs<kTileFeatures>(some, [&](auto features, int64_t f) {
+              for_runs<kTileRows>(sources.rows, [&](auto rows, int64_t r) {
+                dot_tile<kPairs, static_cast<int>(rows), static_cast<int>(features)>(
+                    {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, units<kPairs>(width),
+                    z + r * kFeatures + at + f, kFeatures, add);
+              });
             });
           });
           add = true;
         });
       }
-      if (!add) std::memset(z, 0, sizeof(float) * kDotRows * kFeatures);
       epilogue(0, sources.rows, feature, count, z, kFeatures);
     }
   });
@@ -281,15 +301,27 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
 
 constexpr int64_t kFewRows = 512;  // beyond, packing W costs nothing beside multiplying by it
 
-// The cheapest of the three, where every source has one term and all have the same columns of z. Which one depends on
-// the shape alone.
+// Whether packing W would cost too much. It depends on the shape alone.
+inline bool are_few_rows(const ConcatSources& sources) {
+  return sources.rows <= max(kDotRows, min(sources.features, kFewRows)) && !has_row_presence(sources);
+}
+
+// Without packing W; the epilogue gets some columns of a block of rows.
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_few_rows(const ConcatSources& sources, const Workers& workers, const Loader& loader, Epilogue epilogue) {
+  if (sources.rows <= kDotRows) {
+    multiply_dot_products<kPairs>(sources, workers, loader, epilogue);
+  } else {
+    multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);
+  }
+}
+
+// The cheapest of the three, where every source has one term and all have the same columns of z.
 template <bool kPairs, class Loader, class Epilogue>
 void multiply_concatenation(const ConcatSources& sources, const Workers& workers, const Loader& loader,
                             int64_t block_rows, Epilogue epilogue) {
-  if (sources.rows <= kDotRows && !has_row_presence(sources)) {
-    multiply_dot_products<kPairs>(sources, workers, loader, epilogue);
-  } else if (sources.rows <= min(sources.features, kFewRows) && !has_row_presence(sources)) {
-    multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);
+  if (are_few_rows(sources)) {
+    multiply_few_rows<kPairs>(sources, workers, loader, epilogue);
   } else {
     multiply_rows_broadcast<kPairs>(sources, workers, loader, block_rows, kBlockColumns, epilogue);
   }

@@ -3,9 +3,8 @@
 //   dh_i = dy ∘ w_i ∘ (1 - h_i²),  dlogit_i = dy ∘ w_i ∘ (h_i - y);  sigmoid form: dlogit = dy ∘ w₁ ∘ w₂ ∘ (h₁ - h₂)
 //
 // Tiling     all values and gates of a block of rows are the columns of one product (csrc/concat/forward.h), whose
-// float
-//            tile, of at most 256 KB, the epilogue turns into y. The backward is one product likewise: the gradients of
-//            values and gates side by side.
+//            float tile, of at most 256 KB, the epilogue turns into y; of few rows, the whole product. The backward is
+//            one product likewise: the gradients of values and gates side by side.
 // Precision  float32 beside the products.
 // Limits     any widths and number of modalities; absent rows are neither read nor multiplied.
 #include "csrc/concat/backward.h"
@@ -169,6 +168,22 @@ template <bool kPairs>
 void forward(const GatedFusionParams& p) {
   Scratch biases(GateEpilogue::floats(p));
   const GateEpilogue epilogue(p, biases.data());
+  if (are_few_rows(p.sources)) {
+    const int64_t columns = round_up(p.sources.features, VW);
+    const Scratch z(p.sources.rows * columns);
+    multiply_few_rows<kPairs>(
+        p.sources, p.workers, PlainLoader{p.sources},
+        [&](int64_t first, int64_t rows, int64_t column, int64_t count, const float* tile, int64_t stride) {
+          for (int64_t i = 0; i < rows; ++i) {
+            std::memcpy(z.data() + (first + i) * columns + column, tile + i * stride,
+                        sizeof(float) * static_cast<size_t>(count));
+          }
+        });
+    for_each_claim(p.workers, p.sources.rows, 4, [&](int, int64_t begin, int64_t end) {
+      epilogue(begin, end - begin, 0, p.sources.features, z.data() + begin * columns, columns);
+    });
+    return;
+  }
   constexpr int64_t kTileFloats = 64 << 10;
   const int64_t rows =
       min(kBlockRows, max(1, kTileFloats / round_up(p.sources.features, VW) / kFeatureRows) * kFeatureRows);
