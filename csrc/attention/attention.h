@@ -1,6 +1,6 @@
 // The attention core: every op of the family is one call of it with its own list of query and key segments.
 //
-//   S = scale · Q Kᵀ;  S = softcap · tanh(S / softcap);  S += mask;  P = softmax(S);  O = dropout(P) V
+//   S = scale · Q Kᵀ;  S = softcap · tanh(S / softcap);  S += mask + bias;  P = softmax(S);  O = dropout(P) V
 //
 // The keys of all segments form one sequence, and so do the queries; nothing is concatenated. Torch-free.
 #pragma once
@@ -49,6 +49,13 @@ struct MaskGradient {
   bool zeroed = true;  // else every entry belongs to one score of the call, and is written whatever it held
 };
 
+// One number for all scores of a query segment and a key segment, [H, query segments, key segments]; -inf forbids them.
+struct SegmentBias {
+  const float* data = nullptr;
+  float* grad = nullptr;  // the same shape and strides
+  int64_t head = 0;       // between two heads, 0 where they share it
+};
+
 struct AttentionParams {
   int64_t batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   Dtype dtype = Dtype::f32;
@@ -57,6 +64,7 @@ struct AttentionParams {
   KeySegment keys[kMaxSegments];
   AttentionMask mask;
   MaskGradient grad_mask;
+  SegmentBias bias;
   int64_t window_left = -1, window_right = -1;  // around the diagonal, -1 unbounded; causal is window_right = 0
   bool bottom_right = false;                    // the diagonal ends at the last valid key, not starts at the first
   float softcap = 0.f, scale = 1.f, dropout_p = 0.f;
@@ -68,7 +76,7 @@ struct AttentionParams {
 MMK_KERNEL(void, attention_forward, const AttentionParams&);
 // As forward for at most 4 queries a head, no dropout and no row_max and log_sum: dot products on whole rows.
 MMK_KERNEL(void, attention_few_queries, const AttentionParams&);
-// Writes each gradient whose data is set.
+// Writes each gradient whose data is set, segment by segment.
 MMK_KERNEL(void, attention_backward, const AttentionParams&);
 
 }  // namespace mmk

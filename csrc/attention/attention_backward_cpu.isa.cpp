@@ -1,6 +1,6 @@
 //
 //   P = exp(S - row_max - log_sum),   dP = dO Vᵀ,   dS = P ∘ (dP - δ),   δ = Σ_d O ∘ dO - d log_sum
-//   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dmask = dS
+//   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dmask = dS,   dbias = Σ dS over two segments
 //
 // Tiling     a task owns kQueryBlock queries of one head and walks the keys in blocks of as many, once: five products a
 //            block. S and dP are made with the queries in the lanes, as in the forward; dQ of the task stays in cache,
@@ -8,241 +8,16 @@
 // Threads    the tasks of a head add to the same dK and dV. They do so in the order of the tasks, each waiting for its
 //            turn at a block of keys: tasks follow one another through the keys like a wave, the sums need no copies,
 //            and no bit depends on the number of threads. The same holds for a broadcast mask's gradient. With few
-//            queries the keys are cut into parts instead, whose dQ are added in order.
+//            queries the keys are cut into parts instead, whose dQ are added in order; not so for the gradient of the
+//            segments' bias, which needs whole rows. Shares of that gradient are added up at the end, in order.
 // Precision  P is recomputed by the very operations of the forward, from row_max and log_sum apart. A product starts
 //            its accumulators at zero and is added to the running sum at its end, in float32.
 // Limits     as the forward.
-#include "csrc/attention/key_gradient.h"
-#include "csrc/attention/mask_gradient.h"
-#include "csrc/attention/product.h"
+#include "csrc/attention/backward_block.h"
 
 namespace mmk {
 namespace MMK_ISA {
 namespace {
-
-constexpr int kQueryBlock = 96, kKeyBlock = 96;
-using BackwardBlocks = Blocks<kQueryBlock / kLanes, kKeyBlock>;
-
-struct RowStats {
-  alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
-};
-
-// What a worker needs for one task. The layouts named pairs exist for products on bfloat16 pairs only.
-struct BackwardTile {
-  float *query_lanes, *grad_lanes, *query_columns, *grad_columns;  // Qᵀ and dOᵀ; Q and dO
-  float *scores, *ds;                                              // [keys][kQueryBlock]: S, then P; dP, then dS
-  float *p_pairs, *ds_pairs;                                       // [keys][kQueryBlock / 2], pairs of queries
-  float* ds_key_pairs;                                             // [keys / 2][kQueryBlock], pairs of keys
-  float* dq;                                                       // [queries][features]
-  float *mask, *dropped, *capped;                                  // [keys][kQueryBlock]
-  float* mask_key_sums;
-
-  template <bool kPairs>
-  static BackwardTile carve(const AttentionParams& p, Carver& memory) {
-    const int64_t block = (kKeyBlock + 1) * kQueryBlock, pairs = kPairs ? block : 0;
-    const int64_t d = round_up(p.head_dim, VW), dv = round_up(p.value_dim, VW);
-    BackwardTile t;
-    t.query_lanes = memory.take(d * kQueryBlock);
-    t.grad_lanes = memory.take(dv * kQueryBlock);
-    t.query_columns = memory.take(d * kQueryBlock);
-    t.grad_columns = memory.take(dv * kQueryBlock);
-    t.scores = memory.take(block);
-    t.ds = memory.take(block);
-    t.p_pairs = memory.take(pairs / 2);
-    t.ds_pairs = memory.take(pairs / 2);
-    t.ds_key_pairs = memory.take(pairs / 2 + kQueryBlock);
-    t.dq = memory.take(d * kQueryBlock);
-    t.mask = memory.take(p.mask.data != nullptr ? block : 0);
-    t.dropped = memory.take(p.dropout_p > 0.f ? block : 0);
-    t.capped = memory.take(p.softcap > 0.f ? block : 0);
-    t.mask_key_sums = memory.take(kKeyBlock + VW);
-    return t;
-  }
-};
-
-struct BackwardCall {
-  const AttentionParams& p;
-  ScoreSteps steps;
-  BackwardBlocks blocks;
-  int64_t queries, parts;
-  bool want_query, want_ds;
-  Panels keys, values;
-  KeyGradient grad_key, grad_value;
-  MaskGradientSum grad_mask;
-  int32_t* turns = nullptr;    // [heads of the wave][key blocks]
-  uint8_t* started = nullptr;  // the same: whether the sums of a block hold something
-
-  explicit BackwardCall(const AttentionParams& params)
-      : p(params),
-        steps(params),
-        blocks(params),
-        queries(total_queries(params)),
-        parts(blocks.query_blocks == 1 ? key_parts(p.batch * p.heads, blocks.key_blocks, 4) : 1),
-        want_query(p.queries[0].grad_query.data != nullptr),
-        want_ds(want_query || p.keys[0].grad_key.data != nullptr || p.grad_mask.data != nullptr),
-        grad_mask(params, blocks.query_blocks, blocks.key_blocks, parts) {}
-};
-
-struct Task {
-  int64_t b, h, kv_head, slot, t, part;
-  int32_t rank;  // among the tasks of its key head, which add to the same dK and dV
-  bool last;     // of them
-};
-
-// Replaces scores by probabilities [keys][NR·VW]; with dropout, `dropped` goes from the factors to P times the factors.
-template <bool kPairs, bool kMasked, int NR>
-MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int64_t keys, float exponent_scale,
-                                     const RowStats& stats, bool dropout) {
-  constexpr int kDegree = kPairs ? 3 : 5;
-  const vf scale = set1(exponent_scale);
-  vf minus_shift[NR], log2_sum[NR];
-  MMK_UNROLL for (int j = 0; j < NR; ++j) {
-    minus_shift[j] = -load(stats.shift + lane + j * VW);
-    log2_sum[j] = load(stats.log2_sum + lane + j * VW);
-  }
-  for (int64_t i = 0; i < keys; ++i) {
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      const int64_t x = lane + j * VW;
-      const vf s = load(tile.scores + i * kQueryBlock + x);
-      vf p = exp2<kDegree>(fma(s, scale, minus_shift[j]) - log2_sum[j]);
-      if constexpr (kMasked) p = select(s == set1(-kInfinity), zero(), p);  // also in a row of NaN
-      vf kept = p;
-      store(tile.scores + i * kQueryBlock + x, p);
-      if (dropout) {
-        kept = p * load(tile.dropped + i * kQueryBlock + x);
-        store(tile.dropped + i * kQueryBlock + x, kept);
-      }
-      if constexpr (kPairs) store_bf16(reinterpret_cast<uint16_t*>(tile.p_pairs + i * (kQueryBlock / 2)) + x, kept);
-    }
-  }
-}
-
-template <bool kPairs, int MR, int NR>
-MMK_NOINLINE void ds_tile(Panel value, const float* grad_lanes, int64_t depth, const float* p, const float* kept,
-                          const float* delta, float* ds) {
-  vf acc[MR][NR];
-  clear(acc);
-  accumulate<kPairs>(acc, value.data, value.stride, Constant<1>{}, grad_lanes, Constant<kQueryBlock>{}, depth);
-  MMK_UNROLL for (int j = 0; j < NR; ++j) {
-    const vf d = load(delta + j * VW);
-    MMK_UNROLL for (int r = 0; r < MR; ++r) {
-      const int64_t at = r * kQueryBlock + j * VW;
-      const vf probability = load(p + at);
-      // a probability of 0 stays a gradient of 0 even where dP is not finite
-      const vf x = kept == p ? probability * (acc[r][j] - d) : load(kept + at) * acc[r][j] - probability * d;
-      store(ds + at, select(probability == zero(), zero(), x));
-    }
-  }
-}
-
-// dSᵀ of a group of lanes, complete up to the scale; and its share of the mask's gradient.
-template <bool kPairs, int NR>
-void make_ds(const BackwardCall& call, const Task& task, const ScoreBlock& block, int64_t j, Panel value, int64_t lane,
-             const BackwardTile& tile, const RowStats& stats) {
-  const AttentionParams& p = call.p;
-  const float* kept = (p.dropout_p > 0.f ? tile.dropped : tile.scores) + lane;
-  for_runs<score_rows(NR)>(block.keys, [&](auto rows, int64_t i) {
-    const int64_t at = i * kQueryBlock;
-    ds_tile<kPairs, static_cast<int>(rows), NR>({value.data + i * value.stride, value.stride}, tile.grad_lanes + lane,
-                                                units<kPairs>(p.value_dim), tile.scores + lane + at, kept + at,
-                                                stats.delta + lane, tile.ds + lane + at);
-  });
-  const bool mask_from_pairs = kPairs && call.grad_mask.takes_pairs() && !(p.softcap > 0.f);
-  if (call.grad_mask.wanted() && !call.grad_mask.same_for_all_keys() && !mask_from_pairs) {
-    if (call.grad_mask.same_for_all_queries()) {
-      for (int64_t i = 0; i < block.keys; ++i) {
-        vf total = zero();
-        MMK_UNROLL for (int v = 0; v < NR; ++v) total = total + load(tile.ds + i * kQueryBlock + lane + v * VW);
-        tile.mask_key_sums[i] += sum(total);
-      }
-    } else {
-      call.grad_mask.wait({task.b, task.h, task.t, task.part, j});
-      call.grad_mask.add_full(block, tile.ds, kQueryBlock, lane, NR * VW);
-    }
-  }
-  if (p.softcap > 0.f) {
-    const vf inverse = set1(1.f / p.softcap);
-    for (int64_t i = 0; i < block.keys; ++i) {
-      MMK_UNROLL for (int v = 0; v < NR; ++v) {
-        const int64_t at = i * kQueryBlock + lane + v * VW;
-        const vf t = load(tile.capped + at) * inverse;
-        store(tile.ds + at, load(tile.ds + at) * (set1(1.f) - t * t));
-      }
-    }
-  }
-  if constexpr (kPairs) {
-    for (int64_t i = 0; i < block.keys; i += 2) {
-      MMK_UNROLL for (int v = 0; v < NR; ++v) {
-        const int64_t x = lane + v * VW;
-        const vf even = load(tile.ds + i * kQueryBlock + x);
-        const vf odd = i + 1 < block.keys ? load(tile.ds + (i + 1) * kQueryBlock + x) : zero();
-        auto* halves = reinterpret_cast<uint16_t*>(tile.ds_pairs + i * (kQueryBlock / 2)) + x;
-        store_bf16(halves, even);
-        store_bf16(halves + kQueryBlock, odd);
-        store(tile.ds_key_pairs + i / 2 * kQueryBlock + x, pair(even, odd));
-      }
-    }
-    if (mask_from_pairs) {
-      call.grad_mask.wait({task.b, task.h, task.t, task.part, j});
-      call.grad_mask.add_pairs(block, tile.ds_key_pairs, kQueryBlock, lane, NR * VW);
-    }
-  }
-}
-
-// dK and dV of a block of keys: each task in its turn.
-template <bool kPairs>
-void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBlock& keys, const ScoreBlock& block,
-                       int64_t j, Panel query, Panel grad, int64_t queries, const BackwardTile& tile) {
-  constexpr int64_t kStride = kPairs ? kQueryBlock / 2 : kQueryBlock;
-  const int64_t at = task.slot * call.blocks.key_blocks + j;
-  wait_turn(call.turns + at, task.rank);
-  const auto add = [&](const KeyGradient& gradient, const float* a, float factor, Panel columns, int64_t features) {
-    if (!gradient.wanted()) return;
-    const KeyGradient::View v = gradient.view(task.slot, task.b, task.kv_head, keys.index, keys.first);
-    const bool covers = block.keys == keys.count;
-    if (!call.started[at] && !covers) gradient.clear(v, keys.count);
-    if (block.keys > 0) {
-      float* sums = v.sums + (block.key_in_segment - keys.first) * v.stride;
-      const float* adds = call.started[at] || !covers ? kOnes.values : nullptr;
-      const bool direct = task.last && covers && v.result.takes_products();
-      Epilogue e{factor, adds, sums, v.stride, nullptr, sums, v.stride};
-      if (direct) e.to = v.result.data, e.to_stride = v.result.stride, e.to_dtype = v.result.dtype;
-      multiply_features<kPairs>(a, Constant<kStride>{}, Constant<1>{}, block.keys, columns, units<kPairs>(queries),
-                                features, e);
-      if (direct) return;
-    }
-    if (task.last) gradient.finish(v, keys.count);
-  };
-  const float* kept = kPairs ? tile.p_pairs : call.p.dropout_p > 0.f ? tile.dropped : tile.scores;
-  add(call.grad_value, kept, 1.f, grad, call.p.value_dim);
-  add(call.grad_key, kPairs ? tile.ds_pairs : tile.ds, call.p.scale, query, call.p.head_dim);
-  call.started[at] = 1;
-  end_turn(call.turns + at, task.rank);
-}
-
-inline void load_stats(const BackwardCall& call, const QueryBlock& q, int64_t b, int64_t h, RowStats& stats) {
-  const QuerySegment& s = *q.segment;
-  const int64_t row = (b * call.p.heads + h) * s.length + q.first;
-  const int64_t features = call.p.value_dim;
-  for (int64_t i = 0; i < q.vectors * VW; ++i) {
-    const bool empty = i >= q.count || s.row_max[row + i] == -kInfinity;
-    stats.shift[i] = empty ? 0.f : exponent_shift(s.row_max[row + i]);
-    stats.log2_sum[i] =
-        empty ? kInfinity : (s.log_sum[row + i] - call.steps.hidden_by_shift(s.row_max[row + i])) * kLog2e;
-    stats.grad_log_sum[i] = empty || s.grad_log_sum == nullptr ? 0.f : s.grad_log_sum[row + i];
-    stats.delta[i] = -stats.grad_log_sum[i];
-    if (empty) continue;
-    vf total = zero();
-    const void* grad = row_address(s.grad_out, call.p.dtype, b, h, q.first + i);
-    with_element_type(call.p.dtype, row_address(s.out, call.p.dtype, b, h, q.first + i), [&](auto* out) {
-      const auto* g = static_cast<decltype(out)>(const_cast<void*>(grad));
-      for (int64_t c = 0; c < features; c += VW) {
-        total = fma(load_as_float(out + c, features - c), load_as_float(g + c, features - c), total);
-      }
-    });
-    stats.delta[i] += sum(total);
-  }
-}
 
 // Q or dO as the columns of a product: in place, or packed.
 template <bool kPairs>
@@ -263,7 +38,7 @@ Panel pack_columns(Dtype dtype, const Rows& rows, int64_t b, int64_t h, const Qu
 
 template <bool kPairs>
 void backward_task(const BackwardCall& call, const Task& task, const KeyHead* next_head, const BackwardTile& tile,
-                   float* partial_dq) {
+                   float* partial_dq, float* bias_sums) {
   const AttentionParams& p = call.p;
   const int64_t b = task.b, h = task.h, dq_stride = round_up(p.head_dim, VW);
   const QueryBlock q = call.blocks.query_block(task.t);
@@ -290,16 +65,19 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
   RowPrefetch next_grad = next_rows(p, segment.grad_out, p.value_dim, q, b, h, tiles);
   RowPrefetch next_out = next_rows(p, segment.out, p.value_dim, q, b, h, tiles);
   RowPrefetch next_dq;
-  if (call.want_query && partial_dq == nullptr) {
+  const bool want_query = segment.grad_query.data != nullptr;
+  if (want_query && partial_dq == nullptr) {
     const Rows& rows = segment.grad_query;
     next_dq = {row_address(rows, p.dtype, b, h, q.first), p.head_dim * element, rows.row * element, q.count, tiles};
   }
 
+  if (bias_sums != nullptr) std::memset(tile.bias_sums, 0, sizeof(float) * 2 * kMaxSegments * kQueryBlock);
   bool first = true, finished_dq = false;
   for (int64_t j = part.begin; j < part.end; ++j) {
     const bool finishes_dq = j + 1 == part.end && partial_dq == nullptr && p.head_dim % VW == 0;
     const KeyBlock keys = call.blocks.key_block(j);
     ScoreBlock block = score_block<kPairs>(p, keys, any, q, b, h);
+    if (!call.wants(segment, keys.index)) block.keys = 0;
     MaskTile mask;
     mask.entries = tile.mask;
     if (block.keys > 0) load_mask_tile(p.mask, block, kQueryBlock, mask);
@@ -353,10 +131,11 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
           }
           const auto probabilities =
               finish ? make_probabilities<kPairs, true, NR> : make_probabilities<kPairs, false, NR>;
-          probabilities(tile, lane, block.keys, call.steps.exponent_scale, stats, p.dropout_p > 0.f);
-          if (call.want_ds) make_ds<kPairs, NR>(call, task, block, j, value_rows, lane, tile, stats);
+          probabilities(tile, lane, block.keys, call.steps.exponent_scale, block.bias, stats, p.dropout_p > 0.f);
+          if (call.wants_ds(segment, keys.index))
+            make_ds<kPairs, NR>(call, task, block, j, value_rows, lane, tile, stats);
         });
-        if (!call.want_query) continue;
+        if (!want_query) continue;
         const int64_t rows = min(q.count, q.vectors * (g + 1) / groups * VW) - lane;
         float* to = dq + lane * dq_stride;
         Epilogue e{p.scale, first ? nullptr : kOnes.values, to, dq_stride, nullptr, to, dq_stride};
@@ -388,7 +167,8 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
     }
     call.grad_mask.end(place);
   }
-  if (!call.want_query || finished_dq) return;
+  if (bias_sums != nullptr) finish_bias_sums(p, tile, stats, q.vectors * VW, bias_sums);
+  if (!want_query || finished_dq) return;
   if (first) std::memset(dq, 0, sizeof(float) * static_cast<size_t>(q.count * dq_stride));
   if (partial_dq != nullptr) return;
   store_rows({row_address(segment.grad_query, p.dtype, b, h, q.first), p.dtype, segment.grad_query.row, p.head_dim}, dq,
@@ -407,6 +187,23 @@ void merge_query_gradient(const BackwardCall& call, int64_t b, int64_t h, int64_
   const Rows& rows = q.segment->grad_query;
   store_rows({row_address(rows, p.dtype, b, h, q.first), p.dtype, rows.row, p.head_dim}, partials, stride, q.count,
              nullptr);
+}
+
+// The gradient of the segments' bias from the sums [tasks][key segments], in the order of the tasks.
+inline void add_bias_gradient(const BackwardCall& call, const float* sums, int64_t tasks_per_head) {
+  const AttentionParams& p = call.p;
+  const int64_t group = p.heads / p.kv_heads, pairs = p.query_segments * p.key_segments;
+  const int64_t entries = p.bias.head == 0 ? pairs : p.heads * pairs;
+  const Scratch scratch(2 * entries);
+  auto* const totals = reinterpret_cast<double*>(scratch.data());
+  for (int64_t i = 0; i < entries; ++i) totals[i] = 0.;
+  for (int64_t task = 0; task < p.batch * p.kv_heads * tasks_per_head; ++task, sums += p.key_segments) {
+    const int64_t of_head = task % tasks_per_head / call.parts, blocks = call.blocks.query_blocks;
+    const int64_t h = task / tasks_per_head % p.kv_heads * group + of_head / blocks;
+    double* const to = totals + bias_at(p, h, call.blocks.query_block(of_head % blocks).segment, p.keys);
+    for (int s = 0; s < p.key_segments; ++s) to[s] += static_cast<double>(sums[s]);
+  }
+  for (int64_t i = 0; i < entries; ++i) p.bias.grad[i] = static_cast<float>(totals[i]);
 }
 
 template <bool kPairs>
@@ -428,6 +225,7 @@ void backward(const AttentionParams& p) {
   const int64_t tile_size = round_up(count.used(), 1024);
   const int64_t partials = call.parts > 1 && call.want_query ? wave * tasks_per_head : 0;
   const Scratch scratch(p.workers.count * tile_size + wave * per_head + partials * partial_size);
+  const Scratch bias_sums(p.bias.grad == nullptr ? 0 : p.batch * p.kv_heads * tasks_per_head * p.key_segments);
   const Scratch counters(wave * key_blocks * 2 + call.grad_mask.turns());
   float* memory = scratch.data() + p.workers.count * tile_size;
   call.keys.use(memory);
@@ -464,8 +262,9 @@ void backward(const AttentionParams& p) {
         const int64_t following = begin + (x + 1) / tasks_per_head;
         const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
         const bool meets_keys = following < begin + heads && (following != head || key_blocks > 1);
-        backward_task<kPairs>(call, task, meets_keys ? &next : nullptr, tile,
-                              partials > 0 ? partial_memory + x * partial_size : nullptr);
+        backward_task<kPairs>(
+            call, task, meets_keys ? &next : nullptr, tile, partials > 0 ? partial_memory + x * partial_size : nullptr,
+            p.bias.grad == nullptr ? nullptr : bias_sums.data() + (begin * tasks_per_head + x) * p.key_segments);
       }
     });
     if (partials == 0) continue;
@@ -477,6 +276,7 @@ void backward(const AttentionParams& p) {
       }
     });
   }
+  if (p.bias.grad != nullptr) add_bias_gradient(call, bias_sums.data(), tasks_per_head);
 }
 
 }  // namespace

@@ -219,7 +219,7 @@ MMK_NOINLINE void add_rows(StreamedRows<T> value, int64_t keys, const float* wei
 // a weight of 0; returns their sum. row_max goes up as it must,
 // `factor` is what older weights must be multiplied by.
 template <bool kPairs>
-float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, Range allowed,
+float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock& block, Range allowed, float bias,
             const float* mask, float* scores, float& row_max, float& factor) {
   const int64_t keys = block.keys;
   const vf scale = set1(steps.scale_first ? p.scale : 1.f);
@@ -248,14 +248,15 @@ float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock&
     best = max(best, s);
     store(scores + i, steps.scale_first ? exponent_or_hidden(s) : s);
   }
-  const float block_max = max_lane(best) * steps.score_scale;
+  const float block_max = max_lane(best) * steps.score_scale + bias;
   const float raised = !(block_max <= row_max) ? block_max : row_max;
   const float shift = exponent_shift(raised);
   factor = std::exp2(exponent_shift(row_max) - shift);
   row_max = raised;
+  const vf minus_shift = bias_less_shift(bias, set1(shift));
   vf sums = zero();
   for (int64_t i = 0; i < round_up(keys, VW); i += VW) {
-    const vf w = exp2<kPairs ? 3 : 5>(fma(load(scores + i), set1(steps.exponent_scale), set1(-shift)));
+    const vf w = exp2<kPairs ? 3 : 5>(fma(load(scores + i), set1(steps.exponent_scale), minus_shift));
     if constexpr (kPairs) {
       store_bf16(reinterpret_cast<uint16_t*>(scores) + i, w);
     } else {
@@ -319,9 +320,11 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
             p.mask.key, block.keys, mask);
       }
       const int64_t end = window.end(rows[x].position);
-      const Range allowed{window.begin(rows[x].position) - block.key, min(block.keys, end - min(end, block.key))};
-      const float weights =
-          weigh<kPairs>(p, steps, block, allowed, mask, tile.scores + x * kScoreStride, out.row_max[x], factor[x]);
+      Range allowed{window.begin(rows[x].position) - block.key, min(block.keys, end - min(end, block.key))};
+      float bias = bias_of(p, rows[x].h, rows[x].segment, block.segment);
+      if (bias == -kInfinity) bias = 0.f, allowed = {0, 0};
+      const float weights = weigh<kPairs>(p, steps, block, allowed, bias, mask, tile.scores + x * kScoreStride,
+                                          out.row_max[x], factor[x]);
       out.sum[x] = out.sum[x] * factor[x] + weights;
     }
     streamed(keys.segment->value, p.value_dim,

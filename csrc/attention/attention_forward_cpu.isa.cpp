@@ -48,18 +48,18 @@ struct RunningSoftmax {
   // Replaces the scores by their exponentials and takes in the block's maxima; old_factor is what becomes of older
   // sums.
   template <bool kPairs, int NR>
-  MMK_NOINLINE void take_block(const ScoreSteps& steps, float* scores, int64_t keys, const vf (&best)[NR],
+  MMK_NOINLINE void take_block(const ScoreSteps& steps, float* scores, int64_t keys, float bias, const vf (&best)[NR],
                                float* dropout, float* old_factor) {
     constexpr int kDegree = kPairs ? 3 : 5;
     const vf scale = set1(steps.exponent_scale);
     vf block_sum[NR], minus_shift[NR];
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      const vf raised = max(load(row_max + j * VW), best[j] * set1(steps.score_scale));
+      const vf raised = max(load(row_max + j * VW), fma(best[j], set1(steps.score_scale), set1(bias)));
       const vf raised_shift = exponent_shift(raised);
       store(old_factor + j * VW, exp2<5>(load(shift + j * VW) - raised_shift));
       store(row_max + j * VW, raised);
       store(shift + j * VW, raised_shift);
-      minus_shift[j] = -raised_shift;
+      minus_shift[j] = bias_less_shift(bias, raised_shift);
       block_sum[j] = zero();
     }
     if (kPairs && keys % 2 != 0) {
@@ -170,7 +170,8 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   }
   if (dropout != nullptr) dropout_factors(p, block, NR * VW, kLanes, dropout);
   alignas(64) float old_factor[kLanes], inverse[kLanes];
-  group.softmax.template take_block<kPairs, NR>(call.steps, tile.scores, block.keys, best, dropout, old_factor);
+  group.softmax.template take_block<kPairs, NR>(call.steps, tile.scores, block.keys, block.bias, best, dropout,
+                                                old_factor);
 
   group.finished = last_block && out != nullptr;
   const bool direct = group.finished && out->takes_products();

@@ -132,6 +132,14 @@ struct KeyHead {
   int64_t slot, b, h;
 };
 
+// Where the bias of two segments lies for one head.
+MMK_INLINE int64_t bias_at(const AttentionParams& p, int64_t h, const QuerySegment* q, const KeySegment* k) {
+  return h * p.bias.head + (q - p.queries) * p.key_segments + (k - p.keys);
+}
+MMK_INLINE float bias_of(const AttentionParams& p, int64_t h, const QuerySegment* q, const KeySegment* k) {
+  return p.bias.data == nullptr ? 0.f : p.bias.data[bias_at(p, h, q, k)];
+}
+
 // Keys of a segment that are not padding.
 MMK_INLINE int64_t valid_keys(const KeySegment& s, int64_t batch) {
   return s.lengths == nullptr ? s.length : min(s.length, max(0, s.lengths[batch]));

@@ -17,10 +17,10 @@ class KeyGradient {
     stride_ = round_up(features_, VW);
     for (int s = 0; s < p.key_segments; ++s) {
       at_[s] = size_;
-      if (wanted() && !in_place()) size_ += p.keys[s].length * stride_;
+      if (wanted(s) && !in_place()) size_ += p.keys[s].length * stride_;
     }
   }
-  bool wanted() const { return rows(0).data != nullptr; }
+  bool wanted(int s) const { return rows(s).data != nullptr; }
   bool in_place() const { return p_->dtype == Dtype::f32 && features_ % VW == 0; }
   int64_t floats_per_head() const { return size_; }
   void use(float* memory) { memory_ = memory; }
@@ -37,7 +37,7 @@ class KeyGradient {
     return {memory_ + slot * size_ + at_[s] + first * stride_, stride_, result};
   }
   RowPrefetch prefetch(int64_t slot, int64_t b, int64_t h, const KeyBlock& keys, int64_t steps) const {
-    if (!wanted()) return {};
+    if (!wanted(keys.index)) return {};
     const View v = view(slot, b, h, keys.index, keys.first);
     return {v.sums, features_ * 4, v.stride * 4, keys.count, steps};
   }

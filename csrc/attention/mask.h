@@ -14,6 +14,7 @@ struct ScoreBlock {
   const KeySegment* segment = nullptr;
   int64_t key_in_segment = 0, key = 0, keys = 0;  // first key in its segment and among all keys, and their number
   int64_t query = 0, queries = 0;                 // first query among all queries, and their number
+  float bias = 0.f;                               // that of the segments
 };
 
 // Boolean masks are read as 0 and -inf; -inf hides a score whatever it is added to.

@@ -18,6 +18,8 @@ MMK_INLINE float exponent_shift(float row_max) {
   return shift < -FLT_MAX ? -FLT_MAX : shift;
 }
 MMK_INLINE vf exponent_shift(vf row_max) { return max(set1(-FLT_MAX), row_max * set1(kLog2e)); }
+// What to add to scores as exponents of 2: their bias, less the shift.
+MMK_INLINE vf bias_less_shift(float bias, vf shift) { return fma(set1(bias), set1(kLog2e), -shift); }
 // A score as an exponent of 2; one of -inf stays hidden.
 MMK_INLINE vf exponent_or_hidden(vf s) { return select(s == set1(-kInfinity), s, exponent_shift(s)); }
 
@@ -66,13 +68,16 @@ MMK_INLINE void multiply_scores(Panel key, int64_t keys, const float* query_lane
   });
 }
 
-// What of a block of keys the queries of `q` may attend to, `any` being their window; no keys if nothing.
+// What of a block of keys the queries of `q` may attend to, `any` being their window; no keys if nothing. Without a
+// segment of queries no bias is looked at.
 template <bool kPairs>
 ScoreBlock score_block(const AttentionParams& p, const KeyBlock& k, Range any, const QueryBlock& q, int64_t b,
                        int64_t h) {
   Range range{max(0, any.begin - k.position), min(k.count, valid_keys(*k.segment, b) - k.first)};
   range.end = min(range.end, any.end - k.position);
   if (range.size() == 0) return {};
+  const float bias = q.segment == nullptr ? 0.f : bias_of(p, h, q.segment, k.segment);
+  if (bias == -kInfinity) return {};
   if (kPairs) range.begin &= ~int64_t{1};  // pairs of keys start at an even one
   return {b,
           h,
@@ -82,7 +87,8 @@ ScoreBlock score_block(const AttentionParams& p, const KeyBlock& k, Range any, c
           k.position + range.begin,
           range.size(),
           q.position,
-          q.count};
+          q.count,
+          bias};
 }
 
 // Which of the steps between product and softmax a call needs.

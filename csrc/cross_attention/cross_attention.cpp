@@ -3,19 +3,15 @@
 #include "csrc/cross_attention/cross_attention.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/isfinite.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <limits>
 #include <tuple>
 #include <vector>
 
-#include "csrc/attention/attention.h"
+#include "csrc/attention/torch_rows.h"
 #include "csrc/cpu/torch_workers.h"
 
 namespace mmk {
@@ -50,25 +46,6 @@ Dtype dtype_of(const Tensor& t) {
     default:
       TORCH_CHECK_TYPE(false, "cross_attention: expected float32, bfloat16 or float16; got ", t.scalar_type());
   }
-}
-
-Rows rows_of(const Tensor& t) {
-  TORCH_INTERNAL_ASSERT(t.dim() == 4 && (t.size(3) <= 1 || t.stride(3) == 1));
-  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-// Dense, its leading dims in memory in the order of like's.
-Tensor empty_in_order_of(const Tensor& like, int64_t length, int64_t features) {
-  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), length, features};
-  std::array<int, 3> order{0, 1, 2};
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  std::array<int64_t, 4> strides{0, 0, 0, 1};
-  int64_t step = features;
-  for (int i = 2; i >= 0; --i) {
-    strides[order[i]] = step;
-    step *= sizes[order[i]];
-  }
-  return at::empty_strided(sizes, strides, like.options());
 }
 
 // Strides of a mask or of its gradient, 0 where it is broadcast.
@@ -128,20 +105,6 @@ bool is_masked(const Inputs& in, const Options& o, bool mask_hides) {
   return mask_hides || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
 }
 
-bool is_finite(const Tensor& t) {
-  return t.numel() == 0 || std::isfinite(at::sum(t, at::ScalarType::Float).item<float>());
-}
-
-// Keys of which K or V holds NaN or infinity, [B, Hkv, Lk]; in `in`, zeros take their place. Undefined if there are
-// none.
-Tensor take_out_poison(Inputs& in) {
-  const Tensor bad = at::isfinite(in.key).all(-1).logical_and_(at::isfinite(in.value).all(-1)).logical_not_();
-  if (!bad.any().item<bool>()) return {};
-  in.key = in.key.masked_fill(bad.unsqueeze(-1), 0);
-  in.value = in.value.masked_fill(bad.unsqueeze(-1), 0);
-  return bad.contiguous();
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -171,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
       p.queries[0].row_max = row_max.data_ptr<float>();
       p.queries[0].log_sum = log_sum.data_ptr<float>();
     }
-    if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
+    p.keys[0].poisoned = poison_data(poisoned);
     constexpr int64_t kFew = 4;
     const bool few = !with_lse && dropout_p == 0. && query.size(2) <= kFew;
     (few ? MMK_DISPATCH(attention_few_queries) : MMK_DISPATCH(attention_forward))(p);
@@ -179,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
   run({});
   // What is masked must not reach the output, and 0 · NaN would: only then are K and V looked at.
   if (is_masked(in, o, mask_hides) && !is_finite(out)) {
-    if (const Tensor poisoned = take_out_poison(in); poisoned.defined()) run(poisoned);
+    if (const Tensor poisoned = take_out_poison(in.key, in.value); poisoned.defined()) run(poisoned);
   }
   return {out, row_max, log_sum};
 }
@@ -191,10 +154,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     double softcap, double scale, double dropout_p, const OptionalTensor& rng_state, std::array<bool, 4> grad_mask) {
   Inputs in{query, key, value, mask, key_lengths, rng_state};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
-  const auto gradient = [&](bool wanted, const Tensor& like) {
-    return wanted ? empty_in_order_of(like, like.size(2), like.size(3)) : at::empty({0}, like.options());
-  };
-  const Tensor dq = gradient(grad_mask[0], query), dk = gradient(grad_mask[1], key), dv = gradient(grad_mask[2], value);
+  const Tensor dq = empty_gradient(grad_mask[0], query), dk = empty_gradient(grad_mask[1], key),
+               dv = empty_gradient(grad_mask[2], value);
   const Tensor row_max_dense = row_max.contiguous(), log_sum_dense = log_sum.contiguous();
   const Tensor grad_log_sum_dense = grad_log_sum ? grad_log_sum->contiguous() : Tensor{};
   Tensor grad = grad_out, dmask = at::empty({0}, query.options());
@@ -223,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
       p.grad_mask.dtype = dtype_of(dmask);
       set_mask_strides(p.grad_mask, dmask);
     }
-    if (poisoned.defined()) p.keys[0].poisoned = reinterpret_cast<const uint8_t*>(poisoned.const_data_ptr<bool>());
+    p.keys[0].poisoned = poison_data(poisoned);
     MMK_DISPATCH(attention_backward)(p);
   };
   if (has_no_scores(in)) {
@@ -236,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
     const Tensor empty = row_max_dense.eq(-kInfinity).unsqueeze(-1);
     in.query = query.masked_fill(empty, 0);
     grad = grad_out.masked_fill(empty, 0);
-    run(take_out_poison(in));
+    run(take_out_poison(in.key, in.value));
   }
   return {dq, dk, dv, grad_mask[3] ? dmask.to(mask->scalar_type()) : dmask};
 }

@@ -1,0 +1,59 @@
+// Tensors [B, H, L, features] as the attention core sees them, and what is done when a result is not finite.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/isfinite.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "csrc/attention/attention.h"
+
+namespace mmk {
+
+inline Rows rows_of(const at::Tensor& t) {
+  TORCH_INTERNAL_ASSERT(t.dim() == 4 && (t.size(3) <= 1 || t.stride(3) == 1));
+  return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Dense, its leading dims in memory in the order of like's.
+inline at::Tensor empty_in_order_of(const at::Tensor& like, int64_t length, int64_t features) {
+  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), length, features};
+  std::array<int, 3> order{0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
+  std::array<int64_t, 4> strides{0, 0, 0, 1};
+  int64_t step = features;
+  for (int i = 2; i >= 0; --i) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]];
+  }
+  return at::empty_strided(sizes, strides, like.options());
+}
+
+// Of `like` where it is wanted, else without elements.
+inline at::Tensor empty_gradient(bool wanted, const at::Tensor& like) {
+  return wanted ? empty_in_order_of(like, like.size(2), like.size(3)) : at::empty({0}, like.options());
+}
+
+inline bool is_finite(const at::Tensor& t) {
+  return t.numel() == 0 || std::isfinite(at::sum(t, at::ScalarType::Float).item<float>());
+}
+
+// Keys of which K or V holds NaN or infinity, [B, Hkv, Lk]; zeros take their place. Undefined if there are none.
+inline at::Tensor take_out_poison(at::Tensor& key, at::Tensor& value) {
+  const at::Tensor bad = at::isfinite(key).all(-1).logical_and_(at::isfinite(value).all(-1)).logical_not_();
+  if (!bad.any().item<bool>()) return {};
+  key = key.masked_fill(bad.unsqueeze(-1), 0);
+  value = value.masked_fill(bad.unsqueeze(-1), 0);
+  return bad.contiguous();
+}
+
+inline const uint8_t* poison_data(const at::Tensor& bad) {
+  return bad.defined() ? reinterpret_cast<const uint8_t*>(bad.const_data_ptr<bool>()) : nullptr;
+}
+
+}  // namespace mmk
