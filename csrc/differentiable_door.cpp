@@ -2,13 +2,14 @@
 // kernel; here a plain eager call goes straight to the kernels `_<name>_fwd` and `_<name>_bwd`, whose schemas say what
 // the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
 //
-//   open_differentiable_door(name) -> handle
-//   differentiable_door(handle, checked, keeps_output, *arguments) -> the output, or None where the call is not plain,
-//                                                    or was not checked and does not fit
+//   open_differentiable_door(name, outputs) -> handle; the first `outputs` results of the kernel are differentiable
+//   differentiable_door(handle, checked, keeps_outputs, *arguments) -> the output, or the list of them where there are
+//                                several, or None where the call is not plain, or was not checked and does not fit
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,16 +25,21 @@ using c10::IValue;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-enum class Kind { tensor, optional_tensor, tensors, number, integer, integers, flag, text };
+enum class Kind { tensor, optional_tensor, tensors, number, optional_number, integer, integers, flag, text };
 
 Kind kind_of(const c10::Argument& argument) {
   const std::string type = argument.type()->str();
-  constexpr std::pair<std::string_view, Kind> kKinds[] = {
-      {"Tensor", Kind::tensor},    {"Tensor?", Kind::optional_tensor},
-      {"Tensor[]", Kind::tensors}, {"float", Kind::number},
-      {"int", Kind::integer},      {"int?", Kind::integer},
-      {"bool", Kind::flag},        {"int[]", Kind::integers},
-      {"str", Kind::text},         {"str?", Kind::text}};
+  constexpr std::pair<std::string_view, Kind> kKinds[] = {{"Tensor", Kind::tensor},
+                                                          {"Tensor?", Kind::optional_tensor},
+                                                          {"Tensor[]", Kind::tensors},
+                                                          {"float", Kind::number},
+                                                          {"float?", Kind::optional_number},
+                                                          {"int", Kind::integer},
+                                                          {"int?", Kind::integer},
+                                                          {"bool", Kind::flag},
+                                                          {"int[]", Kind::integers},
+                                                          {"str", Kind::text},
+                                                          {"str?", Kind::text}};
   for (const auto& [name, kind] : kKinds) {
     if (type == name) return kind;
   }
@@ -41,23 +47,27 @@ Kind kind_of(const c10::Argument& argument) {
 }
 
 struct DoorOp {
-  explicit DoorOp(const std::string& name)
-      : forward(kernel(name, "fwd")),
+  DoorOp(const std::string& name, size_t outputs)
+      : outputs(outputs),
+        forward(kernel(name, "fwd")),
         backward(kernel(name, "bwd")),
         differentiable("mmkernels::" + name + "_backward") {
     const auto& checks = DoorCheck::all();
     if (const auto found = checks.find(name); found != checks.end()) fits = found->second;
     const auto& arguments = forward.schema().arguments();
+    one_output = outputs == 1 && forward.schema().returns()[0].type()->str() == "Tensor";
     for (size_t i = 0; i + 1 < arguments.size(); ++i) kinds.push_back(kind_of(arguments[i]));  // all but `training`
   }
   static c10::OperatorHandle kernel(const std::string& name, const char* direction) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(("mmkernels::_" + name + "_" + direction).c_str(), "");
   }
 
+  size_t outputs;  // of the kernel's results, a list of tensors being one
   c10::OperatorHandle forward, backward;
   std::string differentiable;  // the backward that has a backward
   std::vector<Kind> kinds;
   DoorCheck::Function fits = nullptr;
+  bool one_output;  // and not a list
 };
 
 std::vector<std::unique_ptr<DoorOp>>& door_ops() {
@@ -110,6 +120,10 @@ bool take(PyObject* object, Kind kind, Call& call) {
       if (!PyFloat_CheckExact(object)) return false;
       arguments.emplace_back(PyFloat_AS_DOUBLE(object));
       return true;
+    case Kind::optional_number:
+      if (object != Py_None) return take(object, Kind::number, call);
+      arguments.emplace_back();
+      return true;
     case Kind::integer:  // or none
       if (object != Py_None && !PyLong_CheckExact(object)) return false;
       arguments.push_back(object == Py_None ? IValue() : IValue(static_cast<int64_t>(PyLong_AsLongLong(object))));
@@ -137,14 +151,24 @@ bool take(PyObject* object, Kind kind, Call& call) {
   return false;
 }
 
-// The kernel's results: the output, then what it saved.
-std::vector<Tensor> run_forward(const DoorOp& op, const Call& call, bool training) {
+struct Results {
+  variable_list outputs, saved;
+};
+
+Results run_forward(const DoorOp& op, const Call& call, bool training) {
   at::AutoDispatchBelowADInplaceOrView below;
   torch::jit::Stack stack(call.arguments.begin(), call.arguments.end());
   stack.emplace_back(training);
   op.forward.callBoxed(stack);
-  std::vector<Tensor> results;
-  for (IValue& value : stack) results.push_back(std::move(value).toTensor());
+  Results results;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    variable_list& to = i < op.outputs ? results.outputs : results.saved;
+    if (stack[i].isTensor()) {
+      to.push_back(std::move(stack[i]).toTensor());
+    } else {
+      for (const Tensor& t : stack[i].toTensorList()) to.push_back(t);
+    }
+  }
   return results;
 }
 
@@ -184,12 +208,13 @@ void for_each_leaf(const std::vector<Kind>& kinds, c10::ArrayRef<IValue> argumen
 }
 
 struct PlainOp : torch::autograd::Function<PlainOp> {
-  static Tensor forward(AutogradContext* ctx, int64_t handle, at::TensorList present, const Call* call,
-                        bool keeps_output) {
+  static variable_list forward(AutogradContext* ctx, int64_t handle, at::TensorList present, const Call* call,
+                               bool keeps_outputs) {
     const DoorOp& op = *door_ops()[static_cast<size_t>(handle)];
-    const std::vector<Tensor> results = run_forward(op, *call, true);
+    Results results = run_forward(op, *call, true);
     variable_list kept(present.begin(), present.end());
-    kept.insert(kept.end(), results.begin() + (keeps_output ? 0 : 1), results.end());
+    if (keeps_outputs) kept.insert(kept.end(), results.outputs.begin(), results.outputs.end());
+    kept.insert(kept.end(), results.saved.begin(), results.saved.end());
     ctx->save_for_backward(std::move(kept));
     std::vector<IValue> arguments = call->arguments;  // tensors by their number only: they are kept above
     for (size_t i = 0; i < op.kinds.size(); ++i) {
@@ -200,8 +225,8 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
     ctx->saved_data["op"] = handle;
     ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(std::move(arguments));
     ctx->saved_data["leaves"] = static_cast<int64_t>(present.size());
-    ctx->set_materialize_grads(false);
-    return results[0];
+    ctx->set_materialize_grads(results.outputs.size() > 1);  // zeros for outputs that nobody used
+    return std::move(results.outputs);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -212,12 +237,12 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
     const auto arguments = ctx->saved_data["arguments"].toTuple();
     const c10::ArrayRef<IValue> given(arguments->elements());
     const variable_list saved = ctx->get_saved_variables();
-    const bool plain = pulls_plainly(grads[0]);
+    const bool plain = std::all_of(grads.begin(), grads.end(), pulls_plainly);
 
     torch::jit::Stack stack;
-    c10::List<Tensor> grad;
-    grad.push_back(plain && !has_dense_rows(grads[0]) ? grads[0].contiguous() : grads[0]);
-    stack.emplace_back(std::move(grad));
+    c10::List<Tensor> given_grads;
+    for (const Tensor& grad : grads) given_grads.push_back(plain && !has_dense_rows(grad) ? grad.contiguous() : grad);
+    stack.emplace_back(std::move(given_grads));
     push_arguments(stack, op.kinds, given, saved.data());
     stack.emplace_back(c10::List<Tensor>(at::TensorList(saved).slice(leaves)));
     c10::List<bool> needed;
@@ -248,7 +273,7 @@ struct PlainOp : torch::autograd::Function<PlainOp> {
 PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const int64_t handle = PyLong_AsLongLong(arguments[0]);
-  const bool checked = arguments[1] == Py_True, keeps_output = arguments[2] == Py_True;
+  const bool checked = arguments[1] == Py_True, keeps_outputs = arguments[2] == Py_True;
   const DoorOp& op = *door_ops().at(static_cast<size_t>(handle));
   TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 3);
   if (!runs_plainly() || (!checked && op.fits == nullptr)) Py_RETURN_NONE;
@@ -258,7 +283,7 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
     if (!take(arguments[i + 3], op.kinds[i], call)) Py_RETURN_NONE;
   }
   if (!checked && !op.fits(call.arguments)) Py_RETURN_NONE;
-  Tensor out;
+  variable_list outputs;
   {
     pybind11::gil_scoped_release no_gil;
     if (call.needs_grad && at::GradMode::is_enabled()) {
@@ -266,18 +291,24 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
       for (const Tensor& leaf : call.leaves) {
         if (leaf.defined()) present.push_back(leaf);
       }
-      out = PlainOp::apply(handle, at::TensorList(present), &call, keeps_output);
+      outputs = PlainOp::apply(handle, at::TensorList(present), &call, keeps_outputs);
     } else {
-      out = run_forward(op, call, false)[0];
+      outputs = run_forward(op, call, false).outputs;
     }
   }
-  return THPVariable_Wrap(out);
+  if (op.one_output) return THPVariable_Wrap(outputs[0]);
+  PyObject* const list = PyList_New(static_cast<Py_ssize_t>(outputs.size()));
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), THPVariable_Wrap(outputs[i]));
+  }
+  return list;
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   HANDLE_TH_ERRORS
-  door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0])));
+  const auto outputs = static_cast<size_t>(PyLong_AsLongLong(arguments[1]));
+  door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0]), outputs));
   return PyLong_FromSize_t(door_ops().size() - 1);
   END_HANDLE_TH_ERRORS
 }

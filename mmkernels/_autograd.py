@@ -221,8 +221,13 @@ def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], args: Seque
     results = [
         operator(*(example(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
     ]
+    return _stacked(results)
+
+
+def _stacked(results: Sequence[Any]) -> tuple[Any, Any]:
+    """The examples' results in one, lists of tensors too, and the dims they are mapped in, in the same structure."""
     if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
+        return torch.stack(list(results)), 0
     kind = type(results[0])
-    outputs = kind(torch.stack(tensors) for tensors in zip(*results, strict=True))
-    return outputs, kind(0 for _ in outputs)
+    pairs = [_stacked(values) for values in zip(*results, strict=True)]
+    return kind(outputs for outputs, _ in pairs), kind(dims for _, dims in pairs)

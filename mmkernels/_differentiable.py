@@ -4,7 +4,8 @@ A `DifferentiableOp` is two operators. ``torch.ops.mmkernels.<name>`` has the sc
 
     (<arguments>, bool training) -> (<outputs>, <saved>)
 
-where ``saved`` is what the backward wants to find, empty unless ``training``; ``<name>_backward`` has
+where ``saved`` is what the backward wants to find, empty unless ``training``, and an output may be a list of tensors;
+``<name>_backward`` has
 
     (Tensor[] grads, <arguments>, Tensor[] saved, bool[] needed) -> Tensor[]
 
@@ -56,19 +57,38 @@ def _last_dim_dense(tensor: Tensor) -> Tensor:
     return tensor if dense else tensor.contiguous()
 
 
+def _contiguous_gradient(leaf: Tensor) -> Tensor:
+    return leaf.new_empty(leaf.shape)
+
+
+def _spliced(values: Any) -> list[Any]:
+    """The values in a flat list, those of a list or tuple one by one."""
+    if not isinstance(values, (list, tuple)):
+        return [values]
+    return [x for value in values for x in (_spliced(value) if isinstance(value, (list, tuple)) else (value,))]
+
+
+def _in_order_of(promised: Any, value: Any) -> Any:
+    """Tensors, in lists or not, with the strides of others."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_in_order_of(p, v) for p, v in zip(promised, value, strict=True))
+    return value if value.stride() == promised.stride() else promised.copy_(value)
+
+
 class DifferentiableOp:
     """One op and its backward.
 
     Args:
         name: of the op under ``torch.ops.mmkernels``.
         arguments: their schema; tensors as ``Tensor``, ``Tensor?`` or ``Tensor[]``.
-        outputs: schema of the differentiable outputs.
+        outputs: schema of the differentiable outputs; ``Tensor[]`` for a list whose length the arguments give.
         saved: schema of what else the kernels leave for the backward; may be empty.
-        reference: ``(*arguments)`` -> the outputs, one tensor or a tuple.
-        fake: ``(*arguments)`` -> a tuple of fresh contiguous tensors with the shapes of outputs and saved.
+        reference: ``(*arguments)`` -> the outputs, one tensor or a tuple; tensors in any memory order.
+        fake: ``(*arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
         cpu: the compiled kernels.
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
         keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
+        gradient: a fresh tensor with the shape and strides of the gradient of its argument; default: contiguous.
     """
 
     def __init__(
@@ -83,14 +103,15 @@ class DifferentiableOp:
         cpu: NativeKernels,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps_outputs: Callable[..., bool] = lambda *_: False,
+        gradient: Callable[[Tensor], Tensor] = _contiguous_gradient,
     ) -> None:
         self.name = name
         self._reference = reference
         self._reference_saved = reference_saved
         self._fake = fake
         self._keeps_outputs = keeps_outputs
+        self._gradient = gradient
         self._outputs = outputs.count(",") + 1
-        self._saved = saved.count(",") + 1 if saved else 0
         returns = f"{outputs}, {saved}" if saved else outputs
         self.forward = Operator(
             name,
@@ -113,30 +134,31 @@ class DifferentiableOp:
         # torch's old vmap (is_grads_batched, jacobian(vectorize=True)) knows no lists: it takes the reference apart.
         self.backward.impl("Batched", self._reference_backward)
         self._supports = cpu.supports
-        self._handle = _native.open_door(cpu.name) if self._outputs == 1 else None
+        _, absent = native_op(f"_{cpu.name}_fwd")
+        self._handle = _native.open_door(cpu.name, self._outputs) if absent is None else None
 
     def __call__(self, *args: Any) -> Tensors:
-        """The differentiable outputs."""
+        """The differentiable outputs, those in lists one by one."""
         if (
             self._handle is not None
             and may_use_door()
             and (self._supports is None or self._supports(*args) is None)
             and (out := _plain_call(self._handle, True, self._keeps_outputs(*args), *args)) is not None
         ):
-            return (out,)
+            return (out,) if isinstance(out, Tensor) else tuple(out)
         training = needs_grad(*self._leaves(args))
-        result = self.forward(*args, training)
-        return result[: self._outputs] if isinstance(result, tuple) else (result,)
+        return tuple(self._split(self.forward(*args, training))[0])
 
-    def unchecked(self, *args: Any) -> Tensor | None:
-        """The output of a plain eager call that nobody has checked; None where it is not plain or does not fit.
+    def unchecked(self, *args: Any) -> Any:
+        """The output, or the list of them where there are several, of a plain eager call that nobody has checked.
+
+        None where the call is not plain or does not fit.
 
         For ops whose kernels come with a check of their own (``DoorCheck``); ask `may_use_door` first.
         """
         if self._handle is None:
             return None
-        out: Tensor | None = _plain_call(self._handle, False, self._keeps_outputs(*args), *args)
-        return out
+        return _plain_call(self._handle, False, self._keeps_outputs(*args), *args)
 
     # --- tensors among the arguments ----------------------------------------------------------------------------------
 
@@ -171,10 +193,14 @@ class DifferentiableOp:
 
         def function(*leaves: Tensor | None) -> Tensors:
             full = [g if new is None else new for new, g in zip(leaves, given, strict=True)]
-            outputs = self._reference(*self._with_leaves(args, full))
-            return outputs if isinstance(outputs, tuple) else (outputs,)
+            return tuple(_spliced(self._reference(*self._with_leaves(args, full))))
 
         return function
+
+    def _split(self, result: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs and the saved tensors of the forward, lists element by element."""
+        parts = result if isinstance(result, tuple) else (result,)
+        return _spliced(parts[: self._outputs]), _spliced(parts[self._outputs :])
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -188,14 +214,14 @@ class DifferentiableOp:
     def _reference_forward(self, *args: Any) -> Any:
         *arguments, training = args
         outputs = self._reference(*arguments)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        outputs = tuple(o.contiguous() for o in outputs)
-        if training and self._reference_saved is not None:
+        promised = self._fake(*arguments)
+        outputs = _in_order_of(promised[: self._outputs], outputs if isinstance(outputs, tuple) else (outputs,))
+        if not training:
+            saved = tuple(t.new_empty(0) for t in promised[self._outputs :])
+        elif self._reference_saved is not None:
             saved = self._reference_saved(*arguments)
-        elif training:  # in the shapes that the fake promises
-            saved = tuple(torch.zeros_like(t) for t in self._fake(*arguments)[self._outputs :])
         else:
-            saved = tuple(outputs[0].new_empty(0) for _ in range(self._saved))
+            saved = tuple(torch.zeros_like(t) for t in promised[self._outputs :])
         result = (*outputs, *saved)
         return result[0] if len(result) == 1 else result
 
@@ -204,7 +230,7 @@ class DifferentiableOp:
     def _backward_fake(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         *args, _, needed = rest
         pairs = zip(self._leaves(args), needed, strict=True)
-        return [leaf.new_empty(leaf.shape) if leaf is not None and n else grads[0].new_empty(0) for leaf, n in pairs]
+        return [self._gradient(leaf) if leaf is not None and n else grads[0].new_empty(0) for leaf, n in pairs]
 
     def _reference_backward(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         *args, _, needed = rest
@@ -212,41 +238,48 @@ class DifferentiableOp:
         wanted = [x if n else None for x, n in zip(given, needed, strict=True)]
         pulled: Sequence[Tensor | None] = kernel_vjp(self._reference_of(args, given), wanted, grads)
         empty = grads[0].new_empty
-        return [empty(0) if g is None else g.clone(memory_format=torch.contiguous_format) for g in pulled]
+        return [
+            empty(0) if x is None or g is None else self._in_order_of_leaf(x, g)
+            for x, g in zip(given, pulled, strict=True)
+        ]
+
+    def _in_order_of_leaf(self, leaf: Tensor, grad: Tensor) -> Tensor:
+        if torch._C._functorch.is_legacy_batchedtensor(grad):
+            return grad.clone(memory_format=torch.contiguous_format)
+        return self._gradient(leaf).copy_(grad)
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
     def _save(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         *args, training = inputs
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        saved = outputs[self._outputs :]
-        kept = outputs[: self._outputs] if training and self._keeps_outputs(*args) else ()
+        outputs, saved = self._split(outputs)
+        kept = outputs if training and self._keeps_outputs(*args) else []
         leaves = self._leaves(args)
         ctx.save_for_backward(*leaves, *kept, *saved)
         ctx.leaf_count = len(leaves)
         ctx.arguments = self._without_tensors(args)
-        ctx.shapes = [o.shape for o in outputs[: self._outputs]]
+        ctx.outputs = [(o.shape, o.dtype) for o in outputs]
         ctx.training = training
         ctx.backend = forced_backend()
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
 
-    def _grad(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def _grad(self, ctx: Any, *results: Any) -> tuple[Any, ...]:
         kept = ctx.saved_tensors  # asked for once: torch.utils.checkpoint recomputes them but once
         leaves = kept[: ctx.leaf_count]
         args = self._with_leaves(ctx.arguments, leaves)
         flags = self._leaves(ctx.needs_input_grad)
         needed = [x is not None and bool(n) and x.is_floating_point() for x, n in zip(leaves, flags, strict=True)]
         pulled: Sequence[Tensor | None] = [None] * len(leaves)
-        given = next((g for g in grads[: self._outputs] if g is not None), None)
+        grads, _ = self._split(results)
+        given = next((g for g in grads if g is not None), None)
         if given is not None and any(needed):
             saved = list(kept[ctx.leaf_count :])
             if not ctx.training:
-                outputs = self.forward(*args, True)
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                saved = list(outputs if self._keeps_outputs(*args) else outputs[self._outputs :])
-            pairs = zip(grads, ctx.shapes, strict=False)
-            dense = [given.new_zeros(shape) if g is None else g for g, shape in pairs]
+                outputs, saved = self._split(self.forward(*args, True))
+                saved = [*outputs, *saved] if self._keeps_outputs(*args) else saved
+            pairs = zip(grads, ctx.outputs, strict=True)
+            dense = [given.new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in pairs]
             if torch._C._functorch.is_legacy_batchedtensor(given):
                 pulled = self.backward.overload(dense, *args, saved, needed)
             elif ctx.backend is None:
@@ -258,9 +291,9 @@ class DifferentiableOp:
         return (*self._in_places(ctx.arguments, pulled), None)
 
     def _in_places(self, args: Sequence[Any], pulled: Sequence[Tensor | None]) -> list[Any]:
-        """Gradients where the arguments have tensors, None elsewhere."""
+        """Gradients where the arguments have tensors, None elsewhere; torch takes any empty list for one of tensors."""
         result = self._with_leaves(args, pulled)
-        return [x if i in self._positions else None for i, x in enumerate(result)]
+        return [x if i in self._positions or (isinstance(x, list) and not x) else None for i, x in enumerate(result)]
 
     def _save_for_double(self, ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
         grads, *args, saved, needed = inputs

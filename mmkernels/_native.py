@@ -99,9 +99,9 @@ def door(name: str) -> Callable[..., Any] | None:
     return getattr(_library, name, None)
 
 
-def open_door(name: str) -> int | None:
+def open_door(name: str, outputs: int = 1) -> int | None:
     """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library."""
-    opened: int | None = None if _library is None else _library.open_differentiable_door(name)
+    opened: int | None = None if _library is None else _library.open_differentiable_door(name, outputs)
     return opened
 
 
