@@ -12,6 +12,7 @@ from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
+from mmkernels.ops.joint_attention import joint_attention
 from mmkernels.ops.low_rank_fusion import low_rank_fusion
 from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "gated_concat",
     "gated_fusion",
+    "joint_attention",
     "low_rank_fusion",
     "merge_embeddings",
     "modulated_norm",

@@ -63,6 +63,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
         lambda x, y, w, b: mmk.tensor_fusion_linear([x, y], w, b),
         [(3, 5), (3, 4), (6, 30), (6,)],
     ),
+    "joint_attention, one stream of outputs": (
+        lambda p, q, x, y, u, v, b: mmk.joint_attention([p, q], [x, y], [u, v], stream_bias=b)[1],
+        [(3, 2, 4, 6), (3, 2, 5, 6), (3, 2, 4, 6), (3, 2, 7, 6), (3, 2, 4, 6), (3, 2, 7, 6), (2, 2, 2)],
+    ),
     "bilinear_fusion": (
         lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),
         [(3, 5), (3, 4), (6, 5), (6, 4)],

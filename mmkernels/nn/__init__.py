@@ -2,6 +2,7 @@
 
 from mmkernels.nn.concat_fusion import ConcatFusion
 from mmkernels.nn.gated_fusion import GatedFusion
+from mmkernels.nn.joint_attention import JointAttention
 from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
 from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
 from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
@@ -9,6 +10,7 @@ from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 __all__ = [
     "ConcatFusion",
     "GatedFusion",
+    "JointAttention",
     "LowRankFusion",
     "MultiheadCrossAttention",
     "TensorFusion",

@@ -14,14 +14,14 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 
 
-def first_source(op: str, xs: Sequence[Tensor]) -> Tensor:
+def first_source(op: str, xs: Sequence[Tensor], argument: str = "xs") -> Tensor:
     """The first modality, once ``xs`` is a list or tuple that begins with a tensor."""
     if not isinstance(xs, (list, tuple)):
-        raise checks.type_error(op, "xs", "a list of tensors", type(xs).__name__)
+        raise checks.type_error(op, argument, "a list of tensors", type(xs).__name__)
     if not xs:
-        raise checks.value_error(op, "xs", "at least one tensor", "an empty list")
+        raise checks.value_error(op, argument, "at least one tensor", "an empty list")
     first = xs[0]
-    checks.check_tensor(op, "xs[0]", first)
+    checks.check_tensor(op, f"{argument}[0]", first)
     return first
 
 

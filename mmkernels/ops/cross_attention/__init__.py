@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door, native_door, needs_grad
+from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op
 
 __all__ = ["cross_attention", "scaled_dot_product_attention"]
-
-CausalAlignment = Literal["top_left", "bottom_right"]
 
 _plain_call = native_door("cross_attention_door")
 
@@ -28,7 +27,7 @@ def cross_attention(
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
-    causal_alignment: CausalAlignment = "top_left",
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -47,7 +46,7 @@ def cross_attention(
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
-    causal_alignment: CausalAlignment = "top_left",
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -65,7 +64,7 @@ def cross_attention(
     attn_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
-    causal_alignment: CausalAlignment = "top_left",
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -131,18 +130,13 @@ def cross_attention(
     if attn_mask is not None:
         attn_mask = _check_mask(name, attn_mask, query, key)
     if key_lengths is not None:
-        key_lengths = _check_key_lengths(name, key_lengths, query, key)
-    left, right = (-1, -1) if window is None else _check_window(name, window)
+        key_lengths = attention.check_key_lengths(name, "key_lengths", key_lengths, query, key)
+    left, right = (-1, -1) if window is None else attention.check_window(name, window)
     if is_causal:
         right = 0
-    if causal_alignment == "top_left":
-        bottom_right = False
-    elif causal_alignment == "bottom_right":
-        bottom_right = True
-    else:
-        raise checks.value_error(name, "causal_alignment", "'top_left' or 'bottom_right'", repr(causal_alignment))
+    bottom_right = attention.is_bottom_right(name, causal_alignment)
     if softcap != 0.0:
-        _check_softcap(name, softcap)
+        attention.check_softcap(name, softcap)
     out, lse = _attend(
         name,
         query,
@@ -302,39 +296,6 @@ def _check_mask(op: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if size != full_size and size != 1:
             raise checks.value_error(op, "attn_mask", f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
     return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
-
-
-def _check_key_lengths(op: str, lengths: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The lengths as int64."""
-    checks.check_tensor(op, "key_lengths", lengths)
-    if lengths.dtype not in (torch.int32, torch.int64):
-        raise checks.type_error(op, "key_lengths", "dtype int32 or int64", lengths.dtype)
-    if lengths.dim() != 1 or lengths.shape[0] != query.shape[0]:
-        raise checks.value_error(op, "key_lengths", f"shape ({query.shape[0]},)", tuple(lengths.shape))
-    checks.check_same_device(op, "key_lengths", lengths, "query", query.device)
-    if checks.eager_values_readable(lengths) and lengths.numel() > 0:
-        low, high = (int(x) for x in torch.aminmax(lengths))
-        if low < 0 or high > key.shape[2]:
-            raise checks.value_error(op, "key_lengths", f"values in [0, {key.shape[2]}]", f"[{low}, {high}]")
-    return lengths.to(torch.int64)
-
-
-def _check_window(op: str, window: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
-    for side in window:
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
-        if side < -1:
-            raise checks.value_error(op, "window", "sizes ≥ 0, or -1 for unbounded", repr(window))
-    left, right = window
-    return left, right
-
-
-def _check_softcap(op: str, softcap: float) -> None:
-    checks.check_number(op, "softcap", softcap)
-    if not 0.0 < softcap < math.inf:
-        raise checks.value_error(op, "softcap", "a finite number ≥ 0", softcap)
 
 
 def _leading_dims_agree(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:

@@ -1,0 +1,136 @@
+"""The attention of a multi-stream transformer block, over `joint_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops.concat_tokens import concat_tokens
+from mmkernels.ops.joint_attention import joint_attention
+
+__all__ = ["JointAttention"]
+
+
+class JointAttention(nn.Module):
+    """Streams of tokens, each with projections of its own, that attend to all of each other's tokens.
+
+    The attention of MM-DiT blocks (Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image
+    Synthesis", 2024, arXiv:2403.03206): queries, keys and values of a stream come from one product with its own weight,
+    and its output goes through its own. The heads are views of the projections: nothing is concatenated or transposed
+    in memory.
+
+    Args:
+        embed_dims: E_s, features of each stream's tokens.
+        num_heads: H.
+        head_dim: D; None = embed_dims[0] / H.
+        bias: whether the projections have biases.
+        qk_norm: normalise each head's queries and keys by RMSNorm, with weights per stream.
+        eps: of that norm.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Example:
+        >>> attend = JointAttention([768, 1024], 12, qk_norm=True)
+        >>> text, image = torch.randn(2, 77, 768), torch.randn(2, 576, 1024)
+        >>> [x.shape for x in attend([text, image])]
+        [torch.Size([2, 77, 768]), torch.Size([2, 576, 1024])]
+    """
+
+    def __init__(
+        self,
+        embed_dims: Sequence[int],
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        bias: bool = True,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not embed_dims:
+            raise ValueError("JointAttention: embed_dims: expected at least one stream; got none")
+        if head_dim is None:
+            if embed_dims[0] % num_heads != 0:
+                expected = f"a multiple of num_heads, {num_heads} (or head_dim)"
+                raise ValueError(f"JointAttention: embed_dims[0]: expected {expected}; got {embed_dims[0]}")
+            head_dim = embed_dims[0] // num_heads
+        self.embed_dims = tuple(embed_dims)
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.qk_norm = qk_norm
+        self.eps = eps
+        width = num_heads * head_dim
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        def norm_weights() -> nn.ParameterList | None:
+            weights = [nn.Parameter(torch.ones(head_dim, device=device, dtype=dtype)) for _ in embed_dims]
+            return nn.ParameterList(weights) if qk_norm else None
+
+        self.in_proj = nn.ModuleList(linear(features, 3 * width) for features in embed_dims)
+        self.out_proj = nn.ModuleList(linear(width, features) for features in embed_dims)
+        self.query_norm_weights = norm_weights()
+        self.key_norm_weights = norm_weights()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Projections as ``nn.MultiheadAttention``: Xavier-uniform in, the default out, biases 0; norm weights 1."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        for name, weight in self.in_proj.named_parameters():
+            if name.endswith("weight"):
+                nn.init.xavier_uniform_(weight)
+        for weight in (*(self.query_norm_weights or ()), *(self.key_norm_weights or ())):
+            nn.init.ones_(weight)
+
+    def forward(
+        self,
+        streams: Sequence[Tensor],
+        *,
+        key_lengths: Sequence[Tensor | None] | None = None,
+        stream_bias: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Every stream's attention to all streams.
+
+        Args:
+            streams: (B, L_s, E_s) each.
+            key_lengths: as in `joint_attention`, per stream: tokens at and beyond the length are not attended to.
+            stream_bias: as in `joint_attention`, (S, S) or (H, S, S).
+
+        Returns:
+            Tensors (B, L_s, E_s).
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `joint_attention`.
+        """
+        if len(streams) != len(self.embed_dims):
+            raise ValueError(f"JointAttention: streams: expected {len(self.embed_dims)} tensors; got {len(streams)}")
+        heads = [self._heads(i, x) for i, x in enumerate(streams)]
+        queries, keys, values = ([parts[j] for parts in heads] for j in range(3))
+        outs = joint_attention(queries, keys, values, key_lengths=key_lengths, stream_bias=stream_bias)
+        return [out(y.transpose(1, 2).flatten(2)) for y, out in zip(outs, self.out_proj, strict=True)]
+
+    def _heads(self, stream: int, x: Tensor) -> list[Tensor]:
+        """Query, key and value of a stream, views [B, H, L, D] of its projection where they are not normalised."""
+        q, k, v = self.in_proj[stream](x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, L, H, D]
+        if self.query_norm_weights is not None and self.key_norm_weights is not None:
+            q = self._normalised(q, self.query_norm_weights[stream])
+            k = self._normalised(k, self.key_norm_weights[stream])
+        return [part.transpose(1, 2) for part in (q, k, v)]
+
+    def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the features of a head, [B, L, H, D], in x's dtype."""
+        rows = x.flatten(0, 1)  # a view: [B·L, H, D]
+        normed = concat_tokens([rows], norm="rms", norm_weight=weight, eps=self.eps, out_dtype=x.dtype)
+        return normed.unflatten(0, x.shape[:2])
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dims}, num_heads={self.num_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"

@@ -1,0 +1,52 @@
+"""Argument checks that the attention ops share: lengths, windows, softcap, alignment."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops import _checks as checks
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+
+
+def is_bottom_right(op: str, alignment: CausalAlignment) -> bool:
+    if alignment not in ("top_left", "bottom_right"):
+        raise checks.value_error(op, "causal_alignment", "'top_left' or 'bottom_right'", repr(alignment))
+    return alignment == "bottom_right"
+
+
+def check_key_lengths(op: str, argument: str, lengths: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The lengths as int64."""
+    checks.check_tensor(op, argument, lengths)
+    if lengths.dtype not in (torch.int32, torch.int64):
+        raise checks.type_error(op, argument, "dtype int32 or int64", lengths.dtype)
+    if lengths.dim() != 1 or lengths.shape[0] != query.shape[0]:
+        raise checks.value_error(op, argument, f"shape ({query.shape[0]},)", tuple(lengths.shape))
+    checks.check_same_device(op, argument, lengths, "query", query.device)
+    if checks.eager_values_readable(lengths) and lengths.numel() > 0:
+        low, high = (int(x) for x in torch.aminmax(lengths))
+        if low < 0 or high > key.shape[2]:
+            raise checks.value_error(op, argument, f"values in [0, {key.shape[2]}]", f"[{low}, {high}]")
+    return lengths.to(torch.int64)
+
+
+def check_window(op: str, window: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
+    for side in window:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
+        if side < -1:
+            raise checks.value_error(op, "window", "sizes ≥ 0, or -1 for unbounded", repr(window))
+    left, right = window
+    return left, right
+
+
+def check_softcap(op: str, softcap: float) -> None:
+    checks.check_number(op, "softcap", softcap)
+    if not 0.0 < softcap < math.inf:
+        raise checks.value_error(op, "softcap", "a finite number ≥ 0", softcap)

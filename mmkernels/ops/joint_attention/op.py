@@ -1,0 +1,51 @@
+"""Registration of joint_attention: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.joint_attention import reference
+
+_MAX_STREAMS = 8  # kMaxSegments of csrc/attention/attention.h
+
+
+def _joint_attention_fake(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *rest: Any
+) -> tuple[Any, ...]:
+    return_lse = rest[-1]
+    first = queries[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    outs = [empty_in_order_of(q, (*q.shape[:3], values[0].shape[3])) for q in queries]
+    lses = [q.new_empty(q.shape[:3], dtype=wide) for q in queries] if return_lse else []
+    rows = first.shape[0] * first.shape[1] * sum(q.shape[2] for q in queries)
+    return outs, lses, first.new_empty(2 * rows, dtype=wide)
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
+
+
+def _supports(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str | None:
+    if max(len(queries), len(keys)) > _MAX_STREAMS:
+        return f"there are more than {_MAX_STREAMS} streams"
+    return None
+
+
+joint_attention_op = DifferentiableOp(
+    "joint_attention",
+    "Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] key_lengths, int[] padded_streams, "
+    "Tensor? stream_bias, float? scale, float softcap, bool return_lse",
+    outputs="Tensor[] outs, Tensor[] lses",
+    saved="Tensor stats",  # row_max of all query streams, then log_sum, in the memory order of [B, H, L_i] each
+    reference=reference.joint_attention,
+    fake=_joint_attention_fake,
+    cpu=native_backend("joint_attention", _supports),
+    keeps_outputs=lambda *_: True,
+    gradient=_gradient,
+)

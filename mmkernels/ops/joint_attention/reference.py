@@ -1,0 +1,82 @@
+"""joint_attention in plain PyTorch: the specification every kernel is tested against.
+
+    S = scale · Q_i K_jᵀ,  S ← softcap · tanh(S / softcap),  S ← S + stream_bias[i, j],
+    O_i = softmax over the keys of all streams j (S) · V
+
+It concatenates the streams and is `cross_attention` of them, with the bias as a mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.cross_attention import reference
+
+
+def joint_attention(
+    queries: Sequence[Tensor],  # Sq of [B, H, L_i, D]
+    keys: Sequence[Tensor],  # Sk of [B, H, L_j, D]
+    values: Sequence[Tensor],  # Sk of [B, H, L_j, Dv]
+    key_lengths: Sequence[Tensor],  # [B] int64 each
+    padded_streams: Sequence[int],  # which key streams those are of
+    stream_bias: Tensor | None,  # [Sq, Sk] or [H, Sq, Sk]
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs [B, H, L_i, Dv] and, with ``return_lse``, the LSE of each [B, H, L_i]."""
+    query, key, value = (torch.cat(list(streams), 2) for streams in (queries, keys, values))
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[3]) if query.shape[3] else 1.0
+    mask = None
+    if stream_bias is not None or key_lengths:
+        mask = _mask(queries, keys, key_lengths, padded_streams, stream_bias)
+    out, row_max, log_sum = reference.cross_attention(
+        query, key, value, mask, None, -1, -1, False, softcap, scale, 0.0, None
+    )
+    sizes = [q.shape[2] for q in queries]
+    outs = [o.clone() for o in out.split(sizes, 2)]
+    lses = [x.clone() for x in (row_max + log_sum).split(sizes, 2)] if return_lse else []
+    return outs, lses
+
+
+def _mask(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_lengths: Sequence[Tensor],
+    padded_streams: Sequence[int],
+    stream_bias: Tensor | None,
+) -> Tensor:
+    """What is added to the scores, [1 or B, 1 or H, ΣL_i, ΣL_j]; −inf where a stream is padded or a pair forbidden."""
+    wide = torch.float64 if queries[0].dtype == torch.float64 else torch.float32
+    if stream_bias is None:
+        stream_bias = queries[0].new_zeros(len(queries), len(keys), dtype=wide)
+    bias = stream_bias.to(wide) if stream_bias.dim() == 3 else stream_bias.to(wide)[None]  # [1 or H, Sq, Sk]
+    rows = torch.cat(
+        [bias[:, i : i + 1].expand(-1, q.shape[2], -1) for i, q in enumerate(queries)], 1
+    )  # [1 or H, ΣL_i, Sk]
+    mask = torch.cat([rows[:, :, j : j + 1].expand(-1, -1, k.shape[2]) for j, k in enumerate(keys)], 2)[None]
+    if not key_lengths:
+        return mask
+    lengths = dict(zip(padded_streams, key_lengths, strict=True))
+    valid = []
+    for j, k in enumerate(keys):
+        position = torch.arange(k.shape[2], device=k.device)  # [L_j]
+        valid.append(position < lengths[j][:, None] if j in lengths else (position >= 0).expand(k.shape[0], -1))
+    return mask.masked_fill(~torch.cat(valid, 1)[:, None, None], -torch.inf)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: text and image tokens attend to each other and to themselves."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def streams() -> list[Tensor]:
+        return [torch.randn(2, 4, length, 32, generator=generator).to(device, dtype) for length in (12, 49)]
+
+    return {"queries": streams(), "keys": streams(), "values": streams()}

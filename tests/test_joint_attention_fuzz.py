@@ -1,0 +1,79 @@
+"""Random numbers of streams, lengths, layouts and biases. MMKERNELS_FUZZ_EXAMPLES sets how many (100)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from row_ops import strided
+from torch import Tensor
+
+import mmkernels as mmk
+from mmkernels.testing import check_op
+
+EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
+IMPLEMENTATIONS = [REFERENCE] if NATIVE_ABSENT else NATIVE
+
+length = st.one_of(st.integers(0, 5), st.integers(0, 120))
+streams = st.lists(length, min_size=1, max_size=4)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    batch, heads = draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    dim, value_dim = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    query_lengths, key_lengths = draw(streams), draw(streams)
+
+    def stream(count: int, features: int) -> Tensor:
+        tensor = torch.randn(batch, heads, count, features, generator=generator).to(dtype)
+        tensor.requires_grad_(draw(st.booleans()))
+        return strided(tensor) if draw(st.integers(0, 3)) == 0 else tensor
+
+    inputs = [
+        [stream(n, dim) for n in query_lengths],
+        [stream(n, dim) for n in key_lengths],
+        [stream(n, value_dim) for n in key_lengths],
+    ]
+    options: dict[str, Any] = {"return_lse": draw(st.booleans())}
+    if draw(st.booleans()):
+        options["key_lengths"] = [
+            torch.tensor(draw(st.lists(st.integers(0, n), min_size=batch, max_size=batch)), dtype=torch.int64)
+            if draw(st.booleans())
+            else None
+            for n in key_lengths
+        ]
+    if draw(st.booleans()):
+        shape = (len(query_lengths), len(key_lengths))
+        bias = torch.randn((heads, *shape) if draw(st.booleans()) else shape, generator=generator)
+        bias = bias.masked_fill(bias > draw(st.sampled_from((0.5, 9.0))), -torch.inf)
+        bias = bias.to(draw(st.sampled_from((dtype, torch.float32))))
+        options["stream_bias"] = bias.requires_grad_(draw(st.booleans()))
+    options["softcap"] = draw(st.sampled_from((0.0, 0.0, 2.0)))
+    options["scale"] = draw(st.sampled_from((None, None, 0.3, -0.1)))
+    return inputs, options
+
+
+def outputs(*args: Any, **options: Any) -> list[Tensor]:
+    result = mmk.joint_attention(*args, **options)
+    return [*result[0], *result[1]] if isinstance(result, tuple) else result
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
+)
+@given(calls(), st.sampled_from(IMPLEMENTATIONS))
+def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
+    inputs, options = call
+    for backend in use_implementation(implementation):
+        check_op(outputs, *inputs, backend=backend, **options)

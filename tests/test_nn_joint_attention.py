@@ -1,0 +1,103 @@
+"""JointAttention against the same layer in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.nn import JointAttention
+
+
+def plain(module: JointAttention, streams: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+    """The forward in plain torch, from the module's own parameters."""
+    heads: list[list[Tensor]] = [[], [], []]
+    for i, x in enumerate(streams):
+        parts = module.in_proj[i](x).chunk(3, -1)
+        for j, part in enumerate(parts):
+            part = part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            weights = (module.query_norm_weights, module.key_norm_weights, None)[j]
+            if weights is not None:
+                part = F.rms_norm(part, part.shape[-1:], weights[i], module.eps)
+            heads[j].append(part)
+    out = F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in heads), attn_mask=mask)
+    split = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams], 1)
+    return [module.out_proj[i](y) for i, y in enumerate(split)]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "query and key norm": dict(qk_norm=True),
+    "narrow heads without bias": dict(head_dim=5, bias=False),
+    "everything": dict(head_dim=6, qk_norm=True, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_output_and_gradients_equal_plain_torch(options: str, padded: bool, backend: str) -> None:
+    module = JointAttention([12, 20, 7], 3, **OPTIONS[options])
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    streams = [torch.randn(2, n, w, requires_grad=True) for n, w in zip((4, 9, 1), (12, 20, 7), strict=True)]
+    lengths, mask = None, None
+    if padded:
+        lengths = [None, torch.tensor([9, 2]), None]
+        mask = torch.ones(2, 1, 1, 14, dtype=torch.bool)
+        mask[1, :, :, 6:13] = False
+    ours, want = module(streams, key_lengths=lengths), plain(module, streams, mask)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+    leaves = [*streams, *module.parameters()]
+    grads = (torch.autograd.grad(sum(y.sin().sum() for y in outs), leaves) for outs in (ours, want))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_that_is_forbidden_changes_nothing() -> None:
+    module = JointAttention([8, 8], 2)
+    text, image = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    bias = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    first, second = (module([text, x], stream_bias=bias) for x in (image, image * 3))
+    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+
+
+def test_parameters_and_their_initialisation() -> None:
+    module = JointAttention([64, 32], 4, qk_norm=True, dtype=torch.float64)
+    names = {name: p for name, p in module.named_parameters()}
+    assert {n for n in names if n.endswith(".0") or ".0." in n} == {
+        "in_proj.0.weight",
+        "in_proj.0.bias",
+        "out_proj.0.weight",
+        "out_proj.0.bias",
+        "query_norm_weights.0",
+        "key_norm_weights.0",
+    }
+    assert all(p.dtype == torch.float64 for p in names.values())
+    assert names["in_proj.1.weight"].shape == (3 * 64, 32) and names["out_proj.1.weight"].shape == (32, 64)
+    assert not names["in_proj.0.bias"].any() and torch.equal(names["key_norm_weights.1"], torch.ones(16).double())
+    copy = JointAttention([64, 32], 4, qk_norm=True, dtype=torch.float64)
+    copy.load_state_dict(module.state_dict())
+    streams = [torch.randn(1, 3, 64).double(), torch.randn(1, 5, 32).double()]
+    assert all(torch.equal(a, b) for a, b in zip(copy(streams), module(streams), strict=True))
+
+
+def test_under_autocast_and_compile() -> None:
+    module = JointAttention([16, 8], 2, qk_norm=True)
+    streams = [torch.randn(2, 3, 16), torch.randn(2, 5, 8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = module(streams)
+    assert all(y.dtype == torch.bfloat16 for y in outs)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(streams), module(streams))
+
+
+def test_bad_input_names_the_argument() -> None:
+    with pytest.raises(ValueError, match="embed_dims: expected at least one stream; got none"):
+        JointAttention([], 2)
+    with pytest.raises(ValueError, match=r"embed_dims\[0\]: expected a multiple of num_heads, 3 \(or"):
+        JointAttention([8, 9], 3)
+    with pytest.raises(ValueError, match="streams: expected 2 tensors; got 1"):
+        JointAttention([8, 8], 2)([torch.randn(1, 2, 8)])
