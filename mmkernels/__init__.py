@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmkernels import nn
 from mmkernels._dispatch import Explanation, explain, use_backend
 from mmkernels._errors import UnsupportedError
+from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 from mmkernels.ops.bilinear_fusion import bilinear_fusion
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "UnsupportedError",
+    "bidirectional_cross_attention",
     "bilinear_fusion",
     "concat_linear",
     "concat_norm_linear",

@@ -19,23 +19,6 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-// Q or dO as the columns of a product: in place, or packed.
-template <bool kPairs>
-Panel pack_columns(Dtype dtype, const Rows& rows, int64_t b, int64_t h, const QueryBlock& q, int64_t features,
-                   float* memory) {
-  const void* from = row_address(rows, dtype, b, h, q.first);
-  if (!kPairs && dtype == Dtype::f32 && features % VW == 0 && rows.row == features) {
-    return {static_cast<const float*>(from), rows.row};
-  }
-  const int64_t stride = round_up(features, VW);
-  if constexpr (kPairs) {
-    pack_columns_as_pairs(static_cast<const uint16_t*>(from), rows.row, q.count, features, memory, stride);
-  } else {
-    pack_rows_as_float(dtype, from, rows.row, q.count, features, memory, stride);
-  }
-  return {memory, stride};
-}
-
 template <bool kPairs>
 void backward_task(const BackwardCall& call, const Task& task, const KeyHead* next_head, const BackwardTile& tile,
                    float* partial_dq, float* bias_sums) {

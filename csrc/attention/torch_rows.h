@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "csrc/attention/attention.h"
+#include "csrc/cpu/large_output.h"
 
 namespace mmk {
 
@@ -31,7 +32,7 @@ inline at::Tensor empty_in_order_of(const at::Tensor& like, int64_t length, int6
     strides[order[i]] = step;
     step *= sizes[order[i]];
   }
-  return at::empty_strided(sizes, strides, like.options());
+  return with_huge_pages(at::empty_strided(sizes, strides, like.options()));
 }
 
 // Of `like` where it is wanted, else without elements.

@@ -67,6 +67,13 @@ MMK_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 MMK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 MMK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Lane i of the result is the maximum of the lanes of r[i].
+MMK_INLINE vf max_rows(vf (&r)[VW]) {
+  transpose(r);
+  MMK_UNROLL for (int n = VW / 2; n > 0; n /= 2) { MMK_UNROLL for (int i = 0; i < n; ++i) r[i] = max(r[i], r[i + n]); }
+  return r[0];
+}
+
 // 2^x, exactly 1 for 0, exactly 0 below 2^-126, NaN for NaN. The polynomial covers [0, 1), minimax in the relative
 // error under p(0) = 1; its degree sets that error: 5 for float32 (8e-8), 3 where the result is rounded to bfloat16
 // (8.6e-5).

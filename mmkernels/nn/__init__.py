@@ -1,5 +1,6 @@
 """Modules over the ops, with the constructor conventions of ``torch.nn``."""
 
+from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.joint_attention import JointAttention
@@ -8,6 +9,7 @@ from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
 from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 
 __all__ = [
+    "BidirectionalCrossAttention",
     "ConcatFusion",
     "GatedFusion",
     "JointAttention",

@@ -1,0 +1,38 @@
+"""Registration of bidirectional_cross_attention: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.bidirectional_cross_attention import reference
+from mmkernels.ops.cross_attention.op import empty_in_order_of
+
+
+def _bidirectional_cross_attention_fake(
+    x_query: Tensor, y_key: Tensor, x_value: Tensor, *_: object
+) -> tuple[Tensor, ...]:
+    width = x_value.shape[3]
+    wide = torch.float64 if x_query.dtype == torch.float64 else torch.float32
+    sides = (x_query, y_key)
+    outs = [empty_in_order_of(side, (*side.shape[:3], width)) for side in sides]
+    return (*outs, *(side.new_empty((2, *side.shape[:3]), dtype=wide) for side in sides))
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
+
+
+bidirectional_cross_attention_op = DifferentiableOp(
+    "bidirectional_cross_attention",
+    "Tensor x_query, Tensor y_key, Tensor x_value, Tensor y_value, Tensor? x_mask, Tensor? y_mask, float? scale, "
+    "float? clamp",
+    outputs="Tensor x_out, Tensor y_out",
+    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: the shift of exponents of 2, and log2 of their sum
+    reference=reference.bidirectional_cross_attention,
+    fake=_bidirectional_cross_attention_fake,
+    cpu=native_backend("bidirectional_cross_attention"),
+    keeps_outputs=lambda *_: True,
+    gradient=_gradient,
+)

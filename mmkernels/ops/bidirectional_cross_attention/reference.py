@@ -1,0 +1,70 @@
+"""bidirectional_cross_attention in plain PyTorch: the specification every kernel is tested against.
+
+    S = clamp(scale · X Yᵀ),  x_out = softmax over y (S) · y_value,  y_out = softmax over x (Sᵀ) · x_value
+
+Runs on every device and dtype, differentiable any number of times. Products are formed in the inputs' dtype, as plain
+torch code would; what is between them in float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def bidirectional_cross_attention(
+    x_query: Tensor,  # [B, H, Lx, D]
+    y_key: Tensor,  # [B, H, Ly, D]
+    x_value: Tensor,  # [B, H, Lx, Dv]
+    y_value: Tensor,  # [B, H, Ly, Dv]
+    x_mask: Tensor | None,  # [B, Lx] bool, True = real
+    y_mask: Tensor | None,  # [B, Ly]
+    scale: float | None,
+    clamp: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [B, H, Lx, Dv] and [B, H, Ly, Dv].
+
+    What is not finite in a padded token counts as zero. Where all tokens of the other side are padding, the output and
+    its gradients are zero.
+    """
+    x_query, x_value = _clean(x_query, x_mask), _clean(x_value, x_mask)
+    y_key, y_value = _clean(y_key, y_mask), _clean(y_value, y_mask)
+    wide = torch.float64 if x_query.dtype == torch.float64 else torch.float32
+    if scale is None:
+        scale = max(x_query.shape[-1], 1) ** -0.5
+    scores = ((x_query @ y_key.mT) * scale).to(wide)  # [B, H, Lx, Ly]
+    if clamp is not None:
+        scores = scores.clamp(-clamp, clamp)
+    return _attend(scores, y_mask, y_value), _attend(scores.mT, x_mask, x_value)
+
+
+def _clean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    return tokens if mask is None else tokens.masked_fill(~mask[:, None, :, None] & ~tokens.isfinite(), 0)
+
+
+def _attend(scores: Tensor, mask: Tensor | None, value: Tensor) -> Tensor:
+    """softmax(scores [B, H, L, keys]) · value, over the keys that are real."""
+    if mask is None:
+        return scores.softmax(-1).to(value.dtype) @ value
+    hidden = ~mask[:, None, None, :]
+    idle = hidden.all(-1, keepdim=True)  # nothing to attend to
+    weights = scores.masked_fill(hidden & ~idle, -torch.inf).softmax(-1)
+    return (weights.to(value.dtype) @ value).masked_fill(idle, 0)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: the tokens of an image and of a padded sentence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(length: int) -> Tensor:
+        return torch.randn((2, 4, length, 32), generator=generator).to(device, dtype)
+
+    return {
+        "x_query": random(60),
+        "y_key": random(12),
+        "x_value": random(60),
+        "y_value": random(12),
+        "y_mask": (torch.arange(12) < torch.tensor([[12], [7]])).to(device),
+    }
