@@ -15,6 +15,7 @@ from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
 from mmkernels.ops.joint_attention import joint_attention
 from mmkernels.ops.low_rank_fusion import low_rank_fusion
+from mmkernels.ops.merge_attention import merge_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
@@ -35,6 +36,7 @@ __all__ = [
     "gated_fusion",
     "joint_attention",
     "low_rank_fusion",
+    "merge_attention",
     "merge_embeddings",
     "modulated_norm",
     "nn",

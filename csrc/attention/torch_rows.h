@@ -1,6 +1,7 @@
 // Tensors [B, H, L, features] as the attention core sees them, and what is done when a result is not finite.
 #pragma once
 
+#include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -8,8 +9,8 @@
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
+#include <numeric>
 
 #include "csrc/attention/attention.h"
 #include "csrc/cpu/large_output.h"
@@ -21,23 +22,30 @@ inline Rows rows_of(const at::Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// The leading dims of a tensor, all but the last, from the outermost in memory to the innermost.
+inline at::DimVector order_of(const at::Tensor& t) {
+  at::DimVector order;
+  order.resize(static_cast<size_t>(t.dim() - 1));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  return order;
+}
+
 // Dense, its leading dims in memory in the order of like's.
-inline at::Tensor empty_in_order_of(const at::Tensor& like, int64_t length, int64_t features) {
-  const std::array<int64_t, 4> sizes{like.size(0), like.size(1), length, features};
-  std::array<int, 3> order{0, 1, 2};
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return like.stride(a) > like.stride(b); });
-  std::array<int64_t, 4> strides{0, 0, 0, 1};
-  int64_t step = features;
-  for (int i = 2; i >= 0; --i) {
-    strides[order[i]] = step;
-    step *= sizes[order[i]];
+inline at::Tensor empty_in_order_of(const at::Tensor& like, at::IntArrayRef sizes) {
+  const at::DimVector order = order_of(like);
+  at::DimVector strides(sizes.size(), 1);
+  int64_t step = sizes.back();
+  for (auto dim = order.rbegin(); dim != order.rend(); ++dim) {
+    strides[static_cast<size_t>(*dim)] = step;
+    step *= sizes[static_cast<size_t>(*dim)];
   }
   return with_huge_pages(at::empty_strided(sizes, strides, like.options()));
 }
 
 // Of `like` where it is wanted, else without elements.
 inline at::Tensor empty_gradient(bool wanted, const at::Tensor& like) {
-  return wanted ? empty_in_order_of(like, like.size(2), like.size(3)) : at::empty({0}, like.options());
+  return wanted ? empty_in_order_of(like, like.sizes()) : at::empty({0}, like.options());
 }
 
 inline bool is_finite(const at::Tensor& t) {

@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(const Tensor& query, 
                                                            const OptionalTensor& rng_state, bool with_lse) {
   Inputs in{query, key, value, mask, key_lengths, rng_state};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
-  const Tensor out = empty_in_order_of(query, query.size(2), value.size(3));
+  const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), query.size(2), value.size(3)});
   const auto stats_options = query.options().dtype(at::kFloat);
   const std::vector<int64_t> stats_size = with_lse ? query.sizes().slice(0, 3).vec() : std::vector<int64_t>{0};
   const Tensor row_max = at::empty(stats_size, stats_options), log_sum = at::empty(stats_size, stats_options);

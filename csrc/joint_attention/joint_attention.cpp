@@ -137,7 +137,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(at::TensorL
                                                                      bool return_lse, bool training) {
   Inputs in(queries, keys, values, key_lengths, padded_streams, stream_bias, scale, softcap);
   std::vector<Tensor> outs;
-  for (const Tensor& q : queries) outs.push_back(empty_in_order_of(q, q.size(2), values[0].size(3)));
+  for (const Tensor& q : queries) {
+    outs.push_back(empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), values[0].size(3)}));
+  }
   const bool with_stats = return_lse || training;
   const Tensor stats = at::empty({with_stats ? 2 * in.rows() : 0}, queries[0].options().dtype(at::kFloat));
   const auto results = [&] {

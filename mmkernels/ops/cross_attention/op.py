@@ -31,11 +31,11 @@ Tensors = tuple[Tensor, ...]
 
 
 def empty_in_order_of(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A dense 4-D tensor whose leading dims lie in memory in the order of ``like``'s, the last dim innermost."""
-    order = [0, 1, 2]
-    if like.stride(3) == 1 or like.shape[3] <= 1:
+    """A dense tensor whose leading dims lie in memory in the order of ``like``'s, the last dim innermost."""
+    order = list(range(len(shape) - 1))
+    if like.stride(-1) == 1 or like.shape[-1] <= 1:
         order.sort(key=lambda dim: like.stride(dim), reverse=True)
-    strides, step = [0, 0, 0, 1], shape[3]
+    strides, step = [1] * len(shape), shape[-1]
     for dim in reversed(order):
         strides[dim] = step
         step = step * shape[dim]
