@@ -13,18 +13,22 @@ namespace mmk {
 
 constexpr int kMaxSegments = 8;
 
-// Row l of (batch b, head h) starts at data + b·batch + h·head + l·row (in elements); its features are contiguous.
+// Row l of (batch b, head h) starts at data + b·batch + h·head + l·row (in elements); its features are contiguous. In a
+// packed batch it starts at data + h·head + (starts[b] + l)·row.
 struct Rows {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
+  const int64_t* starts = nullptr;
 };
 
+// Where a [B, H, length] stands below, a packed batch has [H, starts[B]].
 struct QuerySegment {
   Rows query, out, grad_out, grad_query;
   float* row_max = nullptr;             // [B, H, length], the shift of the softmax; -inf where nothing is attended
   float* log_sum = nullptr;             // [B, H, length], log Σ exp(S - row_max): lse = row_max + log_sum
   const float* grad_log_sum = nullptr;  // [B, H, length]
-  int64_t length = 0;
+  int64_t length = 0;                   // of every batch element; of the longest in a packed batch
+  const int64_t* starts = nullptr;  // [B + 1], a packed batch: element b has the rows from starts[b] to starts[b + 1]
 };
 
 struct KeySegment {
@@ -32,6 +36,7 @@ struct KeySegment {
   const int64_t* lengths = nullptr;   // [B], keys beyond are padding
   const uint8_t* poisoned = nullptr;  // [B, Hkv, length], a key that makes NaN of every row that may attend to it
   int64_t length = 0;
+  const int64_t* starts = nullptr;  // as those of queries
 };
 
 struct AttentionMask {  // [B, H, Σ query lengths, Σ key lengths], stride 0 where it is broadcast
@@ -74,7 +79,8 @@ struct AttentionParams {
 };
 
 MMK_KERNEL(void, attention_forward, const AttentionParams&);
-// As forward for at most 4 queries a head, no dropout and no row_max and log_sum: dot products on whole rows.
+// As forward for at most 4 queries a head (in a packed batch as many for each element), no dropout and no row_max and
+// log_sum: dot products on whole rows.
 MMK_KERNEL(void, attention_few_queries, const AttentionParams&);
 // Writes each gradient whose data is set, segment by segment.
 MMK_KERNEL(void, attention_backward, const AttentionParams&);

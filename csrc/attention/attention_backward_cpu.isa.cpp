@@ -20,16 +20,15 @@ namespace MMK_ISA {
 namespace {
 
 template <bool kPairs>
-void backward_task(const BackwardCall& call, const Task& task, const KeyHead* next_head, const BackwardTile& tile,
-                   float* partial_dq, float* bias_sums) {
+void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const Task& task, const KeyHead* next_head,
+                   const BackwardTile& tile, float* partial_dq, float* bias_sums) {
   const AttentionParams& p = call.p;
   const int64_t b = task.b, h = task.h, dq_stride = round_up(p.head_dim, VW);
-  const QueryBlock q = call.blocks.query_block(task.t);
+  const QueryBlock q = blocks.query_block(task.t);
   const QuerySegment& segment = *q.segment;
-  const Window window(p, b, call.queries, call.blocks.keys);
+  const Window window(p, b, blocks.queries, blocks.keys);
   const Range any = window.any(q.position, q.count), all = window.all(q.position, q.count);
-  const Range part{call.blocks.key_blocks * task.part / call.parts,
-                   call.blocks.key_blocks * (task.part + 1) / call.parts};
+  const Range part{blocks.key_blocks * task.part / call.parts, blocks.key_blocks * (task.part + 1) / call.parts};
   float* const dq = partial_dq != nullptr ? partial_dq : tile.dq;
 
   const void* query = row_address(segment.query, p.dtype, b, h, q.first);
@@ -42,7 +41,7 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
   load_stats(call, q, b, h, stats);
 
   const int groups = static_cast<int>(ceil_div(q.vectors, kScoreVectors));
-  const int64_t block_tiles = score_tiles(q.vectors, min(kKeyBlock, call.blocks.keys));
+  const int64_t block_tiles = score_tiles(q.vectors, min(kKeyBlock, blocks.keys));
   const int64_t tiles = block_tiles * part.size(), element = element_size(p.dtype);
   RowPrefetch next_query = next_rows(p, segment.query, p.head_dim, q, b, h, tiles);
   RowPrefetch next_grad = next_rows(p, segment.grad_out, p.value_dim, q, b, h, tiles);
@@ -58,7 +57,7 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
   bool first = true, finished_dq = false;
   for (int64_t j = part.begin; j < part.end; ++j) {
     const bool finishes_dq = j + 1 == part.end && partial_dq == nullptr && p.head_dim % VW == 0;
-    const KeyBlock keys = call.blocks.key_block(j);
+    const KeyBlock keys = blocks.key_block(j);
     ScoreBlock block = score_block<kPairs>(p, keys, any, q, b, h);
     if (!call.wants(segment, keys.index)) block.keys = 0;
     MaskTile mask;
@@ -83,12 +82,12 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
       const KeyHead here{task.slot, b, task.kv_head};
       const KeyHead* const head = same_task ? &here : next_head;
       if (head != nullptr) {
-        const KeyBlock ahead = call.blocks.key_block(same_task ? j + 1 : 0);
+        const KeyBlock ahead = blocks.key_block(same_task ? j + 1 : 0);
         next[0] = call.keys.prefetch(false, *head, ahead, block_tiles);
         next[1] = call.values.prefetch(false, *head, ahead, block_tiles);
       }
       next[2] = prefetch_mask(p.mask, b, h, q.position + (same_task ? 0 : q.count), q.count,
-                              call.blocks.key_block(same_task ? j + 1 : part.begin), block_tiles);
+                              blocks.key_block(same_task ? j + 1 : part.begin), block_tiles);
       for (int g = 0; g < groups; ++g) {
         const int64_t begin = q.vectors * g / groups, lane = begin * VW;
         with_constant<kScoreVectors>(q.vectors * (g + 1) / groups - begin, [&](auto vectors) {
@@ -159,9 +158,9 @@ void backward_task(const BackwardCall& call, const Task& task, const KeyHead* ne
 }
 
 // dQ of a block from its parts, in order.
-void merge_query_gradient(const BackwardCall& call, int64_t b, int64_t h, int64_t t, float* partials, int64_t size) {
+void merge_query_gradient(const BackwardCall& call, const QueryBlock& q, int64_t b, int64_t h, float* partials,
+                          int64_t size) {
   const AttentionParams& p = call.p;
-  const QueryBlock q = call.blocks.query_block(t);
   const int64_t stride = round_up(p.head_dim, VW);
   for (int64_t c = 1; c < call.parts; ++c) {
     for (int64_t x = 0; x < q.count * stride; x += VW)
@@ -172,19 +171,21 @@ void merge_query_gradient(const BackwardCall& call, int64_t b, int64_t h, int64_
              nullptr);
 }
 
-// The gradient of the segments' bias from the sums [tasks][key segments], in the order of the tasks.
-inline void add_bias_gradient(const BackwardCall& call, const float* sums, int64_t tasks_per_head) {
+// The gradient of the segments' bias from the shares [tasks][key segments], in the order of the tasks.
+inline void add_bias_gradient(const BackwardCall& call, const TaskGrid& grid, const float* shares) {
   const AttentionParams& p = call.p;
   const int64_t group = p.heads / p.kv_heads, pairs = p.query_segments * p.key_segments;
   const int64_t entries = p.bias.head == 0 ? pairs : p.heads * pairs;
   const Scratch scratch(2 * entries);
   auto* const totals = reinterpret_cast<double*>(scratch.data());
   for (int64_t i = 0; i < entries; ++i) totals[i] = 0.;
-  for (int64_t task = 0; task < p.batch * p.kv_heads * tasks_per_head; ++task, sums += p.key_segments) {
-    const int64_t of_head = task % tasks_per_head / call.parts, blocks = call.blocks.query_blocks;
-    const int64_t h = task / tasks_per_head % p.kv_heads * group + of_head / blocks;
-    double* const to = totals + bias_at(p, h, call.blocks.query_block(of_head % blocks).segment, p.keys);
-    for (int s = 0; s < p.key_segments; ++s) to[s] += static_cast<double>(sums[s]);
+  const int64_t tasks = grid.tasks(p.batch * p.kv_heads);
+  for (int64_t x = 0; x < tasks; ++x, shares += p.key_segments) {
+    const TaskGrid::Place place = grid.place(x);
+    const BackwardBlocks blocks(p, place.b);
+    const int64_t h = place.kv_head * group + place.task / blocks.query_blocks;
+    double* const to = totals + bias_at(p, h, blocks.query_block(place.task % blocks.query_blocks).segment, p.keys);
+    for (int s = 0; s < p.key_segments; ++s) to[s] += static_cast<double>(shares[s]);
   }
   for (int64_t i = 0; i < entries; ++i) p.bias.grad[i] = static_cast<float>(totals[i]);
 }
@@ -199,16 +200,18 @@ void backward(const AttentionParams& p) {
   const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
   const int64_t per_head = packed + call.grad_key.floats_per_head() + call.grad_value.floats_per_head();
   const int64_t wave = heads_per_wave(p, per_head), group = p.heads / p.kv_heads;
-  const int64_t blocks = call.blocks.query_blocks, key_blocks = call.blocks.key_blocks;
-  const int64_t tasks_per_head = group * blocks * call.parts, partial_size = kQueryBlock * round_up(p.head_dim, VW);
-  if (blocks == 0) return;
+  const int64_t key_blocks = call.longest.key_blocks, partial_size = kQueryBlock * round_up(p.head_dim, VW);
+  if (call.longest.query_blocks == 0) return;
+  const TaskGrid grid(p, call.parts, p.queries[0].starts != nullptr,
+                      [&](int64_t b) { return BackwardBlocks(p, b).query_blocks; });
 
   Carver count(nullptr);
   BackwardTile::carve<kPairs>(p, count);
   const int64_t tile_size = round_up(count.used(), 1024);
-  const int64_t partials = call.parts > 1 && call.want_query ? wave * tasks_per_head : 0;
+  const bool in_parts = call.parts > 1 && call.want_query;
+  const int64_t partials = in_parts ? wave * group * call.longest.query_blocks * call.parts : 0;
   const Scratch scratch(p.workers.count * tile_size + wave * per_head + partials * partial_size);
-  const Scratch bias_sums(p.bias.grad == nullptr ? 0 : p.batch * p.kv_heads * tasks_per_head * p.key_segments);
+  const Scratch shares(p.bias.grad == nullptr ? 0 : grid.tasks(p.batch * p.kv_heads) * p.key_segments);
   const Scratch counters(wave * key_blocks * 2 + call.grad_mask.turns());
   float* memory = scratch.data() + p.workers.count * tile_size;
   call.keys.use(memory);
@@ -225,41 +228,47 @@ void backward(const AttentionParams& p) {
 
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
-    if (packed > 0) pack_wave(p, call.blocks, call.keys, call.values, begin, heads);
+    const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
+    if (packed > 0) pack_wave<BackwardBlocks>(p, call.keys, call.values, begin, heads);
     if (key_blocks > 0) std::memset(call.turns, 0, static_cast<size_t>(wave * key_blocks * 5));
     // A worker takes a whole head while there are plenty, so that dK and dV stay in its cache.
-    const int64_t grain = heads >= 4 * p.workers.count ? tasks_per_head : 1;
-    for_each_claim(p.workers, heads * tasks_per_head, grain, [&](int worker, int64_t first, int64_t last) {
+    const int64_t grain = heads >= 4 * p.workers.count ? max(1, tasks / heads) : 1;
+    for_each_claim(p.workers, tasks, grain, [&](int worker, int64_t first, int64_t last) {
       Carver carver(scratch.data() + worker * tile_size);
       const BackwardTile tile = BackwardTile::carve<kPairs>(p, carver);
       for (int64_t x = first; x < last; ++x) {
-        const int64_t head = begin + x / tasks_per_head, of_head = x % tasks_per_head / call.parts;
-        const Task task{head / p.kv_heads,
-                        head % p.kv_heads * group + of_head / blocks,
-                        head % p.kv_heads,
+        const TaskGrid::Place place = grid.place(before + x);
+        const BackwardBlocks blocks(p, place.b);
+        const int64_t head = place.b * p.kv_heads + place.kv_head, of_head = place.task / call.parts;
+        const Task task{place.b,
+                        place.kv_head * group + of_head / blocks.query_blocks,
+                        place.kv_head,
                         head - begin,
-                        of_head % blocks,
-                        x % call.parts,
+                        of_head % blocks.query_blocks,
+                        place.task % call.parts,
                         static_cast<int32_t>(of_head),
-                        of_head == group * blocks - 1};
-        const int64_t following = begin + (x + 1) / tasks_per_head;
+                        of_head == group * blocks.query_blocks - 1};
+        const int64_t following = before + x + 1 < grid.tasks(head + 1) ? head : head + 1;
         const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
-        const bool meets_keys = following < begin + heads && (following != head || key_blocks > 1);
-        backward_task<kPairs>(
-            call, task, meets_keys ? &next : nullptr, tile, partials > 0 ? partial_memory + x * partial_size : nullptr,
-            p.bias.grad == nullptr ? nullptr : bias_sums.data() + (begin * tasks_per_head + x) * p.key_segments);
+        const bool meets_keys = following < begin + heads && (following != head || blocks.key_blocks > 1);
+        backward_task<kPairs>(call, blocks, task, meets_keys ? &next : nullptr, tile,
+                              in_parts ? partial_memory + x * partial_size : nullptr,
+                              p.bias.grad == nullptr ? nullptr : shares.data() + (before + x) * p.key_segments);
       }
     });
-    if (partials == 0) continue;
-    for_each_claim(p.workers, heads * group * blocks, 1, [&](int, int64_t first, int64_t last) {
+    if (!in_parts) continue;
+    for_each_claim(p.workers, tasks / call.parts, 1, [&](int, int64_t first, int64_t last) {
       for (int64_t x = first; x < last; ++x) {
-        const int64_t head = begin + x / (group * blocks);
-        merge_query_gradient(call, head / p.kv_heads, head % p.kv_heads * group + x / blocks % group, x % blocks,
+        const TaskGrid::Place place = grid.place(before + x * call.parts);
+        const BackwardBlocks blocks(p, place.b);
+        const int64_t block = place.task / call.parts;
+        merge_query_gradient(call, blocks.query_block(block % blocks.query_blocks), place.b,
+                             place.kv_head * group + block / blocks.query_blocks,
                              partial_memory + x * call.parts * partial_size, partial_size);
       }
     });
   }
-  if (p.bias.grad != nullptr) add_bias_gradient(call, bias_sums.data(), tasks_per_head);
+  if (p.bias.grad != nullptr) add_bias_gradient(call, grid, shares.data());
 }
 
 }  // namespace

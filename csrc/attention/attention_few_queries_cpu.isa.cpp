@@ -226,7 +226,7 @@ float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock&
   const vf cap = set1(p.softcap);
   const uint8_t* poisoned = block.segment->poisoned;
   if (poisoned != nullptr) {
-    poisoned += (block.b * p.kv_heads + block.kv_head) * block.segment->length + block.key_in_segment;
+    poisoned += number_at(p, *block.segment, p.kv_heads, block.b, block.kv_head, block.key_in_segment);
     for (int64_t i = 0; i < keys; ++i) scores[i] = poisoned[i] != 0 ? NAN : scores[i];
   }
   vf best = set1(-kInfinity);
@@ -272,8 +272,7 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
                       int64_t kv_head, const QueryRow* rows, Range part, const FewQueriesTile& tile,
                       const Partial& out) {
   const int64_t query_stride = round_up(p.head_dim, VW), stride = round_up(p.value_dim, VW);
-  const int64_t queries = total_queries(p);
-  const Window window(p, b, queries, blocks.keys);
+  const Window window(p, b, blocks.queries, blocks.keys);
   Range any{INT64_MAX, 0};
   for (int x = 0; x < NQ; ++x) {
     const void* from = row_address(rows[x].segment->query, p.dtype, b, rows[x].h, rows[x].in_segment);
@@ -335,11 +334,11 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
 template <bool kPairs>
 void few_queries(const AttentionParams& p) {
   const ScoreSteps steps(p);
-  const KeyBlocks blocks(p);
-  const int64_t queries = total_queries(p), rows = queries * (p.heads / p.kv_heads), groups = ceil_div(rows, kRows);
+  const KeyBlocks longest(p);
+  const int64_t queries = longest.queries, rows = queries * (p.heads / p.kv_heads), groups = ceil_div(rows, kRows);
   const int64_t heads = p.batch * p.kv_heads, stride = round_up(p.value_dim, VW);
   if (rows == 0) return;
-  const int64_t parts = key_parts(heads * groups, blocks.key_blocks, 2);
+  const int64_t parts = key_parts(heads * groups, longest.key_blocks, 2);
   Carver count(nullptr);
   FewQueriesTile::carve(p, count);
   const int64_t tile_size = round_up(count.used(), 16), partial_size = round_up(Partial::floats(kRows, stride), 16);
@@ -354,6 +353,7 @@ void few_queries(const AttentionParams& p) {
       QueryRow here[kRows] = {};
       const int64_t n = min(kRows, rows - group * kRows);
       for (int64_t x = 0; x < n; ++x) here[x] = query_row(p, head % p.kv_heads, queries, group * kRows + x);
+      const KeyBlocks blocks(p, head / p.kv_heads);
       const Range range{blocks.key_blocks * part / parts, blocks.key_blocks * (part + 1) / parts};
       with_constant<kRows>(n, [&](auto nq) {
         few_queries_task<kPairs, static_cast<int>(nq)>(p, steps, blocks, head / p.kv_heads, head % p.kv_heads, here,

@@ -105,20 +105,22 @@ inline void store_stats(const ScoreSteps& steps, const QuerySegment& s, int64_t 
 struct ForwardCall {
   const AttentionParams& p;
   ScoreSteps steps;
-  int64_t queries;
-  ForwardBlocks blocks;
+  int64_t groups;  // to a task, at most
+  ForwardBlocks longest;
   Panels keys, values;
-  int64_t parts;
+  int64_t parts = 1;
 
   explicit ForwardCall(const AttentionParams& params)
-      : p(params), steps(params), queries(total_queries(params)), blocks(params, groups_per_task(params, queries)) {
-    parts = queries <= kFewQueries ? key_parts(p.batch * p.heads * blocks.query_blocks, blocks.key_blocks, 2) : 1;
+      : p(params), steps(params), groups(groups_per_task(params)), longest(params, kLongest, groups) {
+    if (longest.queries <= kFewQueries)
+      parts = key_parts(p.batch * p.heads * longest.query_blocks, longest.key_blocks, 2);
   }
+  ForwardBlocks blocks(int64_t b) const { return ForwardBlocks(p, b, groups); }
 
  private:
   // More groups to a task read K and V less often; fewer leave something to every worker. No result depends on it.
-  static int64_t groups_per_task(const AttentionParams& p, int64_t queries) {
-    const int64_t groups = p.batch * p.heads * ceil_div(queries, kLanes);
+  static int64_t groups_per_task(const AttentionParams& p) {
+    const int64_t groups = p.batch * p.heads * ceil_div(ForwardBlocks(p).queries, kLanes);
     return max(1, min(kMaxGroups, groups / (4 * p.workers.count)));
   }
 };
@@ -187,12 +189,12 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
 
 // One task: a block of queries against the key blocks of `part`.
 template <bool kPairs>
-void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b, int64_t h, int64_t slot, Range part,
-                  const KeyHead* next_head, const ForwardTile& tile, const Partial* partial) {
+void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const QueryBlock& queries, int64_t b, int64_t h,
+                  int64_t slot, Range part, const KeyHead* next_head, const ForwardTile& tile, const Partial* partial) {
   const AttentionParams& p = call.p;
   const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, kScoreVectors);
   const QuerySegment& segment = *queries.segment;
-  const Window window(p, b, call.queries, call.blocks.keys);
+  const Window window(p, b, blocks.queries, blocks.keys);
   const auto out_of = [&](const QueryBlock& q) {
     return Destination{row_address(segment.out, p.dtype, b, h, q.first), p.dtype, segment.out.row, p.value_dim};
   };
@@ -210,30 +212,30 @@ void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b,
     x.total = (partial != nullptr ? partial->total : tile.total) + x.lane * stride;
     x.last_block = part.end - 1;
     while (x.last_block > part.begin &&
-           score_block<kPairs>(p, call.blocks.key_block(x.last_block), x.any, x.queries, b, h).keys == 0) {
+           score_block<kPairs>(p, blocks.key_block(x.last_block), x.any, x.queries, b, h).keys == 0) {
       --x.last_block;
     }
     pack_lanes<kPairs>(p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
                        x.queries.count, p.head_dim, x.query, kLanes);
   }
-  const int64_t block_tiles = score_tiles(queries.vectors, min(kKeyBlock, call.blocks.keys));
+  const int64_t block_tiles = score_tiles(queries.vectors, min(kKeyBlock, blocks.keys));
   int64_t last_block = part.begin - 1;
   for (int64_t g = 0; g < groups; ++g) last_block = max(last_block, group[g].last_block);
   RowPrefetch next[4];  // queries; keys, values and mask
   next[0] = next_rows(p, segment.query, p.head_dim, queries, b, h, block_tiles * (last_block + 1 - part.begin));
   for (int64_t j = part.begin; j <= last_block; ++j) {
-    const KeyBlock keys = call.blocks.key_block(j);
+    const KeyBlock keys = blocks.key_block(j);
     const KeyHead here{slot, b, h / (p.heads / p.kv_heads)};
     const KeyHead* const head = j < last_block ? &here : next_head;
     if (head != nullptr) {
-      const KeyBlock ahead = call.blocks.key_block(j < last_block ? j + 1 : 0);
+      const KeyBlock ahead = blocks.key_block(j < last_block ? j + 1 : 0);
       next[1] = call.keys.prefetch(false, *head, ahead, block_tiles);
       next[2] = call.values.prefetch(true, *head, ahead, block_tiles);
     }
-    next[3] = j < last_block ? prefetch_mask(p.mask, b, h, queries.position, queries.count,
-                                             call.blocks.key_block(j + 1), block_tiles)
-                             : prefetch_mask(p.mask, b, h, queries.position + queries.count, queries.count,
-                                             call.blocks.key_block(part.begin), block_tiles);
+    next[3] = j < last_block
+                  ? prefetch_mask(p.mask, b, h, queries.position, queries.count, blocks.key_block(j + 1), block_tiles)
+                  : prefetch_mask(p.mask, b, h, queries.position + queries.count, queries.count,
+                                  blocks.key_block(part.begin), block_tiles);
     for (int64_t g = 0; g < groups; ++g) {
       const ScoreBlock block = score_block<kPairs>(p, keys, group[g].any, group[g].queries, b, h);
       if (block.keys == 0) continue;
@@ -254,7 +256,7 @@ void forward_task(const ForwardCall& call, const QueryBlock& queries, int64_t b,
       std::memcpy(partial->sum + x.lane, x.softmax.sum, sizeof(float) * static_cast<size_t>(count));
       continue;
     }
-    store_stats(call.steps, segment, (b * p.heads + h) * segment.length + x.queries.first, count, x.softmax.row_max,
+    store_stats(call.steps, segment, number_at(p, segment, p.heads, b, h, x.queries.first), count, x.softmax.row_max,
                 x.softmax.sum);
     if (x.finished) continue;
     float inverse[kLanes];  // nothing to attend to, or the last blocks were masked as a whole
@@ -270,7 +272,7 @@ void merge_parts(const ForwardCall& call, const QueryBlock& queries, int64_t b, 
   const int64_t stride = round_up(p.value_dim, VW);
   float row_max[kTaskLanes], sum[kTaskLanes], inverse[kTaskLanes];
   merge_partials(parts, call.parts, queries.count, stride, {tile.total, row_max, sum});
-  store_stats(call.steps, segment, (b * p.heads + h) * segment.length + queries.first, queries.count, row_max, sum);
+  store_stats(call.steps, segment, number_at(p, segment, p.heads, b, h, queries.first), queries.count, row_max, sum);
   invert_sums(sum, queries.count, inverse);
   store_rows({row_address(segment.out, p.dtype, b, h, queries.first), p.dtype, segment.out.row, p.value_dim},
              tile.total, stride, queries.count, inverse);
@@ -284,13 +286,14 @@ void forward(const AttentionParams& p) {
   const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
   const int64_t wave = heads_per_wave(p, packed), group = p.heads / p.kv_heads;
   const int64_t stride = round_up(p.value_dim, VW), partial_size = Partial::floats(kTaskLanes, stride);
-  const int64_t blocks = call.blocks.query_blocks, tasks_per_head = group * blocks * call.parts;
-  if (blocks == 0) return;
+  if (call.longest.query_blocks == 0) return;
+  const TaskGrid grid(p, call.parts, p.queries[0].starts != nullptr,
+                      [&](int64_t b) { return call.blocks(b).query_blocks; });
 
   Carver count(nullptr);
   ForwardTile::carve(p, count);
   const int64_t tile_size = round_up(count.used(), 1024);
-  const int64_t partials = call.parts > 1 ? wave * tasks_per_head : 0;
+  const int64_t partials = call.parts > 1 ? wave * group * call.longest.query_blocks * call.parts : 0;
   const Scratch scratch(p.workers.count * tile_size + wave * packed + partials * partial_size);
   float* const panels = scratch.data() + p.workers.count * tile_size;
   float* const partial_memory = panels + wave * packed;
@@ -306,31 +309,35 @@ void forward(const AttentionParams& p) {
 
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
-    if (packed > 0) pack_wave(p, call.blocks, call.keys, call.values, begin, heads);
-    for_each_claim(p.workers, heads * tasks_per_head, 1, [&](int worker, int64_t first, int64_t last) {
+    const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
+    if (packed > 0) pack_wave<ForwardBlocks>(p, call.keys, call.values, begin, heads);
+    for_each_claim(p.workers, tasks, 1, [&](int worker, int64_t first, int64_t last) {
       const ForwardTile tile = tile_of(worker);
       for (int64_t task = first; task < last; ++task) {
-        const int64_t part = task % call.parts, t = task / call.parts % blocks;
-        const int64_t head = begin + task / tasks_per_head, b = head / p.kv_heads;
-        const int64_t h = head % p.kv_heads * group + task / call.parts / blocks % group;
-        const Range range{call.blocks.key_blocks * part / call.parts, call.blocks.key_blocks * (part + 1) / call.parts};
-        const QueryBlock queries = call.blocks.query_block(t);
+        const TaskGrid::Place place = grid.place(before + task);
+        const ForwardBlocks blocks = call.blocks(place.b);
+        const int64_t part = place.task % call.parts, block = place.task / call.parts;
+        const int64_t h = place.kv_head * group + block / blocks.query_blocks;
+        const Range range{blocks.key_blocks * part / call.parts, blocks.key_blocks * (part + 1) / call.parts};
         const Partial partial = partial_of(task);
-        const int64_t following = begin + (task + 1) / tasks_per_head;
+        const int64_t head = place.b * p.kv_heads + place.kv_head;
+        const int64_t following = before + task + 1 < grid.tasks(head + 1) ? head : head + 1;
         const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
-        const bool meets_keys = following < begin + heads && (following != head || call.blocks.key_blocks > 1);
-        forward_task<kPairs>(call, queries, b, h, head - begin, range, meets_keys ? &next : nullptr, tile,
-                             call.parts > 1 ? &partial : nullptr);
+        const bool meets_keys = following < begin + heads && (following != head || blocks.key_blocks > 1);
+        forward_task<kPairs>(call, blocks, blocks.query_block(block % blocks.query_blocks), place.b, h, head - begin,
+                             range, meets_keys ? &next : nullptr, tile, call.parts > 1 ? &partial : nullptr);
       }
     });
     if (call.parts == 1) continue;
-    for_each_claim(p.workers, heads * group * blocks, 1, [&](int worker, int64_t first, int64_t last) {
+    for_each_claim(p.workers, tasks / call.parts, 1, [&](int worker, int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
-        const int64_t head = begin + task / (group * blocks), b = head / p.kv_heads;
+        const TaskGrid::Place place = grid.place(before + task * call.parts);
+        const ForwardBlocks blocks = call.blocks(place.b);
+        const int64_t block = place.task / call.parts;
         Partial parts[kMaxParts];
         for (int64_t c = 0; c < call.parts; ++c) parts[c] = partial_of(task * call.parts + c);
-        merge_parts(call, call.blocks.query_block(task % blocks), b, head % p.kv_heads * group + task / blocks % group,
-                    parts, tile_of(worker));
+        merge_parts(call, blocks.query_block(block % blocks.query_blocks), place.b,
+                    place.kv_head * group + block / blocks.query_blocks, parts, tile_of(worker));
       }
     });
   }

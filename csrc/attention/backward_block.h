@@ -55,8 +55,8 @@ struct BackwardTile {
 struct BackwardCall {
   const AttentionParams& p;
   ScoreSteps steps;
-  BackwardBlocks blocks;
-  int64_t queries, parts;
+  BackwardBlocks longest;
+  int64_t parts;
   bool want_query = false;  // of some segment
   Panels keys, values;
   KeyGradient grad_key, grad_value;
@@ -67,11 +67,10 @@ struct BackwardCall {
   explicit BackwardCall(const AttentionParams& params)
       : p(params),
         steps(params),
-        blocks(params),
-        queries(total_queries(params)),
-        parts(blocks.query_blocks == 1 && p.bias.grad == nullptr ? key_parts(p.batch * p.heads, blocks.key_blocks, 4)
-                                                                 : 1),
-        grad_mask(params, blocks.query_blocks, blocks.key_blocks, parts) {
+        longest(params),
+        parts(longest.query_blocks == 1 && p.bias.grad == nullptr ? key_parts(p.batch * p.heads, longest.key_blocks, 4)
+                                                                  : 1),
+        grad_mask(params, longest.query_blocks, longest.key_blocks, parts) {
     for (int s = 0; s < p.query_segments; ++s) want_query |= p.queries[s].grad_query.data != nullptr;
   }
   // Whether dS of two segments serves anything, and whether anything else of them does.
@@ -228,7 +227,7 @@ template <bool kPairs>
 void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBlock& keys, const ScoreBlock& block,
                        int64_t j, Panel query, Panel grad, int64_t queries, const BackwardTile& tile) {
   constexpr int64_t kStride = kPairs ? kQueryBlock / 2 : kQueryBlock;
-  const int64_t at = task.slot * call.blocks.key_blocks + j;
+  const int64_t at = task.slot * call.longest.key_blocks + j;
   wait_turn(call.turns + at, task.rank);
   const auto add = [&](const KeyGradient& gradient, const float* a, float factor, Panel columns, int64_t features) {
     if (!gradient.wanted(keys.index)) return;
@@ -256,7 +255,7 @@ void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBloc
 
 inline void load_stats(const BackwardCall& call, const QueryBlock& q, int64_t b, int64_t h, RowStats& stats) {
   const QuerySegment& s = *q.segment;
-  const int64_t row = (b * call.p.heads + h) * s.length + q.first;
+  const int64_t row = number_at(call.p, s, call.p.heads, b, h, q.first);
   const int64_t features = call.p.value_dim;
   for (int64_t i = 0; i < q.vectors * VW; ++i) {
     const bool empty = i >= q.count || s.row_max[row + i] == -kInfinity;

@@ -135,12 +135,14 @@ MMK_INLINE int64_t heads_per_wave(const AttentionParams& p, int64_t floats_per_h
 
 // Packs `heads` key heads from `begin` on, on all workers.
 template <class KeyBlocks>
-void pack_wave(const AttentionParams& p, const KeyBlocks& blocks, const Panels& keys, const Panels& values,
-               int64_t begin, int64_t heads) {
-  for_each_claim(p.workers, heads * blocks.key_blocks, 1, [&](int, int64_t first, int64_t last) {
+void pack_wave(const AttentionParams& p, const Panels& keys, const Panels& values, int64_t begin, int64_t heads) {
+  const int64_t most = KeyBlocks(p).key_blocks;
+  for_each_claim(p.workers, heads * most, 1, [&](int, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
-      const int64_t slot = task / blocks.key_blocks, b = (begin + slot) / p.kv_heads, h = (begin + slot) % p.kv_heads;
-      const KeyBlock block = blocks.key_block(task % blocks.key_blocks);
+      const int64_t slot = task / most, b = (begin + slot) / p.kv_heads, h = (begin + slot) % p.kv_heads;
+      const KeyBlocks blocks(p, b);
+      if (task % most >= blocks.key_blocks) continue;
+      const KeyBlock block = blocks.key_block(task % most);
       keys.pack(slot, b, h, block.index, block.first, block.count);
       values.pack(slot, b, h, block.index, block.first, block.count);
     }

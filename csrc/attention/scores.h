@@ -140,7 +140,7 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
   }
   const uint8_t* poisoned = block.segment->poisoned;
   if (poisoned != nullptr) {
-    poisoned += (block.b * p.kv_heads + block.kv_head) * block.segment->length + block.key_in_segment;
+    poisoned += number_at(p, *block.segment, p.kv_heads, block.b, block.kv_head, block.key_in_segment);
   }
   for (int64_t i = 0; i < block.keys; ++i) {
     const vf index = set1(static_cast<float>(i));
