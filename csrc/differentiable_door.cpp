@@ -77,6 +77,7 @@ std::vector<std::unique_ptr<DoorOp>>& door_ops() {
 
 // One call's arguments, and the tensors among them in order, undefined where an optional one is absent.
 struct Call {
+  bool checked = false;
   std::vector<IValue> arguments;
   variable_list leaves;
   bool needs_grad = false;
@@ -86,8 +87,9 @@ bool take_tensor(PyObject* object, Call& call) {
   if (!is_plain(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
   if (t.is_floating_point() && !has_dense_rows(t)) return false;
-  const bool known = call.leaves.empty() ? has_kernel_dtype(t)
-                                         : t.scalar_type() == call.leaves[0].scalar_type() || !t.is_floating_point();
+  const bool known = !t.is_floating_point()                ? !call.leaves.empty()
+                     : call.checked || call.leaves.empty() ? has_kernel_dtype(t)
+                                                           : t.scalar_type() == call.leaves[0].scalar_type();
   if (!known) return false;
   call.needs_grad |= t.requires_grad();
   call.leaves.push_back(t);
@@ -278,6 +280,7 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 3);
   if (!runs_plainly() || (!checked && op.fits == nullptr)) Py_RETURN_NONE;
   Call call;
+  call.checked = checked;
   call.arguments.reserve(op.kinds.size());
   for (size_t i = 0; i < op.kinds.size(); ++i) {
     if (!take(arguments[i + 3], op.kinds[i], call)) Py_RETURN_NONE;
