@@ -19,6 +19,7 @@ from mmkernels.ops.merge_attention import merge_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
+from mmkernels.ops.varlen_cross_attention import varlen_cross_attention
 
 __version__ = "0.1.0"
 
@@ -43,4 +44,5 @@ __all__ = [
     "scaled_dot_product_attention",
     "tensor_fusion_linear",
     "use_backend",
+    "varlen_cross_attention",
 ]

@@ -21,6 +21,8 @@ Function = Callable[..., Tensor]
 _FLAGS = torch.tensor([[True, True], [False, True], [True, False]])
 _SLOTS = torch.tensor([[False, True, True, False], [True, False, False, True], [True, True, False, False]])
 
+_STARTS = torch.tensor([0, 1, 1, 3])
+
 # Each op as a function of leaves, and their shapes.
 CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "concat_linear": (
@@ -66,6 +68,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "joint_attention, one stream of outputs": (
         lambda p, q, x, y, u, v, b: mmk.joint_attention([p, q], [x, y], [u, v], stream_bias=b)[1],
         [(3, 2, 4, 6), (3, 2, 5, 6), (3, 2, 4, 6), (3, 2, 7, 6), (3, 2, 4, 6), (3, 2, 7, 6), (2, 2, 2)],
+    ),
+    "varlen_cross_attention": (
+        lambda q, k, v: mmk.varlen_cross_attention(q, k, v, _STARTS, _STARTS, 3, 3),
+        [(3, 4, 6), (3, 2, 6), (3, 2, 5)],
     ),
     "bilinear_fusion": (
         lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),

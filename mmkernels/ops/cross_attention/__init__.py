@@ -181,8 +181,9 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, Lq, Dv).
 
-    For more than four dims, a mask that varies over some but not all of the dims before the heads is repeated over
-    those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
+    Jagged ``NestedTensor``s (B, H, rows, D) run packed, as in `varlen_cross_attention`; with a mask or dropout torch's
+    own function serves them. For more than four dims, a mask that varies over some but not all of the dims before the
+    heads is repeated over those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
     """
     if attn_mask is None and dropout_p == 0.0 and not is_causal and may_use_door():
         out = _plain_call(query, key, value, scale)
@@ -194,6 +195,12 @@ def scaled_dot_product_attention(
     checks.check_tensor(name, "query", query)
     checks.check_tensor(name, "key", key)
     checks.check_tensor(name, "value", value)
+    if query.is_nested or key.is_nested or value.is_nested:
+        from mmkernels.ops.varlen_cross_attention import nested  # which is made of this package
+
+        return nested.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     lead: torch.Size | None = None
     if not _leading_dims_agree(query, key, value, enable_gqa):
         query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)

@@ -1,0 +1,65 @@
+"""varlen_cross_attention in plain PyTorch: the specification every kernel is tested against.
+
+It is `cross_attention` of one member of the batch after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.cross_attention import reference
+
+
+def varlen_cross_attention(
+    query: Tensor,  # [Tq, Hq, D]
+    key: Tensor,  # [Tk, Hkv, D]
+    value: Tensor,  # [Tk, Hkv, Dv]
+    cu_seqlens_q: Tensor,  # [B + 1] int32 or int64, where the members start
+    cu_seqlens_k: Tensor,  # [B + 1]
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    window_left: int,  # -1 = unbounded
+    window_right: int,  # -1 = unbounded, 0 = causal
+    bottom_right: bool,
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output [Tq, Hq, Dv] and, with ``return_lse``, the LSE [Tq, Hq]."""
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[2]) if query.shape[2] else 1.0
+    options = (None, None, window_left, window_right, bottom_right, softcap, scale, 0.0, None)
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    outs = [query.new_empty(0, query.shape[1], value.shape[2])]
+    lses = [query.new_empty(0, query.shape[1], dtype=wide)]
+    rows, keys = itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist())
+    for (row, row_end), (first, end) in zip(rows, keys, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[row:row_end], key[first:end], value[first:end]))
+        out, row_max, log_sum = reference.cross_attention(q, k, v, *options)
+        outs.append(out[0].transpose(0, 1))
+        lses.append((row_max + log_sum)[0].T)
+    return torch.cat(outs), torch.cat(lses) if return_lse else query.new_empty(0, dtype=wide)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: three texts that attend to their images, of 12, 0 and 5 tokens and 49, 16 and 0 patches."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, 4, 32, generator=generator).to(device, dtype)
+
+    return {
+        "query": rows(17),
+        "key": rows(65),
+        "value": rows(65),
+        "cu_seqlens_q": torch.tensor([0, 12, 12, 17], dtype=torch.int32, device=device),
+        "cu_seqlens_k": torch.tensor([0, 49, 65, 65], dtype=torch.int32, device=device),
+        "max_seqlen_q": 12,
+        "max_seqlen_k": 49,
+    }

@@ -1,0 +1,312 @@
+"""varlen_cross_attention on every backend and instruction set: outputs and gradients against the float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusion_cases import each_dtype, few_dtypes, leaf
+from op_contract import (
+    check_autocast,
+    check_checkpoint,
+    check_compile,
+    check_each_gradient_alone,
+    check_every_element_is_written,
+    check_export,
+    check_func,
+    check_second_order,
+    check_strides,
+    check_threads_and_runs_agree,
+)
+from torch import Tensor
+
+import mmkernels as mmk
+from mmkernels.ops.varlen_cross_attention import reference
+from mmkernels.testing import check_op, same_bits
+
+
+def starts(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+def make(
+    dtype: torch.dtype = torch.float32,
+    queries: Sequence[int] = (33, 20, 7),
+    keys: Sequence[int] = (65, 3, 40),
+    heads: int = 4,
+    kv_heads: int | None = None,
+    dim: int = 16,
+    value_dim: int | None = None,
+    gain: float = 1.0,
+) -> tuple[Any, ...]:
+    """Packed query, key and value that require grad, and the members' starts and greatest lengths."""
+    kv_heads = heads if kv_heads is None else kv_heads
+    return (
+        leaf(sum(queries), heads, dim, dtype=dtype, gain=gain),
+        leaf(sum(keys), kv_heads, dim, dtype=dtype),
+        leaf(sum(keys), kv_heads, dim if value_dim is None else value_dim, dtype=dtype),
+        starts(queries),
+        starts(keys),
+        max(queries, default=0),
+        max(keys, default=0),
+    )
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "three members": ({}, {}),
+    "one member": (dict(queries=(50,), keys=(70,)), {}),
+    "odd sizes": (dict(queries=(63, 1, 16), keys=(131, 77, 1), dim=19, value_dim=7), {}),
+    "members without queries, without keys, without either": (dict(queries=(0, 9, 0, 30), keys=(5, 0, 0, 41)), {}),
+    "only members without keys": (dict(queries=(4, 9), keys=(0, 0)), dict(return_lse=True)),
+    "many small members": (dict(queries=(1, 2, 3, 0, 5) * 6, keys=(4, 1, 0, 2, 7) * 6, dim=8), {}),
+    "several tiles of one member": (dict(queries=(12, 197), keys=(300, 150), heads=2, dim=64), {}),
+    "grouped heads": (dict(kv_heads=2), {}),
+    "one key head for all, lse": (dict(heads=3, kv_heads=1), dict(return_lse=True)),
+    "causal": ({}, dict(is_causal=True)),
+    "causal top left": ({}, dict(is_causal=True, causal_alignment="top_left")),
+    "window": (dict(queries=(70, 9, 30), keys=(65, 80, 0)), dict(window=(9, 3), return_lse=True)),
+    "softcap and scale": (dict(gain=3.0), dict(softcap=2.5, scale=-0.3)),
+    "few queries": (dict(queries=(1, 2, 0, 3), keys=(300, 40, 7, 900), dim=32), {}),
+    "decoding": (dict(queries=(1, 1, 1), keys=(700, 0, 33), kv_heads=2, dim=32), {}),
+    "decoding, causal": (dict(queries=(2, 2), keys=(400, 33), dim=24), dict(is_causal=True, window=(50, -1))),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@each_dtype
+def test_outputs_and_gradients(case: str, dtype: torch.dtype, backend: str) -> None:
+    sizes, options = CASES[case]
+    inputs = make(dtype, **sizes)
+    check_op(mmk.varlen_cross_attention, *inputs, backend=backend, **options)
+    with torch.no_grad():  # few queries have a kernel of their own then
+        check_op(mmk.varlen_cross_attention, *inputs, backend=backend, grad=False, **options)
+
+
+@few_dtypes
+def test_each_member_is_cross_attention_bit_for_bit(dtype: torch.dtype, native_isa: str) -> None:
+    queries, keys = (33, 0, 190, 20), (65, 7, 150, 301)
+    q, k, v, *sizes = make(dtype, queries, keys, kv_heads=2)
+    options: dict[str, Any] = dict(is_causal=True, causal_alignment="bottom_right", return_lse=True)
+    out, lse = mmk.varlen_cross_attention(q, k, v, *sizes, **options)
+    grads = torch.autograd.grad((out, lse), (q, k, v), (out.detach().cos(), lse.detach().sin().nan_to_num()))
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), strict=True)
+    outs, lses = [], []
+    for member in parts:
+        o, s = mmk.cross_attention(*(x.transpose(0, 1)[None] for x in member), enable_gqa=True, **options)
+        outs.append(o[0].transpose(0, 1))
+        lses.append(s[0].T)
+    joined = torch.cat(outs), torch.cat(lses)
+    cotangents = (joined[0].detach().cos(), joined[1].detach().sin().nan_to_num())
+    assert same_bits([out, lse, *grads], [*joined, *torch.autograd.grad(joined, (q, k, v), cotangents)])
+
+
+def test_int64_starts_and_any_strides(backend: str) -> None:
+    q, k, v, cu_q, cu_k, *longest = make()
+    heads_outermost = q.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    packed = torch.cat([k, v], -1).detach()
+    k, v = packed[..., :16].requires_grad_(), packed[..., 16:].requires_grad_()
+    inputs = (heads_outermost, k, v, cu_q.long(), cu_k.long().repeat_interleave(2)[::2], *longest)
+    check_op(mmk.varlen_cross_attention, *inputs, return_lse=True, backend=backend)
+    out = mmk.varlen_cross_attention(*inputs)
+    assert out.transpose(0, 1).is_contiguous()
+    assert torch.autograd.grad(out.sum(), heads_outermost)[0].transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf])
+@few_dtypes
+def test_other_members_and_what_a_window_hides_never_leak(garbage: float, dtype: torch.dtype, backend: str) -> None:
+    """Member 1 is garbage, and so are the keys of member 0 that no query of it sees."""
+    results = []
+    for filler in (0.0, garbage):
+        torch.manual_seed(1)
+        q, k, v, *sizes = make(dtype, queries=(20, 5), keys=(41, 9))
+        with torch.no_grad():
+            q[20:] = filler
+            k[41:] = v[41:] = filler
+            k[:18] = v[:18] = filler
+        out, lse = mmk.varlen_cross_attention(q, k, v, *sizes, window=(3, 0), return_lse=True)
+        grads = torch.autograd.grad((out[:20], lse[:20]), (q, k, v), (torch.ones_like(out[:20]), lse[:20].detach()))
+        results.append([out[:20], lse[:20], *(g[:20] for g in grads)])
+    assert same_bits(*results)
+    assert all(x.isfinite().all() for x in results[0])
+
+
+EMPTY: dict[str, dict[str, Any]] = {
+    "no members": dict(queries=(), keys=()),
+    "no queries": dict(queries=(0, 0), keys=(3, 5)),
+    "no features": dict(dim=0, value_dim=8),
+    "no value features": dict(value_dim=0),
+    "no heads": dict(heads=0, kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("empty", EMPTY)
+@few_dtypes
+def test_empty_sizes(empty: str, dtype: torch.dtype, backend: str) -> None:
+    inputs = make(dtype, **EMPTY[empty])
+    out, lse = check_op(mmk.varlen_cross_attention, *inputs, return_lse=True, backend=backend)
+    assert out.shape == (*inputs[0].shape[:2], inputs[2].shape[2]) and lse.shape == out.shape[:2]
+
+
+# --- what torch asks of every op --------------------------------------------------------------------------------------
+
+
+def packed(*leaves: Tensor) -> Tensor:
+    """Output and LSE as one tensor; every member takes as many rows as there are for it, whatever their number."""
+    rows, columns = leaves[0].shape[0] // 3, leaves[1].shape[0] // 3
+    cu_q, cu_k = torch.arange(4) * rows, torch.arange(4) * columns
+    out, lse = mmk.varlen_cross_attention(*leaves, cu_q, cu_k, rows, columns, softcap=3.0, return_lse=True)
+    return torch.cat([out, lse[..., None].to(out.dtype)], -1)
+
+
+def packed_leaves(rows: int = 2, columns: int = 5, heads: int = 2, dim: int = 8) -> list[Tensor]:
+    return [leaf(3 * rows, heads, dim), *(leaf(3 * columns, heads, dim) for _ in range(2))]
+
+
+def test_contract_of_the_kernels(native_isa: str) -> None:
+    check_threads_and_runs_agree(packed, packed_leaves(150, 210))
+    check_every_element_is_written(packed, packed_leaves(100, 30))
+    check_each_gradient_alone(packed, packed_leaves(100, 30))
+
+
+def test_contract_inside_torch(either_backend: str) -> None:
+    check_strides(packed, packed_leaves())
+    check_compile(packed, packed_leaves)
+    check_func(packed, packed_leaves())
+    check_checkpoint(packed, packed_leaves())
+    check_autocast(packed, packed_leaves())
+
+
+def test_exports_with_any_number_of_rows(either_backend: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return mmk.varlen_cross_attention(q, k, v, torch.tensor([0, 2, 3]), torch.tensor([0, 5, 9]), 3, 9)
+
+    def make_leaves(rows: int) -> list[Tensor]:
+        return [leaf(3, 2, 8), leaf(9, 2, 8), leaf(9, 2, 8)]
+
+    check_export(attend, make_leaves, 0)
+
+
+def test_second_derivatives() -> None:
+    check_second_order(packed, packed_leaves(1, 2, dim=3))
+
+
+def test_opcheck(either_backend: str) -> None:
+    q, k, v, *sizes = make(queries=(4, 0, 5), keys=(3, 2, 7), kv_heads=2)
+    arguments = (q, k, v, *sizes, 3, 0, True, None, 0.0)
+    for return_lse, training in itertools.product((True, False), repeat=2):
+        options = (*arguments, return_lse, training)
+        torch.library.opcheck(torch.ops.mmkernels.varlen_cross_attention.default, options)
+    out, lse, stats = (x.detach() for x in torch.ops.mmkernels.varlen_cross_attention(*arguments, True, True))
+    grads = [torch.randn_like(out), torch.randn_like(lse)]
+    needed = [True, False, True, False, False]
+    backward = (grads, *arguments, True, [out, lse, stats], needed)
+    # Not traced: the second derivative runs on the reference, which goes by the values of the starts.
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    op = torch.ops.mmkernels.varlen_cross_attention_backward.default
+    torch.library.opcheck(op, backward, test_utils=checks)
+
+
+# --- jagged NestedTensors ---------------------------------------------------------------------------------------------
+
+
+def jagged(lengths: Sequence[int], heads: int = 2, dim: int = 8) -> tuple[Tensor, list[Tensor]]:
+    """(B, heads, rows, dim), made as models make it, and its members."""
+    members = [leaf(n, heads, dim) for n in lengths]
+    return torch.nested.as_nested_tensor(members, layout=torch.jagged).transpose(1, 2), members
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_the_drop_in_takes_jagged_tensors(is_causal: bool, backend: str) -> None:
+    (q, qs), (k, ks), (v, vs) = jagged((4, 9, 1)), jagged((7, 3, 30)), jagged((7, 3, 30))
+    k = torch.nested.nested_tensor_from_jagged(k.values(), v.offsets(), jagged_dim=2)
+    out = mmk.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    assert out.is_nested and out.shape == q.shape and out.transpose(1, 2).is_contiguous()
+    want = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in member), is_causal=is_causal)
+        for member in zip(qs, ks, vs, strict=True)
+    ]
+    for got, expected in zip(out.unbind(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    leaves = [*qs, *ks, *vs]
+    grads = torch.autograd.grad(out.values().sin().sum(), leaves)
+    for got, expected in zip(grads, torch.autograd.grad(sum(x.sin().sum() for x in want), leaves), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_jagged_tensors_that_are_not_ours_to_serve_get_what_torch_gives() -> None:
+    (q, _), (other, _) = jagged((4, 9)), jagged((4, 9), heads=3)
+    with pytest.raises(Exception, match=r".") as ours:
+        mmk.scaled_dot_product_attention(q, other, other)
+    with pytest.raises(Exception, match=r".") as torchs:
+        F.scaled_dot_product_attention(q, other, other)
+    assert type(ours.value) is type(torchs.value)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+x, s, unsorted = torch.zeros(6, 4, 8), torch.tensor([0, 2, 6]), torch.tensor([0, 7, 6])
+ok = (x, x, x, s, s, 4, 4)
+
+
+def but(**changes: Any) -> tuple[Any, ...]:
+    names = ("query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return tuple(changes.get(name, value) for name, value in zip(names, ok, strict=True))
+
+
+BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+    (TypeError, "query: expected a torch.Tensor; got int", but(query=3), {}),
+    (ValueError, "key: expected 3 dims (T, H, D); got shape (4, 8)", but(key=x[0]), {}),
+    (TypeError, "query: expected dtype float32", but(query=x.int(), key=x.int(), value=x.int()), {}),
+    (TypeError, "value: expected the dtype of query, torch.float32", but(value=x.half()), {}),
+    (RuntimeError, "key: expected the device of query, cpu; got meta", but(key=x.to("meta")), {}),
+    (ValueError, "key: expected shape (Tk, Hkv, 8); got (6, 4, 7)", but(key=x[..., 1:]), {}),
+    (ValueError, "value: expected shape (6, 4, Dv); got (5, 4, 8)", but(value=x[1:]), {}),
+    (
+        ValueError,
+        "key: expected a number of heads that divides query's 4; got 3",
+        but(key=x[:, 1:], value=x[:, 1:]),
+        {},
+    ),
+    (TypeError, "cu_seqlens_q: expected dtype int32 or int64; got torch.float32", but(cu_seqlens_q=s.float()), {}),
+    (ValueError, "cu_seqlens_q: expected shape (B + 1,); got (1, 3)", but(cu_seqlens_q=s[None]), {}),
+    (
+        ValueError,
+        "cu_seqlens_k: expected shape (3,) as cu_seqlens_q; got (2,)",
+        but(cu_seqlens_k=s[::2], max_seqlen_k=6),
+        {},
+    ),
+    (ValueError, "cu_seqlens_q: expected starts from 0 to 6 in order; got [0, 7, 6]", but(cu_seqlens_q=unsorted), {}),
+    (ValueError, "cu_seqlens_k: expected starts from 0 to 6 in order; got [0, 2, 5]", but(cu_seqlens_k=s - s // 6), {}),
+    (ValueError, "max_seqlen_k: expected at least the longest member, 4; got 3", but(max_seqlen_k=3), {}),
+    (TypeError, "max_seqlen_q: expected an int; got float", but(max_seqlen_q=4.0), {}),
+    (ValueError, "causal_alignment: expected 'top_left' or 'bottom_right'; got 'x'", ok, {"causal_alignment": "x"}),
+    (ValueError, "window: expected sizes ≥ 0, or -1 for unbounded; got (-2, 0)", ok, {"window": (-2, 0)}),
+    (TypeError, "scale: expected a number; got str", ok, {"scale": "1"}),
+    (ValueError, "softcap: expected a finite number ≥ 0; got -1.0", ok, {"softcap": -1.0}),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "inputs", "options"), BAD, ids=[message[:45] for _, message, *_ in BAD])
+def test_bad_input_names_op_argument_expectation_and_what_came(
+    error: type[Exception], message: str, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    with pytest.raises(error, match="^varlen_cross_attention: " + re.escape(message)):
+        mmk.varlen_cross_attention(*inputs, **options)
+
+
+def test_starts_that_nobody_checked_never_reach_beyond_the_rows(native_isa: str) -> None:
+    compiled = torch.compile(mmk.varlen_cross_attention, fullgraph=True, backend="aot_eager")
+    for bad in (but(cu_seqlens_q=unsorted), but(cu_seqlens_k=s * 2), but(max_seqlen_q=3)):
+        with pytest.raises(ValueError, match=r"varlen_cross_attention: cu_seqlens_[qk]: expected starts from 0 to 6"):
+            compiled(*bad)
+
+
+def test_example_inputs_run(either_backend: str) -> None:
+    assert mmk.varlen_cross_attention(**reference.example_inputs(torch.bfloat16)).shape == (17, 4, 32)
