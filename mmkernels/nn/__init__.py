@@ -2,6 +2,7 @@
 
 from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
+from mmkernels.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.joint_attention import JointAttention
 from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
@@ -11,6 +12,7 @@ from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 __all__ = [
     "BidirectionalCrossAttention",
     "ConcatFusion",
+    "GatedCrossAttentionBlock",
     "GatedFusion",
     "JointAttention",
     "LowRankFusion",
