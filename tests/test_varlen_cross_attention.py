@@ -240,6 +240,15 @@ def test_the_drop_in_takes_jagged_tensors(is_causal: bool, backend: str) -> None
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_drop_in_compiles_for_jagged_tensors() -> None:
+    (q, qs), (k, ks) = jagged((4, 9, 1)), jagged((7, 3, 30))
+    compiled = torch.compile(mmk.scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    outs = [attend(q, k, k).values() for attend in (compiled, mmk.scaled_dot_product_attention)]
+    assert same_bits(outs[:1], outs[1:])
+    grads = [torch.autograd.grad(out.sin().sum(), [*qs, *ks]) for out in outs]
+    assert same_bits(*grads)
+
+
 def test_jagged_tensors_that_are_not_ours_to_serve_get_what_torch_gives() -> None:
     (q, _), (other, _) = jagged((4, 9)), jagged((4, 9), heads=3)
     with pytest.raises(Exception, match=r".") as ours:

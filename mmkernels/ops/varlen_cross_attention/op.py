@@ -23,8 +23,8 @@ def _varlen_cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *res
 
 varlen_cross_attention_op = DifferentiableOp(
     "varlen_cross_attention",
-    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-    "int max_seqlen_k, int window_left, int window_right, bool bottom_right, float? scale, float softcap, "
+    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, int window_left, int window_right, bool bottom_right, float? scale, float softcap, "
     "bool return_lse",
     outputs="Tensor out, Tensor lse",
     saved="Tensor stats",  # row_max and log_sum
