@@ -229,7 +229,7 @@ void backward(const AttentionParams& p) {
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
     const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
-    if (packed > 0) pack_wave<BackwardBlocks>(p, call.keys, call.values, begin, heads);
+    if (packed > 0) pack_wave<BackwardBlocks>(p, begin, heads, call.keys, call.values);
     if (key_blocks > 0) std::memset(call.turns, 0, static_cast<size_t>(wave * key_blocks * 5));
     // A worker takes a whole head while there are plenty, so that dK and dV stay in its cache.
     const int64_t grain = heads >= 4 * p.workers.count ? max(1, tasks / heads) : 1;
@@ -274,10 +274,7 @@ void backward(const AttentionParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionParams& p) {
-  if constexpr (kBf16Dot) {
-    if (runs_on_pairs(p)) return backward<true>(p);
-  }
-  backward<false>(p);
+  with_pairs(p.dtype, [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

@@ -391,10 +391,7 @@ void few_queries(const AttentionParams& p) {
 }  // namespace
 
 void attention_few_queries(const AttentionParams& p) {
-  if constexpr (kBf16Dot) {
-    if (runs_on_pairs(p)) return few_queries<true>(p);
-  }
-  few_queries<false>(p);
+  with_pairs(p.dtype, [&](auto pairs) { few_queries<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

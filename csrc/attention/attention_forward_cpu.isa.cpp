@@ -310,7 +310,7 @@ void forward(const AttentionParams& p) {
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
     const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
-    if (packed > 0) pack_wave<ForwardBlocks>(p, call.keys, call.values, begin, heads);
+    if (packed > 0) pack_wave<ForwardBlocks>(p, begin, heads, call.keys, call.values);
     for_each_claim(p.workers, tasks, 1, [&](int worker, int64_t first, int64_t last) {
       const ForwardTile tile = tile_of(worker);
       for (int64_t task = first; task < last; ++task) {
@@ -346,10 +346,7 @@ void forward(const AttentionParams& p) {
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-  if constexpr (kBf16Dot) {
-    if (runs_on_pairs(p)) return forward<true>(p);
-  }
-  forward<false>(p);
+  with_pairs(p.dtype, [&](auto pairs) { forward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

@@ -12,9 +12,6 @@ namespace {
 
 constexpr int kLanes = kScoreVectors * VW;  // queries that a score tile holds in its lanes
 
-// Whether products run on bfloat16 pairs, or on float after conversion.
-MMK_INLINE bool runs_on_pairs(const AttentionParams& p) { return kBf16Dot && p.dtype == Dtype::bf16; }
-
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end > begin ? end - begin : 0; }

@@ -133,9 +133,9 @@ MMK_INLINE int64_t heads_per_wave(const AttentionParams& p, int64_t floats_per_h
   return max(1, min(heads, p.workers.count * max(1, kCacheFloats / floats_per_head)));
 }
 
-// Packs `heads` key heads from `begin` on, on all workers.
-template <class KeyBlocks>
-void pack_wave(const AttentionParams& p, const Panels& keys, const Panels& values, int64_t begin, int64_t heads) {
+// Packs `heads` key heads from `begin` on into each of the panels, on all workers.
+template <class KeyBlocks, class... AllPanels>
+void pack_wave(const AttentionParams& p, int64_t begin, int64_t heads, const AllPanels&... panels) {
   const int64_t most = KeyBlocks(p).key_blocks;
   for_each_claim(p.workers, heads * most, 1, [&](int, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -143,8 +143,7 @@ void pack_wave(const AttentionParams& p, const Panels& keys, const Panels& value
       const KeyBlocks blocks(p, b);
       if (task % most >= blocks.key_blocks) continue;
       const KeyBlock block = blocks.key_block(task % most);
-      keys.pack(slot, b, h, block.index, block.first, block.count);
-      values.pack(slot, b, h, block.index, block.first, block.count);
+      (panels.pack(slot, b, h, block.index, block.first, block.count), ...);
     }
   });
 }

@@ -330,15 +330,7 @@ void backward(const BidirectionalParams& params) {
 
   for (int64_t begin = 0; begin < all; begin += wave) {
     const int64_t heads = min(wave, all - begin);
-    for_each_claim(p.workers, packed > 0 ? heads * key_blocks : 0, 1, [&](int, int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t slot = task / key_blocks, b = (begin + slot) / p.heads, h = (begin + slot) % p.heads;
-        const KeyBlock k = call.blocks.key_block(task % key_blocks);
-        for (const Panels* panels : {&call.keys, &call.values, &call.y_grads}) {
-          panels->pack(slot, b, h, 0, k.first, k.count);
-        }
-      }
-    });
+    if (packed > 0) pack_wave<BidirectionalBlocks>(p, begin, heads, call.keys, call.values, call.y_grads);
     std::memset(call.turns, 0, static_cast<size_t>(wave * key_blocks) * sizeof(int32_t));
     // A worker takes a whole head while there are plenty, so that dy_key and dy_value stay in its cache.
     const int64_t grain = heads >= 4 * p.workers.count ? blocks : 1;

@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_query, const 
   Call call(x_query, y_key, x_value, y_value, x_mask, y_mask, scale, clamp);
   for (Side* side : {&call.x, &call.y}) {
     const Tensor& q = side->query;
-    side->out = empty_in_order_of(q, q.size(2), x_value.size(3));
+    side->out = empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), x_value.size(3)});
     const auto options = q.options().dtype(at::kFloat);
     side->stats = training ? at::empty({2, q.size(0), q.size(1), q.size(2)}, options) : at::empty({0}, options);
   }

@@ -316,7 +316,7 @@ void forward(const BidirectionalParams& params) {
   for (int64_t begin = 0; begin < heads_of_all; begin += wave) {
     const int64_t heads = min(wave, heads_of_all - begin);
     const auto head_of = [&](int64_t i) { return KeyHead{i, (begin + i) / p.heads, (begin + i) % p.heads}; };
-    if (packed > 0) pack_wave(p, call.blocks, call.keys, call.values, begin, heads);
+    if (packed > 0) pack_wave<BidirectionalBlocks>(p, begin, heads, call.keys, call.values);
     for_each_claim(p.workers, heads * call.strips, 1, [&](int worker, int64_t first, int64_t last) {
       Carver memory(scratch.data() + worker * tile_size);
       const ForwardTile tile = ForwardTile::carve(p, memory);

@@ -133,7 +133,7 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       store(t.dots + b * ldd + c, finish_dots(t.partial + b * ldp * VW, c));
     }
   }
-  copy_transposed(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+  pack_lanes<false>(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
 }
 
 template <bool kPairs>
@@ -160,7 +160,7 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
       }
     }
     const int64_t stride = spread_stride(plan.outputs);
-    copy_transposed(Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
+    pack_lanes<false>(Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
     write_rows(t.rows, stride, some, outputs, p.dtype, element(p.out, p.dtype, row * p.outputs + first_output),
                p.outputs);
     for (int s = 0; s < 2; ++s) {
@@ -284,7 +284,7 @@ void bilinear_forward(const BilinearParams& p) {
 void bilinear_backward(const BilinearParams& p) {
   const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
-  copy_transposed(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
+  pack_lanes<false>(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
   with_pairs(p.dtype, [&](auto pairs) {
     for (int s = 0; s < 2; ++s) {
       backward_side<pairs>(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);

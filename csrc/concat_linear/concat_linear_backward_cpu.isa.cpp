@@ -23,10 +23,7 @@ void backward(const ConcatLinearParams& p) {
 }  // namespace
 
 void concat_linear_backward(const ConcatLinearParams& p) {
-  if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16) return backward<true>(p);
-  }
-  backward<false>(p);
+  with_pairs(p.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

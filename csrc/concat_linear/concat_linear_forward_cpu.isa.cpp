@@ -16,12 +16,8 @@ void concat_linear_forward(const ConcatLinearParams& p) {
   Scratch vectors(LinearEpilogue::floats(p));
   const LinearEpilogue epilogue(p, vectors.data());
   const PlainLoader loader{p.sources};
-  if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16) {
-      return multiply_concatenation<true>(p.sources, p.workers, loader, kBlockRows, epilogue);
-    }
-  }
-  multiply_concatenation<false>(p.sources, p.workers, loader, kBlockRows, epilogue);
+  with_pairs(p.sources.dtype,
+             [&](auto pairs) { multiply_concatenation<pairs>(p.sources, p.workers, loader, kBlockRows, epilogue); });
 }
 
 }  // namespace MMK_ISA

@@ -299,10 +299,7 @@ void backward(const ConcatNormLinearParams& p) {
 }  // namespace
 
 void concat_norm_linear_backward(const ConcatNormLinearParams& p) {
-  if constexpr (kBf16Dot) {
-    if (p.linear.sources.dtype == Dtype::bf16) return backward<true>(p);
-  }
-  backward<false>(p);
+  with_pairs(p.linear.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

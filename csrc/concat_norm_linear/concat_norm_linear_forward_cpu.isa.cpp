@@ -100,12 +100,8 @@ void concat_norm_linear_forward(const ConcatNormLinearParams& p) {
   Scratch vectors(LinearEpilogue::floats(p.linear)), memory(NormLoader::floats(p));
   const LinearEpilogue finish(p.linear, vectors.data());
   const NormLoader loader(p, memory.data());
-  if constexpr (kBf16Dot) {
-    if (sources.dtype == Dtype::bf16) {
-      return multiply_concatenation<true>(sources, p.linear.workers, loader, kNormRows, finish);
-    }
-  }
-  multiply_concatenation<false>(sources, p.linear.workers, loader, kNormRows, finish);
+  with_pairs(sources.dtype,
+             [&](auto pairs) { multiply_concatenation<pairs>(sources, p.linear.workers, loader, kNormRows, finish); });
 }
 
 }  // namespace MMK_ISA

@@ -3,7 +3,7 @@
 //   multiply      C[i, :] = Σ_k A[i, k] · B[k, :]    B's rows in vectors, A one unit at a time in any layout
 //   dot_rows      C[i, j] = Σ_k A[i, k] · B[j, k]    rows of both in vectors, nothing packed, any number of rows
 //
-// and the copies of operands into scratch. A unit is a float or a pair of bfloat16 (csrc/cpu/pack.h); depths and
+// Operands are packed as csrc/cpu/pack.h does it. A unit is a float or a pair of bfloat16 (csrc/cpu/pack.h); depths and
 // strides of operands are counted in units. Sums are float32, in an order that depends on neither how the caller cuts
 // rows and columns nor how many rows there are.
 #pragma once
@@ -20,40 +20,6 @@ namespace {
 constexpr int64_t spread_stride(int64_t n) {
   const int64_t lines = (n + 15) / 16;
   return 16 * (lines + (lines + 1) % 2);
-}
-
-// [rows][columns] of a dtype → floats, zeros up to a multiple of VW columns.
-inline void copy_rows(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, float* to,
-                      int64_t to_stride) {
-  with_element_type(dtype, from, [&](const auto* p) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < columns; c += VW) {
-        store(to + i * to_stride + c, load_as_float(p + i * stride + c, columns - c));
-      }
-    }
-  });
-}
-
-// [rows][columns] of a dtype → floats [columns][rows], zeros up to a multiple of VW rows.
-inline void copy_transposed(Dtype dtype, const void* from, int64_t stride, int64_t rows, int64_t columns, float* to,
-                            int64_t to_stride) {
-  with_element_type(dtype, from, [&](const auto* p) {
-    for (int64_t i = 0; i < rows; i += VW) {
-      for (int64_t c = 0; c < columns; c += VW) {
-        vf r[VW];
-        if (i + VW <= rows && c + VW <= columns) {
-          load_transposed(p + i * stride + c, stride, r);
-          MMK_UNROLL for (int x = 0; x < VW; ++x) store(to + (c + x) * to_stride + i, r[x]);
-          continue;
-        }
-        for (int x = 0; x < VW; ++x) {
-          r[x] = i + x < rows ? load_as_float(p + (i + x) * stride + c, columns - c) : zero();
-        }
-        transpose(r);
-        for (int x = 0; x < VW && c + x < columns; ++x) store(to + (c + x) * to_stride + i, r[x]);
-      }
-    }
-  });
 }
 
 // Floats [rows][columns] → a dtype; nothing beyond the last column is written.

@@ -170,17 +170,11 @@ void backward(const GatedConcatParams& p) {
 }  // namespace
 
 void gated_concat_forward(const GatedConcatParams& p) {
-  if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16) return forward<true>(p);
-  }
-  forward<false>(p);
+  with_pairs(p.sources.dtype, [&](auto pairs) { forward<pairs>(p); });
 }
 
 void gated_concat_backward(const GatedConcatParams& p) {
-  if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16) return backward<true>(p);
-  }
-  backward<false>(p);
+  with_pairs(p.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

@@ -199,10 +199,7 @@ void backward(const GatedFusionParams& p) {
 }  // namespace
 
 void gated_fusion_forward(const GatedFusionParams& p) {
-  if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16) return forward<true>(p);
-  }
-  forward<false>(p);
+  with_pairs(p.sources.dtype, [&](auto pairs) { forward<pairs>(p); });
 }
 
 void gated_fusion_backward(const GatedFusionParams& p) {

@@ -63,7 +63,7 @@ class Inputs {
         }
       } else {
         for (int64_t b = 0; b < rows; ++b) to[b * stride_] = 1.f;
-        copy_rows(p_->dtype, from, m.x_stride, rows, m.width, to + 1, stride_);
+        pack_rows_as_float(p_->dtype, from, m.x_stride, rows, m.width, to + 1, stride_);
       }
     });
   }
@@ -115,7 +115,7 @@ void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t 
   t.x.fill(first_row, rows);
   for (int64_t b = 0; b < rows; ++b) {
     if (p.bias != nullptr) {
-      copy_rows(p.dtype, element(p.bias, p.dtype, first), 0, 1, outputs, t.sum + b * stride, stride);
+      pack_rows_as_float(p.dtype, element(p.bias, p.dtype, first), 0, 1, outputs, t.sum + b * stride, stride);
     } else {
       std::memset(t.sum + b * stride, 0, static_cast<size_t>(round_up(outputs, VW)) * sizeof(float));
     }
@@ -356,7 +356,8 @@ void low_rank_backward(const LowRankParams& p) {
   const auto s = carve(carver);
   std::memset(s.turns, 0, static_cast<size_t>(blocks) * sizeof(int32_t));
   for (int64_t b = 0; b < p.batch; ++b) {  // zeros behind the last output
-    copy_rows(p.dtype, element(p.grad_out, p.dtype, b * p.grad_out_stride), 0, 1, p.outputs, s.grad_out + b * ldn, ldn);
+    pack_rows_as_float(p.dtype, element(p.grad_out, p.dtype, b * p.grad_out_stride), 0, 1, p.outputs,
+                       s.grad_out + b * ldn, ldn);
   }
   if (p.grad_bias != nullptr) sum_columns(s.grad_out, ldn, p.batch, p.outputs, p.dtype, p.grad_bias);
 

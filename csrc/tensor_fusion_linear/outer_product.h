@@ -29,8 +29,8 @@ class Factors {
       const int64_t size = element_size(p_->dtype);
       float* to = data_ + offsets_[i];
       for (int64_t b = 0; b < rows; ++b) to[b * stride_] = 1.f;
-      copy_rows(p_->dtype, static_cast<const char*>(m.data) + first * m.stride * size, m.stride, rows, m.width, to + 1,
-                stride_);
+      pack_rows_as_float(p_->dtype, static_cast<const char*>(m.data) + first * m.stride * size, m.stride, rows, m.width,
+                         to + 1, stride_);
     }
   }
   void clear(int64_t rows) const { std::memset(data_, 0, static_cast<size_t>(rows * stride_) * sizeof(float)); }

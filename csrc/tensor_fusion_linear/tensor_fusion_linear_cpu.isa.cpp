@@ -171,7 +171,7 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
   with_element_type(p.dtype, p.out, [&](auto* out) {
     const auto* bias = static_cast<decltype(out)>(const_cast<void*>(p.bias));
     for (int64_t i = 0; i < panels; ++i) {
-      copy_transposed(Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
+      pack_lanes<false>(Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
       for (int64_t b = i * lanes; b < min(rows, (i + 1) * lanes); ++b) {
         for (int64_t n = 0; n < outputs; n += VW) {
           vf y = load(t.rows + (b - i * lanes) * stride + n);
@@ -225,7 +225,7 @@ void tensor_fusion_forward(const TensorFusionParams& p) {
 void tensor_fusion_grad_weight(const TensorFusionParams& p) {
   const int64_t ldy = spread_stride(p.outputs);
   const Scratch grad_out(p.batch * ldy);
-  copy_rows(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldy);
+  pack_rows_as_float(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldy);
   if (p.grad_bias != nullptr) sum_columns(grad_out.data(), ldy, p.batch, p.outputs, p.dtype, p.grad_bias);
   if (p.grad_weight == nullptr) return;
 
