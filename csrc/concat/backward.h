@@ -62,9 +62,12 @@ class PackedWeightColumns {
  private:
   template <class Function>
   void for_each_panel(Function f) const {
+    bool packed = false;  // the weights, for a source that shares them
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
-      if (source.grad.data == nullptr) continue;
+      packed &= source.shares_weights;
+      if (source.grad.data == nullptr || packed) continue;
+      packed = true;
       for (int64_t t = 0; t < source.term_count; ++t) {
         for (int64_t column = 0; column < source.width; column += kPanel) f(source, source.terms[t], column);
       }
@@ -113,7 +116,7 @@ class ConcatBackward {
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
     transposed_stride_ = round_up(units<kPairs>(chunk_), 16) + 16;
     groups_ = 0;
-    for (int64_t s = 0; s < sources.count; ++s) groups_ += ceil_div(sources.items[s].width, kGroup);
+    for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
 
   void run() {
@@ -170,9 +173,14 @@ class ConcatBackward {
   int64_t weight_floats() const {
     int64_t floats = 0;
     for (int64_t s = 0; s < sources_.count; ++s) {
-      floats += ceil_div(sources_.items[s].width, kGroup) * features_of(sources_.items[s]) * kGroup;
+      floats += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * kGroup;
     }
     return floats;
+  }
+
+  // Groups of columns of dW; the sources that share a weight are summed in those of the first.
+  static int64_t groups_of(const ConcatSource& source) {
+    return source.shares_weights ? 0 : ceil_div(source.width, kGroup);
   }
 
   static int64_t features_of(const ConcatSource& source) {
@@ -195,11 +203,15 @@ class ConcatBackward {
     Operand operand{dz, padded_};
     if constexpr (kPairs) operand = as_pairs(dz, rows, spare);
     if (any_dw_) transpose_block(operand, block * kBlockRows, rows, dx);
-    const float* panels = packed_.data();
+    const float *panels = packed_.data(), *shared = nullptr;  // the next source's; those of the sources that share them
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
-      if (source.grad.data != nullptr)
-        row_gradient(s, first, rows, operand, panels, spare + (kPairs ? dz_floats_ : 0), dx, dx + dx_floats_);
+      if (!source.shares_weights) shared = nullptr;
+      if (source.grad.data == nullptr) continue;
+      const float* own = shared != nullptr ? shared : panels;
+      if (shared == nullptr) shared = own;
+      row_gradient(s, first, rows, operand, own, spare + (kPairs ? dz_floats_ : 0), dx, dx + dx_floats_);
+      panels = own;
     }
   }
 
@@ -310,14 +322,31 @@ class ConcatBackward {
   void weight_columns(int worker, int64_t group, int64_t start, int64_t rows) const {
     float* const panels = worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_ + dx_floats_;
     int64_t s = 0, at = 0;
-    for (; group >= ceil_div(sources_.items[s].width, kGroup); ++s) {
-      group -= ceil_div(sources_.items[s].width, kGroup);
-      at += ceil_div(sources_.items[s].width, kGroup) * features_of(sources_.items[s]) * kGroup;
+    for (; group >= groups_of(sources_.items[s]); ++s) {
+      group -= groups_of(sources_.items[s]);
+      at += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * kGroup;
     }
     const ConcatSource& source = sources_.items[s];
     const int64_t column = group * kGroup, width = min(kGroup, source.width - column);
     float* const sums =
         in_one_chunk() ? panels + panel_floats_ : weight_sums_ + at + group * features_of(source) * kGroup;
+    add_products(s, column, start, rows, false, sums, panels);
+    for (int64_t next = s + 1; next < sources_.count && sources_.items[next].shares_weights; ++next) {
+      add_products(next, column, start, rows, true, sums, panels);
+    }
+    if (sums_in_place() || start + rows < sources_.rows) return;
+    if constexpr (Policy::kFinishesWeights) {
+      policy_.finish_weights(s, column, width, sums, totals_);
+    } else {
+      write_weights(source, column, width, sums);
+    }
+  }
+
+  // Adds a chunk's rows of a source to columns of dW; the first rows of all replace what is there, unless `add`.
+  void add_products(int64_t s, int64_t column, int64_t start, int64_t rows, bool add, float* sums,
+                    float* panels) const {
+    const ConcatSource& source = sources_.items[s];
+    const int64_t width = min(kGroup, source.width - column);
     for_chunks<kPairs>(rows, [&](int64_t row, int64_t count, int64_t unit) {
       policy_.columns(s, start + row, count, column, width, panels);
       // What is packed next: the rows behind these, or the first of the columns behind them.
@@ -330,7 +359,7 @@ class ConcatBackward {
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
         if (Policy::kFinishesWeights || term.grad != nullptr) {
-          Block c{sums + features * kGroup, kGroup, width, start + row > 0};
+          Block c{sums + features * kGroup, kGroup, width, add || start + row > 0};
           if (sums_in_place()) {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
@@ -340,12 +369,6 @@ class ConcatBackward {
         features += term.features;
       }
     });
-    if (sums_in_place() || start + rows < sources_.rows) return;
-    if constexpr (Policy::kFinishesWeights) {
-      policy_.finish_weights(s, column, width, sums, totals_);
-    } else {
-      write_weights(source, column, width, sums);
-    }
   }
 
   // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while

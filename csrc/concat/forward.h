@@ -28,7 +28,9 @@ template <bool kPairs>
 class PackedWeights {
  public:
   explicit PackedWeights(const ConcatSources& sources) : sources_(sources) {
-    for (int64_t s = 0; s < sources.count; ++s) floats_ += units<kPairs>(sources.items[s].width) * lanes(s);
+    for (int64_t s = 0; s < sources.count; ++s) {
+      if (!sources.items[s].shares_weights) floats_ += units<kPairs>(sources.items[s].width) * lanes(s);
+    }
   }
   int64_t floats() const { return round_up(floats_, 16); }
 
@@ -38,6 +40,7 @@ class PackedWeights {
     for_each_claim(workers, panels, 1, [&](int, int64_t begin, int64_t end) {
       for (int64_t s = 0, at = 0; s < sources_.count; ++s) {
         const ConcatSource& source = sources_.items[s];
+        if (source.shares_weights) continue;
         for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
           const int64_t depth = units<kPairs>(width);
           for (int64_t t = 0; t < source.term_count; ++t) {
@@ -77,7 +80,8 @@ inline bool has_row_presence(const ConcatSources& sources) {
 
 // Whether the first chunk of the first source writes every element of z.
 inline bool first_source_fills(const ConcatSources& sources) {
-  return sources.count > 0 && !has_row_presence(sources) && sources.items[0].term_count == 1;
+  if (sources.count == 0 || has_row_presence(sources) || sources.items[0].term_count != 1) return false;
+  return sources.items[0].terms[0].features == sources.features;
 }
 
 // Reads rows as they are.
@@ -130,9 +134,14 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
       for (int64_t column = from; column < to; column += block_columns) {
         if (!whole) std::memset(z, 0, sizeof(float) * static_cast<size_t>(rows * columns));
         bool add = !whole;
-        const float* panels = packed.data();
+        const float *panels = packed.data(), *shared = panels;
         for (int64_t s = 0; s < sources.count; ++s) {
           const ConcatSource& source = sources.items[s];
+          if (source.shares_weights) {
+            panels = shared;
+          } else {
+            shared = panels;
+          }
           const auto present = loader.rows(worker, s, first, rows);
           for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
             const int64_t depth = units<kPairs>(width);

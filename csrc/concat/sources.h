@@ -29,6 +29,7 @@ struct ConcatSource {
   int64_t present_stride = 0;
   const ConcatTerm* terms = nullptr;
   int64_t term_count = 0;
+  bool shares_weights = false;  // its terms have the weights and their gradients of the source before, of its width
 };
 
 struct ConcatSources {
