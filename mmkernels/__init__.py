@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmkernels import nn
 from mmkernels._dispatch import Explanation, explain, use_backend
 from mmkernels._errors import UnsupportedError
+from mmkernels.ops.additive_attention_pool import additive_attention_pool
 from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 from mmkernels.ops.bilinear_fusion import bilinear_fusion
 from mmkernels.ops.concat_linear import concat_linear
@@ -18,6 +19,8 @@ from mmkernels.ops.low_rank_fusion import low_rank_fusion
 from mmkernels.ops.merge_attention import merge_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
+from mmkernels.ops.multiplicative_attention_pool import multiplicative_attention_pool
+from mmkernels.ops.split_attention_pool import split_attention_pool
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 from mmkernels.ops.varlen_cross_attention import varlen_cross_attention
 
@@ -26,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "UnsupportedError",
+    "additive_attention_pool",
     "bidirectional_cross_attention",
     "bilinear_fusion",
     "concat_linear",
@@ -40,8 +44,10 @@ __all__ = [
     "merge_attention",
     "merge_embeddings",
     "modulated_norm",
+    "multiplicative_attention_pool",
     "nn",
     "scaled_dot_product_attention",
+    "split_attention_pool",
     "tensor_fusion_linear",
     "use_backend",
     "varlen_cross_attention",

@@ -1,5 +1,6 @@
 """Modules over the ops, with the constructor conventions of ``torch.nn``."""
 
+from mmkernels.nn.attention_pool import AdditiveAttentionPool, MultiplicativeAttentionPool, SplitAttentionPool
 from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
 from mmkernels.nn.gated_cross_attention_block import GatedCrossAttentionBlock
@@ -10,6 +11,7 @@ from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
 from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 
 __all__ = [
+    "AdditiveAttentionPool",
     "BidirectionalCrossAttention",
     "ConcatFusion",
     "GatedCrossAttentionBlock",
@@ -17,6 +19,8 @@ __all__ = [
     "JointAttention",
     "LowRankFusion",
     "MultiheadCrossAttention",
+    "MultiplicativeAttentionPool",
+    "SplitAttentionPool",
     "TensorFusion",
     "TokenFusionEmbedding",
 ]

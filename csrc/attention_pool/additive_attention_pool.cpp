@@ -1,0 +1,176 @@
+// additive_attention_pool on the CPU, as torch sees it. Arguments were checked at the door.
+#include "csrc/attention_pool/additive_attention_pool.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "csrc/attention_pool/torch_pool.h"
+#include "csrc/door.h"
+
+namespace mmk {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// What both passes are given. The views point into the tensors and into this.
+struct Call {
+  TorchPool torch;
+  std::vector<ConcatSource> sources;
+  std::vector<ConcatTerm> terms;
+  std::vector<int32_t> modalities;
+  AdditivePoolParams params;
+
+  Call(at::TensorList xs, const Tensor& weight, const Tensor& vector, const OptionalTensor& bias,
+       const OptionalTensor& query, const OptionalTensor& query_weight, const OptionalTensor& presence, double products)
+      : torch("additive_attention_pool", xs, presence, products * static_cast<double>(weight.size(0))) {
+    AdditivePoolParams& p = params;
+    const Pool& pool = torch.pool;
+    p.hidden = weight.size(0);
+    p.has_query = query && query->size(1) > 0;
+    terms.reserve(static_cast<size_t>(pool.modalities + 1));
+    if (pool.width > 0) {
+      for (int64_t i = 0; i < pool.modalities; ++i) {
+        if (!torch.may_be_present(i)) continue;
+        const PoolModality& item = pool.items[i];
+        add_source(item.x, item.stride, pool.width, weight, i * p.hidden);
+        sources.back().shares_weights = !modalities.empty();
+        if (pool.present_stride > 0) {
+          sources.back().present = pool.present + i;
+          sources.back().present_stride = pool.present_stride;
+        }
+        modalities.push_back(static_cast<int32_t>(i));
+      }
+    }
+    if (p.has_query) {
+      add_source(query->const_data_ptr(), query->stride(0), query->size(1), *query_weight, pool.modalities * p.hidden);
+    }
+    const int64_t columns = (pool.modalities + p.has_query) * p.hidden;
+    p.sources = {sources.data(), static_cast<int64_t>(sources.size()), pool.rows, pool.modalities * pool.width, columns,
+                 pool.dtype};
+    p.modalities = modalities.data();
+    p.vector = vector.const_data_ptr();
+    if (bias) p.bias = bias->const_data_ptr();
+  }
+
+  void add_source(const void* x, int64_t stride, int64_t width, const Tensor& weight, int64_t column) {
+    terms.push_back(column_term(weight, 0));
+    terms.back().column = column;
+    ConcatSource source;
+    source.x = {const_cast<void*>(x), INT64_MAX, stride, 0};
+    source.width = width;
+    source.terms = &terms.back();
+    source.term_count = 1;
+    sources.push_back(source);
+  }
+
+  const AdditivePoolParams& finished() {
+    params.pool = torch.pool;
+    return params;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> additive_attention_pool_forward(at::TensorList xs, const Tensor& weight,
+                                                                   const Tensor& vector, const OptionalTensor& bias,
+                                                                   const OptionalTensor& query,
+                                                                   const OptionalTensor& query_weight,
+                                                                   const OptionalTensor& presence, bool training) {
+  Call call(xs, weight, vector, bias, query, query_weight, presence, 2.);
+  const Pool& pool = call.torch.pool;
+  const auto options = weight.options();
+  const Tensor pooled = at::empty({pool.rows, pool.width}, options);
+  const Tensor weights = at::empty({pool.rows, pool.modalities}, options);
+  const int64_t kept = training ? pool.modalities * weight.size(0) : 0;
+  const Tensor activations = training ? at::empty({pool.rows, kept}, options) : at::empty({0}, options);
+  call.torch.set_outputs(pooled, weights);
+  if (training) call.params.activations = activations.data_ptr();
+  if (pool.rows > 0) MMK_DISPATCH(additive_pool_forward)(call.finished());
+  return {pooled, weights, activations};
+}
+
+// saved: pooled, weights, activations.
+std::vector<Tensor> additive_attention_pool_backward(at::TensorList grads, at::TensorList xs, const Tensor& weight,
+                                                     const Tensor& vector, const OptionalTensor& bias,
+                                                     const OptionalTensor& query, const OptionalTensor& query_weight,
+                                                     const OptionalTensor& presence, at::TensorList saved,
+                                                     const c10::List<bool>& needed) {
+  Call call(xs, weight, vector, bias, query, query_weight, presence, 4.);
+  AdditivePoolParams& p = call.params;
+  Pool& pool = call.torch.pool;
+  std::vector<Tensor> results;
+  call.torch.set_grads(xs, needed, results);
+  const size_t first = xs.size();
+  const OptionalTensor others[] = {weight, vector, bias, query, query_weight};
+  for (size_t i = 0; i < 5; ++i) results.push_back(empty_if(others[i] ? *others[i] : weight, needed[first + i]));
+  results.push_back(at::empty({0}, weight.options()));  // presence
+  if (pool.rows == 0) {
+    for (const Tensor& t : results) t.zero_();
+    return results;
+  }
+  const auto grad_of = [&](size_t i) { return needed[first + i] ? results[first + i].data_ptr() : nullptr; };
+  const size_t modalities = call.modalities.size();
+  if (modalities == 0) {
+    // No source reads W.
+    if (needed[first]) results[first].zero_();
+  }
+  // A modality that is absent everywhere has no source to write its zeros.
+  for (int64_t i = 0; i < pool.modalities; ++i) {
+    if (call.torch.may_be_present(i) || pool.items[i].grad == nullptr) continue;
+    const bool stacked = are_stacked(xs);
+    (stacked ? results[0].select(1, i) : results[static_cast<size_t>(i)]).zero_();
+  }
+  for (size_t s = 0; s < modalities; ++s) {
+    const PoolModality& item = pool.items[call.modalities[s]];
+    if (item.grad != nullptr) call.sources[s].grad = {item.grad, INT64_MAX, item.grad_stride, 0};
+    if (needed[first]) set_grad(call.terms[s], results[first], 0);
+  }
+  if (p.has_query) {
+    if (needed[first + 3]) call.sources.back().grad = dense_rows(results[first + 3], query->size(1));
+    if (needed[first + 4]) set_grad(call.terms.back(), results[first + 4], 0);
+  }
+  p.grad_vector = grad_of(1);
+  p.grad_bias = bias ? grad_of(2) : nullptr;
+  call.torch.set_output_grads(grads[0], grads[1], saved[1]);
+  p.activations = const_cast<void*>(saved[2].const_data_ptr());
+  MMK_DISPATCH(additive_pool_backward)(call.finished());
+  return results;
+}
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto shape = pool_shape(arguments[0]);
+  const Tensor& weight = arguments[1].toTensor();
+  if (!shape || weight.dim() != 2 || arguments[4].isNone() != arguments[5].isNone()) return false;
+  const int64_t hidden = weight.size(0);
+  if (!arguments[4].isNone()) {
+    const Tensor& query = arguments[4].toTensor();
+    if (query.dim() != 2 || !shape->fits(query, {shape->rows, query.size(1)}) ||
+        !shape->fits(arguments[5], {hidden, query.size(1)})) {
+      return false;
+    }
+  }
+  return shape->fits(weight, {hidden, shape->width}) && shape->fits(arguments[2], {hidden}) &&
+         shape->fits(arguments[3], {hidden}) && shape->presence_fits(arguments[6]);
+}
+
+const DoorCheck door_check("additive_attention_pool", fits);
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
+  m.def(
+      "_additive_attention_pool_fwd(Tensor[] xs, Tensor weight, Tensor vector, Tensor? bias, Tensor? query, "
+      "Tensor? query_weight, Tensor? presence, bool training) -> (Tensor pooled, Tensor weights, Tensor activations)");
+  m.def(
+      "_additive_attention_pool_bwd(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor vector, Tensor? bias, "
+      "Tensor? query, Tensor? query_weight, Tensor? presence, Tensor[] saved, bool[] needed) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("_additive_attention_pool_fwd", additive_attention_pool_forward);
+  m.impl("_additive_attention_pool_bwd", additive_attention_pool_backward);
+}
+
+}  // namespace mmk

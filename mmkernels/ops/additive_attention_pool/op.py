@@ -1,0 +1,29 @@
+"""Registration of additive_attention_pool: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops._pool import pooled_fake
+from mmkernels.ops.additive_attention_pool import reference
+
+
+def _additive_attention_pool_fake(xs: Sequence[Tensor], weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    pooled, batch, count = pooled_fake(xs)
+    return pooled, pooled.new_empty((batch, count)), pooled.new_empty((batch, count * weight.shape[0]))
+
+
+additive_attention_pool_op = DifferentiableOp(
+    "additive_attention_pool",
+    "Tensor[] xs, Tensor weight, Tensor vector, Tensor? bias, Tensor? query, Tensor? query_weight, Tensor? presence",
+    outputs="Tensor pooled, Tensor weights",
+    saved="Tensor activations",  # tanh(…), [B, M·A]
+    reference=reference.additive_attention_pool,
+    fake=_additive_attention_pool_fake,
+    cpu=native_backend("additive_attention_pool"),
+    keeps_outputs=lambda *_: True,
+)

@@ -1,0 +1,56 @@
+"""additive_attention_pool in plain PyTorch: the specification every kernel is tested against.
+
+    e_i = v · tanh(W x_i + W_q q + b),  a = softmax over present i of e,  pooled = Σ_i a_i x_i
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.ops._pool import softmax_over_present, stacked
+
+
+def additive_attention_pool(
+    xs: Sequence[Tensor],  # one of [B, M, D], or M of [B, D]
+    weight: Tensor,  # [A, D]
+    vector: Tensor,  # [A]
+    bias: Tensor | None,  # [A]
+    query: Tensor | None,  # [B, Dq]
+    query_weight: Tensor | None,  # [A, Dq]
+    presence: Tensor | None,  # [B, M] or [M] bool
+) -> tuple[Tensor, Tensor]:
+    """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
+    x, absent = stacked(xs, presence)
+    u = F.linear(x, weight, bias)  # [B, M, A]
+    if query is not None and query_weight is not None:
+        u = u + F.linear(query, query_weight).unsqueeze(1)
+    energies = torch.tanh(u) @ vector  # [B, M]
+    weights = softmax_over_present(energies.unsqueeze(-1), absent)  # [B, M, 1]
+    return (weights * x).sum(1), weights.squeeze(-1)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: text, audio and video of utterances, some without video."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    batch, width, hidden = 8, 64, 32
+    presence = torch.ones(batch, 3, dtype=torch.bool, device=device)
+    presence[::2, 2] = False
+    return {
+        "xs": [random(batch, width) for _ in range(3)],
+        "weight": random(hidden, width) / width**0.5,
+        "vector": random(hidden),
+        "bias": random(hidden),
+        "presence": presence,
+    }

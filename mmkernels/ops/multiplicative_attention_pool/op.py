@@ -1,0 +1,32 @@
+"""Registration of multiplicative_attention_pool: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops._pool import pooled_fake
+from mmkernels.ops.multiplicative_attention_pool import reference
+
+
+def _multiplicative_attention_pool_fake(
+    xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    pooled, batch, count = pooled_fake(xs)
+    projected = pooled.new_empty(0 if weight is None else pooled.shape)
+    return pooled, pooled.new_empty((batch, count)), projected
+
+
+multiplicative_attention_pool_op = DifferentiableOp(
+    "multiplicative_attention_pool",
+    "Tensor[] xs, Tensor query, Tensor? weight, float scale, Tensor? presence",
+    outputs="Tensor pooled, Tensor weights",
+    saved="Tensor projected",  # q W, [B, D], where there is a W
+    reference=reference.multiplicative_attention_pool,
+    fake=_multiplicative_attention_pool_fake,
+    cpu=native_backend("multiplicative_attention_pool"),
+    keeps_outputs=lambda *_: True,
+)

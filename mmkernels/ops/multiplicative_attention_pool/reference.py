@@ -1,0 +1,47 @@
+"""multiplicative_attention_pool in plain PyTorch: the specification every kernel is tested against.
+
+    e_i = scale · qᵀ W x_i,  a = softmax over present i of e,  pooled = Σ_i a_i x_i
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._pool import softmax_over_present, stacked
+
+
+def multiplicative_attention_pool(
+    xs: Sequence[Tensor],  # one of [B, M, D], or M of [B, D]
+    query: Tensor,  # [B, Dq], without a weight [B, D]
+    weight: Tensor | None,  # [Dq, D]
+    scale: float,
+    presence: Tensor | None,  # [B, M] or [M] bool
+) -> tuple[Tensor, Tensor]:
+    """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
+    x, absent = stacked(xs, presence)
+    projected = query if weight is None else query @ weight  # [B, D]
+    energies = scale * (x @ projected.unsqueeze(-1))  # [B, M, 1]
+    weights = softmax_over_present(energies, absent)
+    return (weights * x).sum(1), weights.squeeze(-1)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: a question about a scene seen by camera, heard, and described."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    batch, width, query_width = 8, 64, 48
+    return {
+        "xs": [random(batch, width) for _ in range(3)],
+        "query": random(batch, query_width),
+        "weight": random(query_width, width) / query_width**0.5,
+    }

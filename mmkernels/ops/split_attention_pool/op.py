@@ -1,0 +1,42 @@
+"""Registration of split_attention_pool: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops._pool import pooled_fake
+from mmkernels.ops.split_attention_pool import reference
+
+# Activations whose derivative follows from their value alone.
+_FROM_OUTPUT = (None, "relu", "tanh", "sigmoid")
+
+
+def _split_attention_pool_fake(
+    xs: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str | None,
+    presence: Tensor | None,
+) -> tuple[Tensor, ...]:
+    pooled, batch, count = pooled_fake(xs)
+    hidden = pooled.new_empty((batch, weight1.shape[0]))
+    preactivation = hidden.new_empty(0 if activation in _FROM_OUTPUT else hidden.shape)
+    weights = pooled.new_empty((batch, count, pooled.shape[1]))
+    return pooled, weights, pooled.new_empty(pooled.shape), hidden, preactivation
+
+
+split_attention_pool_op = DifferentiableOp(
+    "split_attention_pool",
+    "Tensor[] xs, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, str? activation, Tensor? presence",
+    outputs="Tensor pooled, Tensor weights",
+    saved="Tensor sum, Tensor hidden, Tensor preactivation",  # g, z, and W₁ g + b₁ where z's derivative needs it
+    reference=reference.split_attention_pool,
+    fake=_split_attention_pool_fake,
+    cpu=native_backend("split_attention_pool"),
+    keeps_outputs=lambda *_: True,
+)

@@ -1,0 +1,54 @@
+"""split_attention_pool in plain PyTorch: the specification every kernel is tested against.
+
+    g = Σ x_i over present i,  z = act(W₁ g + b₁),  e = W₂ z + b₂ as [B, M, D],
+    a = softmax over present i of e, per feature,  pooled = Σ_i a_i ∘ x_i
+
+Runs on every device and dtype, in the inputs' dtype, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.ops._pool import softmax_over_present, stacked
+from mmkernels.ops.concat_linear.reference import activate
+
+
+def split_attention_pool(
+    xs: Sequence[Tensor],  # one of [B, M, D], or M of [B, D]
+    weight1: Tensor,  # [A, D]
+    bias1: Tensor,  # [A]
+    weight2: Tensor,  # [M·D, A]
+    bias2: Tensor,  # [M·D]
+    activation: str | None,
+    presence: Tensor | None,  # [B, M] or [M] bool
+) -> tuple[Tensor, Tensor]:
+    """Pooled [B, D] and weights a [B, M, D]; zeros where every modality is absent."""
+    x, absent = stacked(xs, presence)
+    z = activate(F.linear(x.sum(1), weight1, bias1), activation)  # [B, A]
+    energies = F.linear(z, weight2, bias2).view(x.shape)
+    weights = softmax_over_present(energies, absent)
+    return (weights * x).sum(1), weights
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: two views of the same features."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    batch, count, width, hidden = 8, 2, 64, 16
+    return {
+        "xs": random(batch, count, width),
+        "weight1": random(hidden, width) / width**0.5,
+        "bias1": random(hidden),
+        "weight2": random(count * width, hidden) / hidden**0.5,
+        "bias2": random(count * width),
+    }
