@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,9 @@ SIZES = {
     "an empty query": Sizes(query=0),
 }
 
+# The additive kernels take few rows all at once, many modality by modality.
+FEW_AND_MANY = Sizes(), Sizes(batch=33)
+
 
 @pytest.mark.parametrize("sizes", SIZES)
 @each_pool
@@ -58,18 +62,17 @@ def test_outputs_and_gradients(pool: str, sizes: str, dtype: torch.dtype, backen
 @few_dtypes
 def test_every_presence(pool: str, dtype: torch.dtype, backend: str) -> None:
     function, make = POOLS[pool]
-    s = Sizes()
-    for i, presence in enumerate(presence_patterns(s.batch, s.modalities).values()):
-        parameters = make(s, dtype)
-        check_op(function, sources(s, dtype, i % 2 == 0), backend=backend, **parameters, presence=presence)
+    for s in FEW_AND_MANY:
+        for i, presence in enumerate(presence_patterns(s.batch, s.modalities).values()):
+            parameters = make(s, dtype)
+            check_op(function, sources(s, dtype, i % 2 == 0), backend=backend, **parameters, presence=presence)
 
 
 @each_pool
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 def test_an_absent_modality_is_never_read(pool: str, garbage: float, backend: str) -> None:
     function, make = POOLS[pool]
-    s = Sizes()
-    for dtype in (torch.float32, torch.bfloat16):
+    for s, dtype in itertools.product(FEW_AND_MANY, (torch.float32, torch.bfloat16)):
         xs, parameters = sources(s, dtype), make(s, dtype)
         for presence in presence_patterns(s.batch, s.modalities).values():
             results = []
@@ -127,8 +130,8 @@ def test_the_reference_is_the_written_out_formula_row_by_row(pool: str) -> None:
 def test_any_strides(pool: str, layout: str, backend: str) -> None:
     arrange = LAYOUTS[layout]
     function, make = POOLS[pool]
-    s = Sizes(width=16, hidden=6)
-    for dtype in (torch.float32, torch.bfloat16):
+    for batch, dtype in itertools.product((9, 33), (torch.float32, torch.bfloat16)):
+        s = Sizes(batch, width=16, hidden=6)
         xs = [arrange(x.detach()).requires_grad_() for x in sources(s, dtype)]
         parameters = {
             k: arrange(v.detach()).requires_grad_() if isinstance(v, Tensor) and v.dim() == 2 else v

@@ -16,6 +16,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Up to so many rows of modalities are one source, so that W is read once for all of them; more fill a block's tiles
+// modality by modality.
+constexpr int64_t kFlatRows = 64;
+
 // What both passes are given. The views point into the tensors and into this.
 struct Call {
   TorchPool torch;
@@ -32,40 +36,59 @@ struct Call {
     p.hidden = weight.size(0);
     p.has_query = query && query->size(1) > 0;
     terms.reserve(static_cast<size_t>(pool.modalities + 1));
-    if (pool.width > 0) {
-      for (int64_t i = 0; i < pool.modalities; ++i) {
-        if (!torch.may_be_present(i)) continue;
-        const PoolModality& item = pool.items[i];
-        add_source(item.x, item.stride, pool.width, weight, i * p.hidden);
-        sources.back().shares_weights = !modalities.empty();
-        if (pool.present_stride > 0) {
-          sources.back().present = pool.present + i;
-          sources.back().present_stride = pool.present_stride;
-        }
-        modalities.push_back(static_cast<int32_t>(i));
-      }
+    p.flat = pool.rows * pool.modalities <= kFlatRows;
+    const int64_t groups = p.flat ? 1 : pool.modalities;  // of A columns of z
+    if (p.flat && pool.width > 0) {
+      add_source(torch.flattened(xs), pool.width, weight, 0);
+    } else if (pool.width > 0) {
+      add_modalities(weight);
     }
     if (p.has_query) {
-      add_source(query->const_data_ptr(), query->stride(0), query->size(1), *query_weight, pool.modalities * p.hidden);
+      RowView rows{const_cast<void*>(query->const_data_ptr()), INT64_MAX, query->stride(0), 0};
+      if (p.flat) rows = {rows.data, pool.modalities, 0, query->stride(0)};
+      add_source(rows, query->size(1), *query_weight, p.flat ? 0 : pool.modalities * p.hidden);
     }
-    const int64_t columns = (pool.modalities + p.has_query) * p.hidden;
-    p.sources = {sources.data(), static_cast<int64_t>(sources.size()), pool.rows, pool.modalities * pool.width, columns,
+    const int64_t columns = p.flat ? p.hidden : (groups + p.has_query) * p.hidden;
+    p.sources = {sources.data(),
+                 static_cast<int64_t>(sources.size()),
+                 p.flat ? pool.rows * pool.modalities : pool.rows,
+                 groups * pool.width,
+                 columns,
                  pool.dtype};
     p.modalities = modalities.data();
     p.vector = vector.const_data_ptr();
     if (bias) p.bias = bias->const_data_ptr();
   }
 
-  void add_source(const void* x, int64_t stride, int64_t width, const Tensor& weight, int64_t column) {
+  // Those that some row has, each in its own columns of z.
+  void add_modalities(const Tensor& weight) {
+    const Pool& pool = torch.pool;
+    for (int64_t i = 0; i < pool.modalities; ++i) {
+      if (!torch.may_be_present(i)) continue;
+      const PoolModality& item = pool.items[i];
+      add_source({const_cast<void*>(item.x), INT64_MAX, item.stride, 0}, pool.width, weight, i * params.hidden);
+      sources.back().shares_weights = !modalities.empty();
+      if (pool.present_stride > 0) {
+        sources.back().present = pool.present + i;
+        sources.back().present_stride = pool.present_stride;
+      }
+      modalities.push_back(static_cast<int32_t>(i));
+    }
+  }
+
+  void add_source(const RowView& rows, int64_t width, const Tensor& weight, int64_t column) {
     terms.push_back(column_term(weight, 0));
     terms.back().column = column;
     ConcatSource source;
-    source.x = {const_cast<void*>(x), INT64_MAX, stride, 0};
+    source.x = rows;
     source.width = width;
     source.terms = &terms.back();
     source.term_count = 1;
     sources.push_back(source);
   }
+
+  // Sources of the modalities, the query's not among them.
+  size_t modality_sources() const { return sources.size() - (params.has_query ? 1 : 0); }
 
   const AdditivePoolParams& finished() {
     params.pool = torch.pool;
@@ -111,20 +134,22 @@ std::vector<Tensor> additive_attention_pool_backward(at::TensorList grads, at::T
     return results;
   }
   const auto grad_of = [&](size_t i) { return needed[first + i] ? results[first + i].data_ptr() : nullptr; };
-  const size_t modalities = call.modalities.size();
-  if (modalities == 0) {
-    // No source reads W.
-    if (needed[first]) results[first].zero_();
-  }
-  // A modality that is absent everywhere has no source to write its zeros.
+  const size_t modalities = call.modality_sources();
+  if (modalities == 0 && needed[first]) results[first].zero_();  // nothing reads W
+  int64_t with_grad = -1;
   for (int64_t i = 0; i < pool.modalities; ++i) {
-    if (call.torch.may_be_present(i) || pool.items[i].grad == nullptr) continue;
-    const bool stacked = are_stacked(xs);
-    (stacked ? results[0].select(1, i) : results[static_cast<size_t>(i)]).zero_();
+    if (pool.items[i].grad == nullptr) continue;
+    with_grad = i;
+    if (p.flat || call.torch.may_be_present(i)) continue;
+    // Absent everywhere, it has no source to write its zeros.
+    (are_stacked(xs) ? results[0].select(1, i) : results[static_cast<size_t>(i)]).zero_();
   }
   for (size_t s = 0; s < modalities; ++s) {
-    const PoolModality& item = pool.items[call.modalities[s]];
-    if (item.grad != nullptr) call.sources[s].grad = {item.grad, INT64_MAX, item.grad_stride, 0};
+    if (p.flat) {  // the kernel knows where each modality's rows go
+      if (with_grad >= 0) call.sources[s].grad.data = pool.items[with_grad].grad;
+    } else if (const PoolModality& item = pool.items[call.modalities[s]]; item.grad != nullptr) {
+      call.sources[s].grad = {item.grad, INT64_MAX, item.grad_stride, 0};
+    }
     if (needed[first]) set_grad(call.terms[s], results[first], 0);
   }
   if (p.has_query) {

@@ -8,9 +8,12 @@ namespace mmk {
 
 struct AdditivePoolParams {
   Pool pool;
-  // z of M·A columns, modality i in columns i·A …, and A more of W_q q where there is a query: its source is the last.
+  // Many rows: z [B] has M·A columns, modality i in columns i·A …, and A more of W_q q where there is a query.
+  // Few (flat): z [B·M] has A columns, and the sources are all modalities as one, and the query, repeated for each.
+  // The query's source is the last.
   ConcatSources sources;
-  const int32_t* modalities = nullptr;  // of the other sources: those that some row has
+  bool flat = false;
+  const int32_t* modalities = nullptr;  // not flat: of the other sources, those that some row has
   int64_t hidden = 0;                   // A
   bool has_query = false;
   const void* vector = nullptr;  // [A]

@@ -6,6 +6,7 @@
 // Tiling     the modalities of a block of rows, and the query, are the sources of one product (csrc/concat/forward.h)
 //            with one weight; its float tile becomes energies, softmax and pooled rows while x is in cache. Nothing of
 //            size B·M·A is stored but in training, t. The backward is one product likewise (csrc/concat/backward.h).
+//            Few rows (flat) are one source of B·M rows instead, so that W is read once, and in place.
 // Precision  float32 beside the products; t has the inputs' dtype.
 // Limits     any sizes; rows of absent modalities are neither read nor multiplied.
 #include "csrc/attention_pool/additive_attention_pool.h"
@@ -19,6 +20,13 @@ namespace {
 
 MMK_INLINE vf load_some(const float* p, int64_t n) { return n >= VW ? load(p) : load_partial(p, n); }
 MMK_INLINE void store_some(float* p, vf x, int64_t n) { n >= VW ? store(p, x) : store_partial(p, x, n); }
+
+// Where modality i of row b stands in a tile of z or dz: b · row + i · modality.
+struct TileStrides {
+  int64_t row, modality;
+  TileStrides(const AdditivePoolParams& p, int64_t stride)
+      : row(p.flat ? p.pool.modalities * stride : stride), modality(p.flat ? stride : p.hidden) {}
+};
 
 // v and b as floats, whole vectors with zeros behind.
 class HiddenVectors {
@@ -60,12 +68,14 @@ class PoolEpilogue {
     PresentModalities<T> present(pool, memory.take(pool.modalities));
     float* const e = memory.take(round_up(pool.modalities, VW));
     float* const shared = memory.take(round_up(p_.hidden, VW));
-    for (int64_t i = 0; i < rows; ++i) {
+    const TileStrides strides(p_, stride);
+    for (int64_t i = 0; i < rows; ++i, z += strides.row) {
       const int64_t row = first + i;
       present.select(row);
-      const float* own = shared_terms(z + i * stride, shared);
+      const float* own = shared_terms(z, shared);
       for (int64_t k = 0; k < present.count(); ++k) {
-        e[k] = energy(z + i * stride + present.index(k) * p_.hidden, own, activations_of<T>(row, present.index(k)));
+        const int64_t modality = present.index(k);
+        e[k] = energy(z + modality * strides.modality, own, activations_of<T>(row, modality));
       }
       if (p_.activations != nullptr && present.count() < pool.modalities) clear_absent<T>(row);
       finish_pooled_row(pool, row, present, e);
@@ -74,7 +84,7 @@ class PoolEpilogue {
 
   // W_q q + b of a row.
   const float* shared_terms(const float* z, float* sums) const {
-    if (!p_.has_query) return vectors_.bias();
+    if (!p_.has_query || p_.flat) return vectors_.bias();
     const float* query = z + p_.pool.modalities * p_.hidden;
     for (int64_t c = 0; c < p_.hidden; c += VW)
       store(sums + c, load_some(query + c, p_.hidden - c) + load(vectors_.bias() + c));
@@ -120,8 +130,9 @@ class PoolGradient {
   PoolGradient(const AdditivePoolParams& p, const HiddenVectors& vectors) : p_(p), vectors_(vectors) {}
 
   void make(int64_t first, int64_t rows, float* dz, int64_t stride, float* sums) const {
+    const int64_t modalities = p_.flat ? p_.pool.modalities : 1;  // that rows are counted in
     with_element_type(p_.pool.dtype, p_.pool.weights, [&](auto* weights) {
-      make_rows<std::decay_t<decltype(*weights)>>(first, rows, dz, stride, sums);
+      make_rows<std::decay_t<decltype(*weights)>>(first / modalities, rows / modalities, dz, stride, sums);
     });
   }
 
@@ -129,32 +140,27 @@ class PoolGradient {
     pack_source_columns<kPairs>(p_.sources.items[s], p_.pool.dtype, first, count, column, width, panels);
   }
 
-  // dx_i = a_i dpooled + du_i W; `dx` has the rows in which the modality is present.
+  // dx_i = a_i dpooled + du_i W; of one modality, `dx` has the rows in which it is present.
   template <class T>
   void finish_rows(int64_t s, int64_t first, int64_t rows, const float* dx, int64_t stride, T* out,
                    int64_t out_stride) const {
-    const ConcatSource& source = p_.sources.items[s];
     const Pool& pool = p_.pool;
     if (p_.has_query && s == p_.sources.count - 1) {
-      for (int64_t i = 0; i < rows; ++i, dx += stride, out += out_stride) {
-        for (int64_t c = 0; c < source.width; c += VW) store_from_float(out + c, load(dx + c), source.width - c);
+      const int64_t each = p_.flat ? pool.modalities : 1, width = p_.sources.items[s].width;
+      for (int64_t i = 0; i < rows; i += each, dx += each * stride, out += out_stride) {
+        for (int64_t c = 0; c < width; c += VW) {
+          vf total = load(dx + c);
+          for (int64_t m = 1; m < each; ++m) total = total + load(dx + m * stride + c);
+          store_from_float(out + c, total, width - c);
+        }
       }
-      return;
-    }
-    const int64_t modality = p_.modalities[s];
-    for (int64_t i = 0; i < rows; ++i, out += out_stride) {
-      const int64_t row = first + i;
-      if (!is_present(pool, row, modality)) {
-        std::memset(out, 0, sizeof(T) * static_cast<size_t>(pool.width));
-        continue;
+    } else if (p_.flat) {
+      for (int64_t i = 0; i < rows; ++i, dx += stride) finish_row<T>(i / pool.modalities, i % pool.modalities, dx);
+    } else {
+      for (int64_t row = first; row < first + rows; ++row) {
+        finish_row<T>(row, p_.modalities[s], dx);
+        if (is_present(pool, row, p_.modalities[s])) dx += stride;
       }
-      const vf a = set1(sum(load_as_float(static_cast<const T*>(pool.weights) + row * pool.modalities + modality, 1)));
-      const T* grad = row_of<T>(pool.grad_pooled, row);
-      for (int64_t c = 0; c < pool.width; c += VW) {
-        const int64_t n = pool.width - c;
-        store_from_float(out + c, fma(a, load_as_float(grad + c, n), load(dx + c)), n);
-      }
-      dx += stride;
     }
   }
 
@@ -169,13 +175,32 @@ class PoolGradient {
     write(p_.grad_vector, [&](int64_t c) { return load_some(sums + padded + c, p_.hidden - c); });
     write(p_.grad_bias, [&](int64_t c) {
       vf total = zero();
-      for (int64_t i = 0; i < p_.pool.modalities; ++i)
+      for (int64_t i = 0; i < (p_.flat ? 1 : p_.pool.modalities); ++i)
         total = total + load_some(sums + i * p_.hidden + c, p_.hidden - c);
       return total;
     });
   }
 
  private:
+  // The gradient of a modality in a row.
+  template <class T>
+  void finish_row(int64_t row, int64_t modality, const float* dx) const {
+    const Pool& pool = p_.pool;
+    const PoolModality& item = pool.items[modality];
+    if (item.grad == nullptr) return;
+    T* const out = static_cast<T*>(item.grad) + row * item.grad_stride;
+    if (!is_present(pool, row, modality)) {
+      std::memset(out, 0, sizeof(T) * static_cast<size_t>(pool.width));
+      return;
+    }
+    const vf a = set1(number(static_cast<const T*>(pool.weights) + row * pool.modalities + modality));
+    const T* grad = row_of<T>(pool.grad_pooled, row);
+    for (int64_t c = 0; c < pool.width; c += VW) {
+      const int64_t n = pool.width - c;
+      store_from_float(out + c, fma(a, load_as_float(grad + c, n), load(dx + c)), n);
+    }
+  }
+
   template <class T>
   void make_rows(int64_t first, int64_t rows, float* dz, int64_t stride, float* sums) const {
     const Pool& pool = p_.pool;
@@ -184,9 +209,11 @@ class PoolGradient {
     Carver memory(scratch.data());
     PresentModalities<T> present(pool, memory.take(pool.modalities));
     float *const a = memory.take(pool.modalities), *const de = memory.take(pool.modalities);
-    for (int64_t i = 0; i < rows; ++i, dz += stride) {
+    const TileStrides strides(p_, stride);
+    const int64_t modality_sums = p_.flat ? 0 : hidden;
+    for (int64_t i = 0; i < rows; ++i, dz += strides.row) {
       const int64_t row = first + i;
-      std::memset(dz, 0, sizeof(float) * static_cast<size_t>(stride));
+      std::memset(dz, 0, sizeof(float) * static_cast<size_t>(strides.row));
       present.select(row);
       energy_gradients(pool, row, present, a, de);
       const T* activations = static_cast<const T*>(p_.activations) + row * all;
@@ -195,15 +222,16 @@ class PoolGradient {
         const vf v = load(vectors_.vector() + c);
         vf of_vector = zero(), of_query = zero();
         for (int64_t k = 0; k < present.count(); ++k) {
-          const int64_t at = present.index(k) * hidden + c;
-          const vf t = load_as_float(activations + at, n), d = set1(de[k]);
+          const int64_t modality = present.index(k);
+          const vf t = load_as_float(activations + modality * hidden + c, n), d = set1(de[k]);
           const vf du = d * v * (set1(1.f) - t * t);
-          store_some(dz + at, du, n);
-          store_some(sums + at, load_some(sums + at, n) + du, n);
+          store_some(dz + modality * strides.modality + c, du, n);
+          float* const own_sums = sums + modality * modality_sums + c;
+          store_some(own_sums, load_some(own_sums, n) + du, n);
           of_query = of_query + du;
           of_vector = fma(d, t, of_vector);
         }
-        if (p_.has_query) store_some(dz + all + c, of_query, n);
+        if (p_.has_query && !p_.flat) store_some(dz + all + c, of_query, n);
         float* const vector_sums = sums + round_up(p_.sources.features, VW) + c;
         store_some(vector_sums, load_some(vector_sums, n) + of_vector, n);
       }
@@ -220,6 +248,18 @@ void forward(const AdditivePoolParams& p) {
   const PoolEpilogue epilogue(p, vectors);
   const int64_t columns = p.sources.features;
   if (columns == 0) return epilogue(0, p.pool.rows, 0, 0, nullptr, 0);
+  if (p.flat) {
+    const Scratch z(p.sources.rows * columns);
+    multiply_concatenation<kPairs>(
+        p.sources, p.pool.workers, PlainLoader{p.sources}, kBlockRows,
+        [&](int64_t first, int64_t rows, int64_t column, int64_t count, const float* tile, int64_t stride) {
+          for (int64_t i = 0; i < rows; ++i) {
+            std::memcpy(z.data() + (first + i) * columns + column, tile + i * stride,
+                        sizeof(float) * static_cast<size_t>(count));
+          }
+        });
+    return epilogue(0, p.pool.rows, 0, 0, z.data(), columns);
+  }
   // A block's tile of z and its rows of x stay in the second cache, where that leaves enough rows to a tile of
   // registers.
   constexpr int64_t kBlockBytes = 512 << 10;

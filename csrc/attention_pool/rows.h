@@ -18,6 +18,12 @@ MMK_INLINE const T* row_of(const PoolRows& rows, int64_t row) {
   return static_cast<const T*>(rows.data) + row * rows.stride;
 }
 
+MMK_INLINE float number(const float* p) { return *p; }
+template <class T>
+MMK_INLINE float number(const T* p) {
+  return sum(load_as_float(p, 1));
+}
+
 // The modalities that a row has, in order.
 template <class T>
 class PresentModalities {
@@ -120,7 +126,6 @@ void energy_gradients(const Pool& pool, int64_t row, const PresentModalities<T>&
   const T* grad = row_of<T>(pool.grad_pooled, row);
   const T* grad_weights = row_of<T>(pool.grad_weights, row);
   float mean = 0.f;
-  const auto number = [](const T* p) { return sum(load_as_float(p, 1)); };
   for (int64_t k = 0; k < present.count(); ++k) {
     a[k] = number(weights + present.index(k));
     de[k] = sum(dot_lanes(grad, present.x(k), pool.width)) + number(grad_weights + present.index(k));

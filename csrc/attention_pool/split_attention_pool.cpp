@@ -81,7 +81,7 @@ std::vector<Tensor> split_attention_pool_backward(at::TensorList grads, at::Tens
 
   torch.set_output_grads(grads[0], grads[1], saved[1]);
   const int64_t energies = pool.modalities * pool.width;
-  const Tensor grad_energies = at::empty({pool.rows, energies}, options);
+  const Tensor grad_energies = with_huge_pages(at::empty({pool.rows, energies}, options));
   const Tensor grad_z = at::empty({pool.rows, hidden}, options), grad_sum = at::empty({pool.rows, pool.width}, options);
   const SplitPoolParams p{pool, grad_sum.data_ptr(), grad_energies.data_ptr()};
   MMK_DISPATCH(split_pool_energy_gradients)(p);

@@ -4,6 +4,7 @@
 #include <ATen/core/List.h>
 #include <ATen/ops/zeros.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -50,6 +51,26 @@ class TorchPool {
     return pool.present == nullptr || pool.present_stride > 0 || pool.present[i] != 0;
   }
 
+  // Row b·M + i: modality i in row b. In place where that is possible, else a copy with zeros where one is absent; for
+  // few rows.
+  RowView flattened(const at::TensorList& xs) {
+    if (are_stacked(xs) && pool.present == nullptr) return row_view(xs[0], keep_);
+    keep_.push_back(at::empty({pool.rows * pool.modalities, pool.width}, xs[0].options()));
+    const auto bytes = static_cast<int64_t>(xs[0].element_size()), row_bytes = pool.width * bytes;
+    char* to = static_cast<char*>(keep_.back().data_ptr());
+    for (int64_t row = 0; row < pool.rows; ++row) {
+      for (int64_t i = 0; i < pool.modalities; ++i, to += row_bytes) {
+        const PoolModality& item = items_[static_cast<size_t>(i)];
+        if (is_present(pool, row, i)) {
+          std::memcpy(to, static_cast<const char*>(item.x) + row * item.stride * bytes, static_cast<size_t>(row_bytes));
+        } else {
+          std::memset(to, 0, static_cast<size_t>(row_bytes));
+        }
+      }
+    }
+    return dense_rows(keep_.back(), pool.width);
+  }
+
   // Fresh results, and where gradients of the xs go, those that are needed.
   void set_grads(const at::TensorList& xs, const c10::List<bool>& needed, std::vector<at::Tensor>& results) {
     const bool stacked = are_stacked(xs);
@@ -86,6 +107,7 @@ class TorchPool {
 
  private:
   std::vector<PoolModality> items_;
+  std::vector<at::Tensor> keep_;  // what the views point into
   at::Tensor presence_, grad_weights_, kept_weights_;
 };
 
