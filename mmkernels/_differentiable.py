@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import _native
+from mmkernels import _native, _triton
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Backend,
@@ -49,12 +49,17 @@ class NativeKernels:
     supports: Callable[..., str | None] | None = None
 
 
+@dataclass(frozen=True)
+class TritonKernels:
+    """That the op's ``kernel_triton.py`` has ``forward`` and ``backward``, and what they cannot serve.
+
+    They take the arguments of the two operators' schemas; ``supports`` those of the op alone.
+    """
+
+    supports: Callable[..., str | None] | None = None
+
+
 native_backend = NativeKernels
-
-
-def _last_dim_dense(tensor: Tensor) -> Tensor:
-    dense = tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-    return tensor if dense else tensor.contiguous()
 
 
 def _contiguous_gradient(leaf: Tensor) -> Tensor:
@@ -86,6 +91,7 @@ class DifferentiableOp:
         reference: ``(*arguments)`` -> the outputs, one tensor or a tuple; tensors in any memory order.
         fake: ``(*arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
         cpu: the compiled kernels.
+        triton: the Triton kernels.
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
         keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
         gradient: a fresh tensor with the shape and strides of the gradient of its argument; default: contiguous.
@@ -101,6 +107,7 @@ class DifferentiableOp:
         reference: Callable[..., Any],
         fake: Callable[..., Tensors],
         cpu: NativeKernels,
+        triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps_outputs: Callable[..., bool] = lambda *_: False,
         gradient: Callable[[Tensor], Tensor] = _contiguous_gradient,
@@ -117,13 +124,21 @@ class DifferentiableOp:
             name,
             f"({arguments}, bool training) -> ({returns})",
             fake=self._forward_fake,
-            backends=[_cpu_backend(cpu, "fwd", 0), reference_backend(self._reference_forward)],
+            backends=[
+                _cpu_backend(cpu, "fwd", 0),
+                *_triton_backends(name, triton, "forward", 0, 1),
+                reference_backend(self._reference_forward),
+            ],
         )
         self.backward = Operator(
             f"{name}_backward",
             f"(Tensor[] grads, {arguments}, Tensor[] saved, bool[] needed) -> Tensor[]",
             fake=self._backward_fake,
-            backends=[_cpu_backend(cpu, "bwd", 1), reference_backend(self._reference_backward)],
+            backends=[
+                _cpu_backend(cpu, "bwd", 1),
+                *_triton_backends(name, triton, "backward", 1, 2),
+                reference_backend(self._reference_backward),
+            ],
         )
         types = [str(a.type) for a in self.forward.overload._schema.arguments[:-1]]
         self._is_list = tuple("List[Tensor]" in t for t in types)
@@ -351,13 +366,20 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
             return f"{tensor.dtype} is served by the reference alone"
         return None if kernels.supports is None else kernels.supports(*args[first:])
 
-    def dense(x: Any) -> Any:
-        if isinstance(x, Tensor):
-            return _last_dim_dense(x) if x.is_floating_point() else x
-        return [dense(t) for t in x] if isinstance(x, (list, tuple)) else x
-
     def run(*args: Any) -> Any:
-        result = native(*(dense(x) for x in args))
+        result = native(*(_triton.dense(x) for x in args))
         return list(result) if first else result
 
     return Backend("cpu", run, supports)
+
+
+def _triton_backends(name: str, kernels: TritonKernels | None, function: str, first: int, end: int) -> list[Backend]:
+    """The Triton forward or backward, if there is one; the op's own arguments are [first, −end) of its."""
+    if kernels is None:
+        return []
+    of_arguments = kernels.supports
+
+    def supports(*args: Any) -> str | None:
+        return None if of_arguments is None else of_arguments(*args[first:-end])
+
+    return [_triton.triton_backend(name, function, first, supports)]

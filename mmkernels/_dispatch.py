@@ -173,9 +173,11 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
 
 def backend_status() -> dict[str, str | None]:
     """For each backend, None where this machine can use it, or why it cannot."""
+    from mmkernels import _triton
+
     return {
         "cuda": "this version has no CUDA kernels",
-        "triton": "this version has no Triton kernels",
+        "triton": _triton.status(),
         "cpu": None if _native.available() else _native.reason() or "the native library is absent",
         "reference": None,
     }

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from environment import TRITON_ALONE
 
 import mmkernels as mmk
-from mmkernels import _native
+from mmkernels import _native, _triton
 
 
 def why_no_native(private_op: str = "_cross_attention_fwd") -> str | None:
@@ -42,6 +43,7 @@ class Implementation:
 
 
 REFERENCE = Implementation("reference")
+TRITON = Implementation("triton")
 NATIVE = [Implementation("cpu", isa) for isa in _native.supported_isas()] or [Implementation("cpu", "absent")]
 
 
@@ -58,12 +60,25 @@ def use_implementation(implementation: Implementation) -> Iterator[str]:
     _native.set_isa(before)
 
 
+TRITON_PARAMETER = pytest.param(
+    TRITON, id="triton", marks=pytest.mark.skipif(_triton.status() is not None, reason=str(_triton.status()))
+)
 NATIVE_PARAMETERS = [pytest.param(i, marks=native_only, id=str(i)) for i in NATIVE]
 
 
-@pytest.fixture(params=[pytest.param(REFERENCE, id="reference"), *NATIVE_PARAMETERS])
+FUZZED = [TRITON] if TRITON_ALONE else [REFERENCE] if NATIVE_ABSENT else NATIVE
+_EVERY = [TRITON_PARAMETER] if TRITON_ALONE else [pytest.param(REFERENCE, id="reference"), *NATIVE_PARAMETERS]
+
+
+@pytest.fixture(params=_EVERY)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the forced backend: the reference, then the compiled library on every instruction set."""
+    yield from use_implementation(request.param)
+
+
+@pytest.fixture(params=[TRITON_PARAMETER])
+def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, Triton alone, on a GPU or in the interpreter."""
     yield from use_implementation(request.param)
 
 

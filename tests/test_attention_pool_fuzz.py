@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pool_cases import POOLS, Sizes, sources
@@ -26,7 +26,7 @@ EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(st.data(), st.sampled_from([REFERENCE] if NATIVE_ABSENT else NATIVE))
+@given(st.data(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(data: st.DataObject, implementation: Any) -> None:
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))

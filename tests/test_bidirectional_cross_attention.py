@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from fusion_cases import allocations, each_dtype, few_dtypes, leaf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -271,7 +271,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(calls(), st.sampled_from([REFERENCE] if NATIVE_ABSENT else NATIVE))
+@given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Tensor], dict[str, Any]], implementation: Any) -> None:
     leaves, options = call
     for backend in use_implementation(implementation):

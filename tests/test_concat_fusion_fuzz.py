@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from fusion_cases import ACTIVATIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +17,6 @@ import mmkernels as mmk
 from mmkernels.testing import check_op
 
 EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
-IMPLEMENTATIONS = [REFERENCE] if NATIVE_ABSENT else NATIVE
 
 Call = tuple[Callable[..., Tensor], list[Any], dict[str, Any]]
 
@@ -94,7 +93,7 @@ def calls(draw: st.DrawFn) -> Call:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(calls(), st.sampled_from(IMPLEMENTATIONS))
+@given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: Call, implementation: Any) -> None:
     function, inputs, options = call
     for backend in use_implementation(implementation):

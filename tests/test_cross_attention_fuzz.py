@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,7 +15,6 @@ import mmkernels as mmk
 from mmkernels.testing import check_op
 
 EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "300"))
-IMPLEMENTATIONS = [REFERENCE] if NATIVE_ABSENT else NATIVE
 
 small, length, features = st.integers(1, 3), st.integers(0, 140), st.integers(1, 70)
 
@@ -83,7 +82,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(calls(), st.sampled_from(IMPLEMENTATIONS))
+@given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Tensor], dict[str, Any]], implementation: Any) -> None:
     inputs, options = call
     for backend in use_implementation(implementation):

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from row_ops import strided
@@ -16,7 +16,6 @@ import mmkernels as mmk
 from mmkernels.testing import check_op
 
 EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
-IMPLEMENTATIONS = [REFERENCE] if NATIVE_ABSENT else NATIVE
 
 length = st.one_of(st.integers(0, 5), st.integers(0, 120))
 streams = st.lists(length, min_size=1, max_size=4)
@@ -72,7 +71,7 @@ def outputs(*args: Any, **options: Any) -> list[Tensor]:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(calls(), st.sampled_from(IMPLEMENTATIONS))
+@given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
     inputs, options = call
     for backend in use_implementation(implementation):

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from row_ops import strided
@@ -16,7 +16,6 @@ import mmkernels as mmk
 from mmkernels.testing import check_op
 
 EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
-IMPLEMENTATIONS = [REFERENCE] if NATIVE_ABSENT else NATIVE
 
 fuzz = settings(
     max_examples=EXAMPLES,
@@ -26,7 +25,7 @@ fuzz = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-implementations = st.sampled_from(IMPLEMENTATIONS)
+implementations = st.sampled_from(FUZZED)
 length = st.one_of(st.integers(0, 9), st.integers(100, 300))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from fusion_cases import each_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -120,7 +120,7 @@ def test_any_call_obeys_the_precision_rule(data: st.DataObject) -> None:
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     leaves = make(draw(st.integers(0, 120)), widths, draw(st.integers(1, 40)), dtype)
     *xs, weight, bias = (x.requires_grad_(draw(st.booleans())) for x in leaves)
-    for backend in use_implementation(draw(st.sampled_from([REFERENCE] if NATIVE_ABSENT else NATIVE))):
+    for backend in use_implementation(draw(st.sampled_from(FUZZED))):
         check_op(mmk.tensor_fusion_linear, xs, weight, draw(st.sampled_from((None, bias))), backend=backend)
 
 

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from conftest import NATIVE, NATIVE_ABSENT, REFERENCE, use_implementation
+from conftest import FUZZED, use_implementation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from row_ops import strided
@@ -63,7 +63,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-@given(calls(), st.sampled_from([REFERENCE] if NATIVE_ABSENT else NATIVE))
+@given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
     inputs, options = call
     for backend in use_implementation(implementation):

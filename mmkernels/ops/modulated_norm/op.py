@@ -6,12 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.modulated_norm import reference
 
 
 def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
+
+
+def _triton_supports(x: Tensor, *_: Any) -> str | None:
+    return None if x.shape[2] <= 16384 else f"{x.shape[2]} features are more than the 16384 that a program holds"
 
 
 modulated_norm_op = DifferentiableOp(
@@ -21,4 +25,5 @@ modulated_norm_op = DifferentiableOp(
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
     cpu=native_backend("modulated_norm"),
+    triton=TritonKernels(_triton_supports),
 )

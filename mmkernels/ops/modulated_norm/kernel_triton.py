@@ -1,0 +1,256 @@
+"""modulated_norm on GPUs.
+
+    y = n · (1 + scale) + shift,   n = x̂ · w + b,   x̂ = (x − mean) · rstd     (rms: mean = 0; no norm: n = x)
+
+Tiling     a program owns a run of tokens of one batch element and holds a token's C features in registers, so that x
+           is read once; the condition of a batch element stays in registers over the run. The backward adds up the
+           gradients of what the tokens share over its run, and torch adds the runs up, in their order.
+Precision  float32 from the centred row.
+Limits     C up to 16384, what the registers of one program hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
+
+_LENGTHS = ["length", "run"]
+
+
+@triton.jit
+def _normalized(x, inside, features, eps, NORM: tl.constexpr):
+    """x̂ and rstd of a row in float32; zeros beyond its end."""
+    rstd = 1.0
+    if NORM == "layer":
+        x = tl.where(inside, x - tl.sum(x, 0) / features, 0.0)
+    if NORM is not None:
+        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / features + eps)
+        x = x * rstd
+    return x, rstd
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _forward(
+    x_ptr,  # [B, L, C]
+    shift_ptr,  # [B, 1 or L, C]
+    scale_ptr,
+    weight_ptr,  # [C] or None
+    bias_ptr,
+    y_ptr,  # [B, L, C], contiguous
+    length,  # L
+    features,  # C
+    run,  # tokens per program
+    x_batch,  # strides
+    x_token,
+    shift_batch,
+    shift_token,
+    scale_batch,
+    scale_token,
+    eps,
+    NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,  # whether every token has its own condition
+    BLOCK: tl.constexpr,  # features in registers, a power of two
+):
+    runs = tl.cdiv(length, run)
+    batch = (tl.program_id(0) // runs).to(tl.int64)
+    begin = (tl.program_id(0) % runs) * run
+    c = tl.arange(0, BLOCK)
+    inside = c < features
+    shift_ptr += batch * shift_batch + c
+    scale_ptr += batch * scale_batch + c
+    if not PER_TOKEN:
+        shift = tl.load(shift_ptr, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    for t in range(begin, tl.minimum(begin + run, length)):
+        token = tl.cast(t, tl.int64)
+        if PER_TOKEN:
+            shift = tl.load(shift_ptr + token * shift_token, mask=inside, other=0.0).to(tl.float32)
+            scale = tl.load(scale_ptr + token * scale_token, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + batch * x_batch + token * x_token + c, mask=inside, other=0.0).to(tl.float32)
+        n, _ = _normalized(x, inside, features, eps, NORM)
+        if weight_ptr is not None:
+            n = n * weight
+        if bias_ptr is not None:
+            n = n + bias
+        y = n * (1.0 + scale) + shift
+        tl.store(y_ptr + (batch * length + token) * features + c, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_LENGTHS)
+def _backward(
+    g_ptr,  # [B, L, C]
+    x_ptr,
+    scale_ptr,  # [B, 1 or L, C]
+    weight_ptr,  # [C] or None
+    bias_ptr,
+    dx_ptr,  # [B, L, C] or None, contiguous as all gradients
+    dshift_ptr,  # [B, L, C] per token, else [B, runs, C] float32, or None
+    dscale_ptr,
+    dweight_ptr,  # [B, runs, C] float32 or None
+    dbias_ptr,
+    length,
+    features,
+    run,
+    g_batch,
+    g_token,
+    x_batch,
+    x_token,
+    scale_batch,
+    scale_token,
+    eps,
+    NORM: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    runs = tl.cdiv(length, run)
+    batch = (tl.program_id(0) // runs).to(tl.int64)
+    begin = (tl.program_id(0) % runs) * run
+    c = tl.arange(0, BLOCK)
+    inside = c < features
+    scale_ptr += batch * scale_batch + c
+    if not PER_TOKEN:
+        scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
+    dshift = tl.zeros([BLOCK], tl.float32)
+    dscale = tl.zeros([BLOCK], tl.float32)
+    dweight = tl.zeros([BLOCK], tl.float32)
+    dbias = tl.zeros([BLOCK], tl.float32)
+    for t in range(begin, tl.minimum(begin + run, length)):
+        token = tl.cast(t, tl.int64)
+        here = (batch * length + token) * features + c
+        if PER_TOKEN:
+            scale = tl.load(scale_ptr + token * scale_token, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + batch * g_batch + token * g_token + c, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + batch * x_batch + token * x_token + c, mask=inside, other=0.0).to(tl.float32)
+        x, rstd = _normalized(x, inside, features, eps, NORM)
+        n = x
+        if weight_ptr is not None:
+            n = n * weight
+        if bias_ptr is not None:
+            n = n + bias
+        dn = g * (1.0 + scale)
+        if PER_TOKEN:
+            if dshift_ptr is not None:
+                tl.store(dshift_ptr + here, g.to(dshift_ptr.dtype.element_ty), mask=inside)
+            if dscale_ptr is not None:
+                tl.store(dscale_ptr + here, (g * n).to(dscale_ptr.dtype.element_ty), mask=inside)
+        else:
+            dshift += g
+            dscale += g * n
+        dweight += dn * x
+        dbias += dn
+        if dx_ptr is not None:
+            dx = dn
+            if weight_ptr is not None:
+                dx = dx * weight
+            if NORM is not None:
+                along = tl.sum(dx * x, 0) / features
+                if NORM == "layer":
+                    dx = dx - tl.sum(dx, 0) / features
+                dx = (dx - x * along) * rstd
+            tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    there = tl.program_id(0).to(tl.int64) * features + c
+    if not PER_TOKEN:
+        if dshift_ptr is not None:
+            tl.store(dshift_ptr + there, dshift, mask=inside)
+        if dscale_ptr is not None:
+            tl.store(dscale_ptr + there, dscale, mask=inside)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + there, dweight, mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + there, dbias, mask=inside)
+
+
+def _config(features: int) -> Config:
+    """Eight elements, 16 bytes of a half-precision row, per thread and row: more warps for a wider row."""
+    block = next_power_of_2(features)
+    return Config({"BLOCK": block}, num_warps=min(max(block // 256, 1), 16), num_stages=1)
+
+
+def _run(x: Tensor) -> int:
+    """Tokens per program: enough programs to fill a GPU twice, and few runs for torch to add up."""
+    batch, length, _ = x.shape
+    return min(max(ceil_div(batch * length, 2048), 1), 64)
+
+
+def forward(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    training: bool,
+) -> Tensor:
+    y = x.new_empty(x.shape)
+    batch, length, features = x.shape
+    run = _run(x)
+    launch(
+        _forward,
+        (batch * ceil_div(length, run) if features else 0,),
+        *(x, shift, scale, weight, bias, y),
+        *(length, features, run),
+        *(*x.stride()[:2], *shift.stride()[:2], *scale.stride()[:2]),
+        eps,
+        NORM=norm,
+        PER_TOKEN=shift.shape[1] != 1,
+        config=_config(features),
+    )
+    return y
+
+
+def backward(
+    grads: Sequence[Tensor],
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    (g,) = grads
+    batch, length, features = x.shape
+    run = _run(x)
+    runs = ceil_div(length, run)
+    per_token = shift.shape[1] != 1
+
+    def fresh(index: int, shared: bool) -> Tensor | None:
+        """Where the gradient of an argument goes, or its sum over each run."""
+        if not needed[index]:
+            return None
+        return x.new_empty((batch, runs, features), dtype=torch.float32) if shared else x.new_empty(x.shape)
+
+    dx, dshift, dscale = fresh(0, False), fresh(1, not per_token), fresh(2, not per_token)
+    dweight, dbias = fresh(3, True), fresh(4, True)
+    launch(
+        _backward,
+        (batch * runs if features else 0,),
+        *(g, x, scale, weight, bias, dx, dshift, dscale, dweight, dbias),
+        *(length, features, run),
+        *(*g.stride()[:2], *x.stride()[:2], *scale.stride()[:2]),
+        eps,
+        NORM=norm,
+        PER_TOKEN=per_token,
+        config=_config(features),
+    )
+    if not per_token:
+        dshift, dscale = (None if t is None else t.sum(1, keepdim=True).to(x.dtype) for t in (dshift, dscale))
+    dweight, dbias = (None if t is None else t.sum((0, 1)).to(x.dtype) for t in (dweight, dbias))
+    return [x.new_empty(0) if t is None else t for t in (dx, dshift, dscale, dweight, dbias)]

@@ -1,0 +1,187 @@
+"""The one way in which kernels are launched: run on a device or in the interpreter, or compiled for a given target.
+
+A kernel takes tensors, tuples of tensors, numbers and ``tl.constexpr`` constants. Lengths and batch sizes are listed in
+its ``do_not_specialize``, so that a new one compiles nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from mmkernels import _triton
+from mmkernels.triton.interpreter import fix_triton_interpreter
+
+if _triton.interpreting():
+    fix_triton_interpreter()
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Constants of a kernel that are a matter of speed alone, and how many warps and pipeline stages it gets."""
+
+    constants: Mapping[str, int] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __str__(self) -> str:
+        sizes = " ".join(f"{name.lower()} {size}" for name, size in self.constants.items())
+        return f"{sizes}, {self.num_warps} warps, {self.num_stages} stages".removeprefix(", ")
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n, and 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def _target_of(device: torch.device) -> GPUTarget:
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target()
+
+
+def target(tensor: Tensor) -> GPUTarget:
+    """What a kernel on this tensor is compiled for; in the interpreter, as for an H100."""
+    if _triton.compile_target is not None:
+        return _triton.compile_target
+    return _target_of(tensor.device) if tensor.is_cuda else GPUTarget("cuda", 90, 32)
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """``input_precision`` of a ``tl.dot`` of float32: what torch was told to multiply its own matrices with.
+
+    Three tf32 products make up for the bits that one loses, and run on tensor cores; AMD multiplies float32 as it is.
+    """
+    if target(tensor).backend != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def launch(
+    kernel: Any,
+    grid: Grid | Callable[[Mapping[str, int]], Grid],
+    *args: Any,
+    config: Config | Sequence[Config] = Config(),
+    **constants: Any,
+) -> None:
+    """Run a kernel on the current stream of its first tensor's device.
+
+    Args:
+        kernel: a ``triton.jit`` function. Running it twice gives what running it once does.
+        grid: how many programs there are in up to three dims; nothing runs where one is 0. Or a function of the
+            config's constants.
+        args: its arguments, constants aside.
+        config: the table's choice; of several the first, unless ``MMKERNELS_AUTOTUNE=1`` has them raced.
+        constants: its constants that have nothing to do with speed.
+    """
+    configs = [config] if isinstance(config, Config) else list(config)
+    first = next(t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
+
+    def run(chosen: Config) -> None:
+        size = grid(chosen.constants) if callable(grid) else grid
+        if 0 not in size:
+            options = {**constants, **chosen.constants, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+            if _triton.compile_target is None:
+                kernel[size](*args, **options)
+            else:
+                _compiled.append(Compiled(kernel.__name__, chosen, kernel.warmup(*args, grid=size, **options)))
+
+    if not first.is_cuda:
+        run(configs[0])
+        return
+    with torch.cuda.device(first.device):
+        run(_raced(kernel, args, constants, configs, run) if len(configs) > 1 and _autotuning() else configs[0])
+
+
+# --- autotuning -------------------------------------------------------------------------------------------------------
+
+_winners: dict[Any, Config] = {}
+
+
+def _autotuning() -> bool:
+    return os.environ.get("MMKERNELS_AUTOTUNE", "0") not in ("", "0")
+
+
+def _raced(
+    kernel: Any,
+    args: Sequence[Any],
+    constants: Mapping[str, Any],
+    configs: Sequence[Config],
+    run: Callable[[Config], None],
+) -> Config:
+    """The fastest config for this kernel at these sizes, found once."""
+    sizes = tuple(
+        (*t.shape, t.dtype) if isinstance(t, Tensor) else t for a in args for t in (a if isinstance(a, tuple) else (a,))
+    )
+    key = (kernel.__name__, sizes, tuple(constants.items()))
+    if key not in _winners:
+        _winners[key] = min(configs, key=lambda c: triton.testing.do_bench(lambda: run(c), warmup=5, rep=20))
+    return _winners[key]
+
+
+# --- compiling without a device ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of one launch while compiling."""
+
+    kernel: str
+    config: Config
+    binary: Any  # triton.compiler.CompiledKernel
+
+
+_compiled: list[Compiled] = []
+
+
+class _Driver:
+    """Stands in for a device's driver, as far as compiling asks for one."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> GPUTarget:  # what triton keeps compiled kernels by
+        return self._target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return "void*"
+
+
+@contextlib.contextmanager
+def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
+    """Calls on meta tensors compile their Triton kernels inside the block and run nothing; yields what was compiled."""
+    if _triton.interpreting():
+        raise RuntimeError("compiling_for: TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled")
+    _triton.compile_target = target
+    triton.runtime.driver.set_active(_Driver(target))
+    _compiled.clear()
+    try:
+        yield _compiled
+    finally:
+        _triton.compile_target = None
+        if torch.cuda.is_available():
+            triton.runtime.driver.reset_active()

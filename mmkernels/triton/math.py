@@ -1,0 +1,74 @@
+"""Functions of float32 elements: tanh, the activations and their derivatives."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+_SQRT_HALF = tl.constexpr(0.7071067811865476)
+_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def tanh(x):
+    """Nothing overflows, and small arguments keep their relative accuracy."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    large = tl.where(x < 0, -large, large)
+    s = x * x
+    small = x + x * s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    return tl.where(s < 0.0625, small, large)
+
+
+@triton.jit
+def sigmoid(x):
+    """Of either sign without overflow."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def activation(x, KIND: tl.constexpr):
+    """``KIND`` is an activation's name, or None for x itself."""
+    if KIND == "relu":
+        y = tl.where(x < 0, 0.0, x)  # NaN stays
+    elif KIND == "gelu":
+        y = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+    elif KIND == "gelu_tanh":
+        y = 0.5 * x * (1.0 + tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)))
+    elif KIND == "silu":
+        y = x * sigmoid(x)
+    elif KIND == "tanh":
+        y = tanh(x)
+    elif KIND == "sigmoid":
+        y = sigmoid(x)
+    else:
+        y = x
+    return y
+
+
+@triton.jit
+def activation_derivative(x, KIND: tl.constexpr):
+    """d activation / dx at x."""
+    if KIND == "relu":
+        d = tl.where(x <= 0, 0.0, x * 0.0 + 1.0)
+    elif KIND == "gelu":
+        d = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
+    elif KIND == "gelu_tanh":
+        t = tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x))
+        d = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
+    elif KIND == "silu":
+        s = sigmoid(x)
+        d = s * (1.0 + x * (1.0 - s))
+    elif KIND == "tanh":
+        t = tanh(x)
+        d = 1.0 - t * t
+    elif KIND == "sigmoid":
+        s = sigmoid(x)
+        d = s * (1.0 - s)
+    else:
+        d = x * 0.0 + 1.0
+    return d
