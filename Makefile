@@ -18,13 +18,15 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench test build fuzz sanitize gpu lint types format clean
+.PHONY: help bench test build fuzz interpret kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one)'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
+	@echo 'make interpret run the tests that choose a backend on Triton's interpreter (ARGS="tests/test_modulated_norm.py")'
+	@echo 'make kernels   compile the Triton kernels for GPUs that need not be here and write docs/kernels.md'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
 	@echo 'make gpu       run the tests on a machine with a GPU'
 	@echo 'make lint      check style; make format repairs it'
@@ -44,6 +46,13 @@ build: $(INSTALLED)
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
 	$(PYTEST) -n 2 tests/test_*_fuzz.py $(ARGS)
+
+interpret: export MMKERNELS_BACKEND = triton
+interpret: build
+	$(PYTEST) -n 2 $(or $(ARGS),tests)
+
+kernels: build
+	$(PY) -m mmkernels kernels --update $(ARGS)
 
 # Both sanitizers at -O1 are slow to compile and to run: SANITIZE_ISAS chooses the instruction sets (a machine with
 # AVX-512 can name avx512_bf16), SANITIZE_TESTS the tests. -s, because an aborting test cannot hand pytest the report

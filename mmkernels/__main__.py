@@ -1,13 +1,14 @@
-"""`python -m mmkernels info | bench`."""
+"""`python -m mmkernels info | bench | kernels`."""
 
 from __future__ import annotations
 
 import sys
 
-USAGE = """usage: python -m mmkernels {info,bench} [options]
+USAGE = """usage: python -m mmkernels {info,bench,kernels} [options]
 
-  info   versions, instruction sets, threads and backends of this machine
-  bench  correctness and speed of the ops on this machine (--help lists its options)
+  info     versions, instruction sets, threads and backends of this machine
+  bench    correctness and speed of the ops on this machine (--help lists its options)
+  kernels  the Triton kernels compiled for GPUs that need not be here, and what each takes of them
 """
 
 
@@ -18,6 +19,8 @@ def main(argv: list[str]) -> int:
         from mmkernels._info import main as run
     elif command == "bench":
         from mmkernels.bench.main import main as run
+    elif command == "kernels":
+        from mmkernels.triton.table import main as run
     else:
         asked_for_help = command in ("-h", "--help")
         print(USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)

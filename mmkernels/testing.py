@@ -16,8 +16,9 @@ import torch.utils.deterministic
 from torch import Tensor
 
 from mmkernels._dispatch import use_backend
+from mmkernels.triton.interpreter import fix_triton_interpreter
 
-__all__ = ["assert_close_to_oracle", "check_op", "poisoned_memory", "same_bits"]
+__all__ = ["assert_close_to_oracle", "check_op", "fix_triton_interpreter", "poisoned_memory", "same_bits"]
 
 _deterministic: Any = torch.utils.deterministic  # a module whose setting is a property
 _FLOAT32_ROUNDINGS = 8  # errors of this many float32 roundings of the largest element always pass

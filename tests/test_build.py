@@ -76,7 +76,7 @@ def test_info_as_json_from_the_command_line_agrees_with_the_loaded_library() -> 
 
 def test_an_unknown_command_prints_usage_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["no-such-command"]) == 2
-    assert "{info,bench}" in capsys.readouterr().err
+    assert "{info,bench,kernels}" in capsys.readouterr().err
 
 
 def test_importing_without_the_library_fails_when_it_is_required(tmp_path: Path) -> None:

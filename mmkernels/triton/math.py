@@ -38,7 +38,7 @@ def activation(x, KIND: tl.constexpr):
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif KIND == "gelu_tanh":
-        y = 0.5 * x * (1.0 + tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x)))
+        y = 0.5 * x * (1.0 + tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI))
     elif KIND == "silu":
         y = x * sigmoid(x)
     elif KIND == "tanh":
@@ -58,8 +58,8 @@ def activation_derivative(x, KIND: tl.constexpr):
     elif KIND == "gelu":
         d = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        t = tanh(_SQRT_2_OVER_PI * (x + _CUBIC * x * x * x))
-        d = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * x * x)
+        t = tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI)
+        d = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + x * x * _CUBIC * 3.0)
     elif KIND == "silu":
         s = sigmoid(x)
         d = s * (1.0 + x * (1.0 - s))

@@ -11,7 +11,8 @@ Limits     C up to 16384, what the registers of one program hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -254,3 +255,10 @@ def backward(
         dshift, dscale = (None if t is None else t.sum(1, keepdim=True).to(x.dtype) for t in (dshift, dscale))
     dweight, dbias = (None if t is None else t.sum((0, 1)).to(x.dtype) for t in (dweight, dbias))
     return [x.new_empty(0) if t is None else t for t in (dx, dshift, dscale, dweight, dbias)]
+
+
+def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call for each of the configurations above."""
+    import mmkernels as mmk
+
+    yield "4x1024x1152", lambda: mmk.modulated_norm(new(4, 1024, 1152), new(4, 1152), new(4, 1152))

@@ -1,0 +1,166 @@
+"""What Triton kernels share: the interpreter's repair, launching, compiling without a GPU, budgets."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TRITON_PARAMETER
+
+from mmkernels import _triton
+
+pytestmark = pytest.mark.skipif(_triton.absent() is not None, reason=str(_triton.absent()))
+
+if _triton.absent() is None:
+    import triton
+    import triton.language as tl
+
+    from mmkernels.triton import math as kernel_math
+    from mmkernels.triton.launch import Config, launch, next_power_of_2
+    from mmkernels.triton.resources import Resources
+    from mmkernels.triton.table import Kernel, excesses, ops_with_kernels, render
+
+    @triton.jit
+    def _product(a, b, out, N: tl.constexpr):
+        rows, columns = tl.arange(0, N)[:, None], tl.arange(0, N)[None, :]
+        at = rows * N + columns
+        tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at)))
+
+    @triton.jit
+    def _rounded(x, out, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(out + at, tl.load(x + at).to(out.dtype.element_ty))
+
+    @triton.jit
+    def _activation(x, y, d, KIND: tl.constexpr, N: tl.constexpr):
+        at = tl.arange(0, N)
+        tl.store(y + at, kernel_math.activation(tl.load(x + at), KIND))
+        tl.store(d + at, kernel_math.activation_derivative(tl.load(x + at), KIND))
+
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+on_triton = pytest.mark.parametrize("_", [TRITON_PARAMETER])
+
+
+def without_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process whose Triton compiles."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
+
+
+@on_triton
+def test_a_dot_of_bfloat16_multiplies_values(_: Any) -> None:
+    a, b = (torch.randn(16, 16, device=device).bfloat16() for _ in range(2))
+    out = torch.empty(16, 16, device=device)
+    launch(_product, (1,), a, b, out, N=16)
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@on_triton
+def test_a_cast_to_bfloat16_rounds_to_nearest_even(_: Any) -> None:
+    x = torch.randn(1024, device=device)
+    x[:8] = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, 0.0, -0.0, 1.00390625, 1.01171875])
+    out = torch.empty(1024, device=device, dtype=torch.bfloat16)
+    launch(_rounded, (1,), x, out, N=1024)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@on_triton
+@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
+def test_activations_and_derivatives_are_torchs(kind: str, _: Any) -> None:
+    functions = torch.nn.functional
+    plain = {"gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"), "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    sizes = torch.logspace(-4, 3, 255, device=device)
+    x = torch.cat([sizes, -sizes, torch.zeros(2, device=device)]).double().requires_grad_()
+    expected = plain.get(kind, getattr(functions, kind.removesuffix("_tanh"), None))(x)
+    (derivative,) = torch.autograd.grad(expected.sum(), x)
+    y, d = torch.empty(512, device=device), torch.empty(512, device=device)
+    launch(_activation, (1,), x.detach().float(), y, d, KIND=kind, N=512)
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=2e-6, atol=2e-7)
+    torch.testing.assert_close(d.double(), derivative, rtol=2e-6, atol=2e-7)
+
+
+@on_triton
+def test_the_table_of_configurations_has_its_first_choice_taken(_: Any) -> None:
+    x, out = torch.randn(64, device=device), torch.full((64,), math.nan, device=device)
+    launch(_rounded, (1,), x, out, config=[Config({"N": 32}), Config({"N": 64})])
+    assert torch.equal(out[:32], x[:32])
+    assert out[32:].isnan().all()
+    launch(_rounded, (1, 0), x, out, config=Config({"N": 64}))
+    assert out[32:].isnan().all(), "an empty grid runs nothing"
+
+
+def test_powers_of_two() -> None:
+    assert [next_power_of_2(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused_with_a_reason() -> None:
+    script = """
+import torch, mmkernels as mmk
+x, c = torch.randn(2, 3, 8), torch.randn(2, 8)
+print(mmk.explain(mmk.modulated_norm, x.double(), c.double(), c.double()))
+try:
+    with mmk.use_backend("triton"):
+        mmk.modulated_norm(x, c, c)
+except mmk.UnsupportedError as error:
+    print(error)
+"""
+    printed = without_interpreter("-c", script).stdout
+    assert "not on triton: the inputs are on cpu" in printed
+    assert "backend 'triton' was forced and cannot serve this call: the inputs are on cpu" in printed
+
+
+def test_import_mmkernels_does_not_import_triton() -> None:
+    script = "import sys, mmkernels, mmkernels.testing; print('triton' in sys.modules)"
+    assert without_interpreter("-c", script).stdout == "False\n"
+
+
+# --- compiled kernels -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ops_with_kernels() if _triton.absent() is None else [])
+def test_kernels_compile_for_every_target_within_budget(op: str) -> None:
+    """docs/kernels.md has the budgets: `make kernels` writes it."""
+    done = without_interpreter("-m", "mmkernels", "kernels", "--check", "--jobs", "1", "--ops", op)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^[1-9]\d* kernels on 4 targets in \d+ s, 0 over budget\.$", done.stdout, re.M), done.stdout
+
+
+def test_budgets_notice_what_got_worse() -> None:
+    kernel = Kernel("op", "1x2", "bfloat16", "forward", "block 64, 4 warps, 1 stages")
+    good = Resources(registers=100, spills=0, shared=4096, dots=8, wide=2, threads=128)
+    document = render({kernel: {"sm_80": good}})
+    assert excesses({kernel: {"sm_80": good}}, document) == []
+    worse = {
+        "3 spills": dict(spills=3),
+        "111 registers, budget 100": dict(registers=111),
+        "8.0 KB of shared memory, budget 4.0": dict(shared=8192),
+        "more than the target has": dict(shared=1 << 20),
+        "no tensor-core instructions": dict(dots=0),
+        "no accesses of 16 bytes": dict(wide=0),
+    }
+    for message, change in worse.items():
+        figures = Resources(**{**good.__dict__, **change})
+        assert message in "\n".join(excesses({kernel: {"sm_80": figures}}, document))
+    assert "not in the table" in excesses({kernel: {"sm_90": good}}, document)[0]
+    assert "in the table, not compiled" in excesses({kernel: {"sm_90": good}}, document)[-1]
+
+
+def test_kernels_without_the_interpreter_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mmkernels", "kernels"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr
+    assert Path("docs/kernels.md").exists()
