@@ -7,7 +7,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _SQRT_HALF = tl.constexpr(0.7071067811865476)
-_SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+_SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _CUBIC = tl.constexpr(0.044715)
 
@@ -38,7 +38,7 @@ def activation(x, KIND: tl.constexpr):
     elif KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
     elif KIND == "gelu_tanh":
-        y = 0.5 * x * (1.0 + tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI))
+        y = x * sigmoid((x + x * x * x * _CUBIC) * _SQRT_8_OVER_PI)  # (1 + tanh u) / 2 without its cancellation
     elif KIND == "silu":
         y = x * sigmoid(x)
     elif KIND == "tanh":
@@ -58,8 +58,8 @@ def activation_derivative(x, KIND: tl.constexpr):
     elif KIND == "gelu":
         d = 0.5 * (1.0 + tl.erf(x * _SQRT_HALF)) + x * _INV_SQRT_2PI * tl.exp(-0.5 * x * x)
     elif KIND == "gelu_tanh":
-        t = tanh((x + x * x * x * _CUBIC) * _SQRT_2_OVER_PI)
-        d = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + x * x * _CUBIC * 3.0)
+        s = sigmoid((x + x * x * x * _CUBIC) * _SQRT_8_OVER_PI)
+        d = s + x * s * (1.0 - s) * (1.0 + x * x * _CUBIC * 3.0) * _SQRT_8_OVER_PI
     elif KIND == "silu":
         s = sigmoid(x)
         d = s * (1.0 + x * (1.0 - s))

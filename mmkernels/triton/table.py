@@ -1,7 +1,7 @@
 """``python -m mmkernels kernels``: every Triton kernel compiled for every target, without a GPU, and held to budgets.
 
-The calls that an op's ``kernel_triton.py`` lists are made on meta tensors, forward and backward, so that its own launches
-say what is compiled. docs/kernels.md is the table of what came out, and the budget of what comes out next.
+The calls that an op's ``kernel_triton.py`` lists are made on meta tensors, forward and backward, so that its own
+launches say what is compiled. docs/kernels.md is the table of what came out, and the budget of what comes out next.
 """
 
 from __future__ import annotations
