@@ -136,8 +136,8 @@ def check_op(
             leaves = {n: x for n, x in named.items() if isinstance(x, Tensor) and x.requires_grad}
             if not grad or not leaves:
                 return outputs, {}
-            generator = torch.Generator().manual_seed(seed)
-            grads = [torch.randn(o.shape, generator=generator).to(dtype) for o in outputs]
+            generator = torch.Generator("cpu").manual_seed(seed)
+            grads = [torch.randn(o.shape, generator=generator, device="cpu").to(dtype) for o in outputs]
             grads = [g.to(o.device, o.dtype) for g, o in zip(grads, outputs, strict=True)]
             pulled = torch.autograd.grad(outputs, list(leaves.values()), grads)
         return outputs, dict(zip(leaves, pulled, strict=True))

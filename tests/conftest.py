@@ -1,4 +1,4 @@
-"""Which implementations the op tests run on: the reference, and the compiled library with each instruction set."""
+"""Which implementations the op tests run on: the reference and the compiled library with each instruction set; Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from environment import TRITON_ALONE
+from environment import DEVICE, TRITON_ALONE
 
 import mmkernels as mmk
 from mmkernels import _native, _triton
@@ -27,7 +27,7 @@ def why_no_native(private_op: str = "_cross_attention_fwd") -> str | None:
     return None
 
 
-NATIVE_ABSENT = why_no_native()
+NATIVE_ABSENT = why_no_native() if DEVICE == "cpu" else f"the tensors are on {DEVICE}"
 native_only = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=str(NATIVE_ABSENT))
 
 
@@ -64,13 +64,21 @@ TRITON_PARAMETER = pytest.param(
     TRITON, id="triton", marks=pytest.mark.skipif(_triton.status() is not None, reason=str(_triton.status()))
 )
 NATIVE_PARAMETERS = [pytest.param(i, marks=native_only, id=str(i)) for i in NATIVE]
+REFERENCE_PARAMETER = pytest.param(REFERENCE, id="reference")
+
+# What the tests that choose a backend run on: all of it; one of the kernels beside the reference; the fuzzers' share.
+if TRITON_ALONE:
+    EVERY, EITHER, FUZZED = [TRITON_PARAMETER], [TRITON_PARAMETER], [TRITON]
+elif DEVICE != "cpu":
+    EVERY = EITHER = [REFERENCE_PARAMETER, TRITON_PARAMETER]
+    FUZZED = [TRITON]
+else:
+    EVERY = [REFERENCE_PARAMETER, *NATIVE_PARAMETERS]
+    EITHER = [REFERENCE_PARAMETER, pytest.param(Implementation("cpu"), id="cpu", marks=native_only)]
+    FUZZED = [REFERENCE] if NATIVE_ABSENT else NATIVE
 
 
-FUZZED = [TRITON] if TRITON_ALONE else [REFERENCE] if NATIVE_ABSENT else NATIVE
-_EVERY = [TRITON_PARAMETER] if TRITON_ALONE else [pytest.param(REFERENCE, id="reference"), *NATIVE_PARAMETERS]
-
-
-@pytest.fixture(params=_EVERY)
+@pytest.fixture(params=EVERY)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The name of the forced backend: the reference, then the compiled library on every instruction set."""
     yield from use_implementation(request.param)
@@ -82,10 +90,10 @@ def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
-@pytest.fixture(params=["reference", pytest.param("cpu", marks=native_only)])
+@pytest.fixture(params=EITHER)
 def either_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As ``backend``, the library on the machine's own instruction set: for tests that the kernel hardly matters to."""
-    yield from use_implementation(Implementation(request.param))
+    """As ``backend``, on one instruction set, the machine's own: for tests that the kernel hardly matters to."""
+    yield from use_implementation(request.param)
 
 
 @pytest.fixture(params=NATIVE_PARAMETERS)

@@ -1,7 +1,8 @@
 """What the environment asks of the tests; imported before mmkernels and triton read it for themselves.
 
-Without a GPU Triton's kernels run in its interpreter. ``MMKERNELS_BACKEND=triton`` means the ordinary tests, where they
-choose a backend, on Triton alone; it is not forced on all else, since a float64 oracle is beyond it.
+- ``MMKERNELS_TEST_DEVICE=cuda``: the tests' tensors are on the GPU. Else Triton's kernels run in its interpreter.
+- ``MMKERNELS_BACKEND=triton``: the ordinary tests, where they choose a backend, on Triton alone. It is not forced on all
+  else, since a float64 oracle is beyond it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
+DEVICE = os.environ.get("MMKERNELS_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:
+    torch.set_default_device(DEVICE)
 TRITON_ALONE = os.environ.get("MMKERNELS_BACKEND") == "triton"
 if TRITON_ALONE:
     del os.environ["MMKERNELS_BACKEND"]

@@ -17,7 +17,7 @@ def gradients(function: Function, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients of all leaves, for one fixed random gradient of the output."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grad = torch.randn(out.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -27,7 +27,9 @@ def check_each_gradient_alone(function: Function, leaves: Sequence[Tensor]) -> N
     for i, expected in enumerate(together):
         alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
         out = function(*alone)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        grad = torch.randn(out.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(
+            out.dtype
+        )
         assert same_bits(torch.autograd.grad(out, [alone[i]], grad), [expected]), f"gradient of leaf {i}"
 
 

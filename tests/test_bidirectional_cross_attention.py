@@ -56,7 +56,7 @@ def make(
 
 def real(batch: int, length: int) -> Tensor:
     """A mask of about two thirds real tokens, in no order."""
-    return torch.rand(batch, length, generator=torch.Generator().manual_seed(length)) < 0.67
+    return torch.rand(batch, length, generator=torch.Generator(torch.get_default_device()).manual_seed(length)) < 0.67
 
 
 def masks(lengths: tuple[int, int], batch: int = 2) -> dict[str, Tensor]:

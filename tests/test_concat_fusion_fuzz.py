@@ -39,7 +39,7 @@ def arranged(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     size = st.one_of(st.integers(0, 4), st.integers(0, 150))
     lead = tuple(draw(st.one_of(st.lists(st.integers(0, 6), max_size=3), st.lists(size, min_size=1, max_size=1))))

@@ -35,7 +35,7 @@ def arranged(draw: st.DrawFn, tensor: Tensor) -> Tensor:
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     batch, kv_heads, group = draw(small), draw(small), draw(small)
     query_len = draw(st.one_of(length, st.integers(0, 16)))

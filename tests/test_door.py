@@ -100,7 +100,7 @@ calls = pytest.mark.parametrize("name", CALLS)
 
 def call(name: str, dtype: torch.dtype = torch.float32) -> tuple[Function, list[Tensor]]:
     function, shapes = CALLS[name]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return function, [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -131,7 +131,7 @@ def test_has_the_bits_of_the_long_way(name: str, dtype: torch.dtype) -> None:
 def test_only_the_gradients_that_are_asked_for(name: str) -> None:
     function, leaves = call(name)
     _, *together = gradients(function, leaves)
-    grad = torch.randn(function(*leaves).shape, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(function(*leaves).shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1))
     for leaf, expected in zip(leaves, together, strict=True):
         assert same_bits(torch.autograd.grad(function(*leaves), [leaf], grad), [expected])
 

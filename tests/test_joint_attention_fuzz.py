@@ -23,7 +23,7 @@ streams = st.lists(length, min_size=1, max_size=4)
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     batch, heads = draw(st.integers(0, 3)), draw(st.integers(1, 3))
     dim, value_dim = draw(st.integers(1, 70)), draw(st.integers(1, 70))

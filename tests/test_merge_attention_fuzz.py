@@ -20,7 +20,7 @@ EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     rows = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
     features, parts = draw(st.integers(0, 80)), range(draw(st.integers(1, 4)))

@@ -34,7 +34,7 @@ class Tensors:
 
     def __init__(self, draw: st.DrawFn) -> None:
         self.draw = draw
-        self.generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
         self.dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
         self.features = draw(st.one_of(st.integers(1, 70), st.sampled_from((512, 1000, 2100))))
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TRITON_PARAMETER
+from environment import DEVICE
 
 from mmkernels import _triton
 
@@ -45,29 +46,28 @@ if _triton.absent() is None:
         tl.store(d + at, kernel_math.activation_derivative(tl.load(x + at), KIND))
 
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
 on_triton = pytest.mark.parametrize("_", [TRITON_PARAMETER])
 
 
 def without_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in a process whose Triton compiles."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MMKERNELS_TEST_DEVICE")}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=600)
 
 
 @on_triton
 def test_a_dot_of_bfloat16_multiplies_values(_: Any) -> None:
-    a, b = (torch.randn(16, 16, device=device).bfloat16() for _ in range(2))
-    out = torch.empty(16, 16, device=device)
+    a, b = (torch.randn(16, 16, device=DEVICE).bfloat16() for _ in range(2))
+    out = torch.empty(16, 16, device=DEVICE)
     launch(_product, (1,), a, b, out, N=16)
     torch.testing.assert_close(out, a.float() @ b.float())
 
 
 @on_triton
 def test_a_cast_to_bfloat16_rounds_to_nearest_even(_: Any) -> None:
-    x = torch.randn(1024, device=device)
+    x = torch.randn(1024, device=DEVICE)
     x[:8] = torch.tensor([math.nan, math.inf, -math.inf, 3.4e38, 0.0, -0.0, 1.00390625, 1.01171875])
-    out = torch.empty(1024, device=device, dtype=torch.bfloat16)
+    out = torch.empty(1024, device=DEVICE, dtype=torch.bfloat16)
     launch(_rounded, (1,), x, out, N=1024)
     torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
@@ -77,11 +77,11 @@ def test_a_cast_to_bfloat16_rounds_to_nearest_even(_: Any) -> None:
 def test_activations_and_derivatives_are_torchs(kind: str, _: Any) -> None:
     functions = torch.nn.functional
     plain = {"gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"), "tanh": torch.tanh, "sigmoid": torch.sigmoid}
-    sizes = torch.logspace(-4, 3, 255, device=device)
-    x = torch.cat([sizes, -sizes, torch.zeros(2, device=device)]).double().requires_grad_()
+    sizes = torch.logspace(-4, 3, 255, device=DEVICE)
+    x = torch.cat([sizes, -sizes, torch.zeros(2, device=DEVICE)]).double().requires_grad_()
     expected = plain.get(kind, getattr(functions, kind.removesuffix("_tanh"), None))(x)
     (derivative,) = torch.autograd.grad(expected.sum(), x)
-    y, d = torch.empty(512, device=device), torch.empty(512, device=device)
+    y, d = torch.empty(512, device=DEVICE), torch.empty(512, device=DEVICE)
     launch(_activation, (1,), x.detach().float(), y, d, KIND=kind, N=512)
     torch.testing.assert_close(y.double(), expected.detach(), rtol=2e-6, atol=2e-7)
     torch.testing.assert_close(d.double(), derivative, rtol=2e-6, atol=2e-7)
@@ -89,7 +89,7 @@ def test_activations_and_derivatives_are_torchs(kind: str, _: Any) -> None:
 
 @on_triton
 def test_the_table_of_configurations_has_its_first_choice_taken(_: Any) -> None:
-    x, out = torch.randn(64, device=device), torch.full((64,), math.nan, device=device)
+    x, out = torch.randn(64, device=DEVICE), torch.full((64,), math.nan, device=DEVICE)
     launch(_rounded, (1,), x, out, config=[Config({"N": 32}), Config({"N": 64})])
     assert torch.equal(out[:32], x[:32])
     assert out[32:].isnan().all()

@@ -23,7 +23,7 @@ small, length = st.integers(0, 4), st.one_of(st.integers(0, 5), st.integers(0, 1
 
 @st.composite
 def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
     members = range(draw(st.integers(0, 5)))
     few = draw(st.booleans())

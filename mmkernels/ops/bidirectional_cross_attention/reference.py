@@ -56,7 +56,7 @@ def example_inputs(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, object]:
     """One small call: the tokens of an image and of a padded sentence."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def random(length: int) -> Tensor:
         return torch.randn((2, 4, length, 32), generator=generator).to(device, dtype)

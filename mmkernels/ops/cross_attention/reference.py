@@ -160,6 +160,6 @@ def example_inputs(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, Tensor]:
     """Query, key and value of one small call: text tokens that attend to image patches."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     shapes = {"query": (2, 4, 12, 32), "key": (2, 4, 49, 32), "value": (2, 4, 49, 32)}
     return {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}

@@ -74,7 +74,7 @@ def example_inputs(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, object]:
     """One small call: text and image tokens attend to each other and to themselves."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def streams() -> list[Tensor]:
         return [torch.randn(2, 4, length, 32, generator=generator).to(device, dtype) for length in (12, 49)]

@@ -49,7 +49,7 @@ def example_inputs(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> dict[str, object]:
     """One small call: three texts that attend to their images, of 12, 0 and 5 tokens and 49, 16 and 0 patches."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def rows(count: int) -> Tensor:
         return torch.randn(count, 4, 32, generator=generator).to(device, dtype)
