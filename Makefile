@@ -28,7 +28,7 @@ help:
 	@echo 'make interpret run the tests that choose a backend on Triton's interpreter (ARGS="tests/test_modulated_norm.py")'
 	@echo 'make kernels   compile the Triton kernels for GPUs that need not be here and write docs/kernels.md'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
-	@echo 'make gpu       run the tests on a machine with a GPU'
+	@echo 'make gpu       test and benchmark on a machine with a GPU; writes docs/gpu/<card>.md'
 	@echo 'make lint      check style; make format repairs it'
 	@echo 'make types     check the annotations with mypy'
 	@echo 'make clean     remove what was built; .venv stays'
@@ -66,11 +66,21 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(PYTEST) -s -p no:cacheprovider $(OP_TESTS) $(SANITIZE_TESTS) $(ARGS)
 
+# One report of all that a GPU can say, in 9 minutes with the build: the tests, Triton's first, are stopped after
+# GPU_TESTS seconds, and the benchmark has GPU_BENCH.
+GPU_TESTS ?= 240
+GPU_BENCH ?= 150
+GPU_REPORT = docs/gpu/$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').md
 gpu: $(INSTALLED)
 	@$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
 	@$(MAKE) --no-print-directory build
 	$(PY) -m mmkernels info
-	$(PYTEST) tests $(ARGS)
+	@mkdir -p bench_results
+	-MMKERNELS_TEST_DEVICE=cuda timeout --signal=INT --kill-after=20 $(GPU_TESTS) \
+	$(PYTEST) -n 8 tests/test_triton*.py tests $(ARGS) >bench_results/gpu_tests.txt 2>&1
+	-$(PY) -m mmkernels bench --device cuda --budget $(GPU_BENCH) --report $(GPU_REPORT)
+	@tail -n 40 bench_results/gpu_tests.txt
+	@tail -n 1 bench_results/gpu_tests.txt >>$(GPU_REPORT)
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .

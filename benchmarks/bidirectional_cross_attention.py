@@ -35,6 +35,11 @@ SHAPES = (
     Shape("two equal sequences", 2, 8, 512, 512, 64),
     Shape("a small batch", 8, 4, 49, 16, 32),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("all levels of features, a batch of long prompts", 8, 4, 20000, 256, 256),
+    Shape("two long sequences", 4, 8, 4096, 4096, 64),
+)
 
 
 def ours(x_query: Tensor, y_key: Tensor, x_value: Tensor, y_value: Tensor) -> Tensor:
@@ -81,9 +86,10 @@ def case(shape: Shape, *, training: bool) -> Case:
         flops=product * (9 if training else 3),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=shape is SHAPES[-1],
     )
 
 
 def cases() -> list[Case]:
-    return [case(shape, training=training) for training in (False, True) for shape in SHAPES]
+    return [case(shape, training=training) for training in (False, True) for shape in (*SHAPES, *LARGE)]

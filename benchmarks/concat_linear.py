@@ -40,6 +40,11 @@ SHAPES = (
     Shape("tokens to an encoder's width", 4096, (512, 512, 512), 768),
     Shape("many narrow rows", 32768, (64, 32, 32), 32),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("tokens of a large model", 16384, (1024, 1024, 768), 1024),
+    Shape("video tokens to a narrow head", 65536, (512, 512, 512), 64),
+)
 # Where the work is less than the cost of a call in plain torch.
 SMALL = (
     Shape("one utterance", 1, (300, 74, 35), 128),
@@ -116,6 +121,7 @@ def case(group: str, shape: Shape, *, training: bool = False, kind: str = "", qu
         flops=flops(shape, training),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=quick,
     )
 
@@ -126,4 +132,5 @@ def cases() -> list[Case]:
     rows += [case("small forward", s, quick=s is SMALL[0]) for s in SMALL]
     rows += [case("small training", s, training=True, quick=s is SMALL[0]) for s in SMALL]
     rows += [case("options", SHAPES[2], kind=k) for k in ("absent", "absent per row", "gated residual")]
+    rows += [case(f"large {'training' if t else 'forward'}", s, training=t) for s in LARGE for t in (False, True)]
     return rows

@@ -42,6 +42,11 @@ SHAPES = (
     Shape("many narrow rows", 8192, (64, 32, 32), 32),
     Shape("image and text tokens, RMS norm", 256, (1152, 896), 896, "rms"),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("tokens of a large model", 16384, (1024, 1024, 768), 1024),
+    Shape("video tokens to a narrow head", 65536, (512, 512, 512), 64),
+)
 SMALL = (
     Shape("one utterance", 1, (300, 74, 35), 128),
     Shape("a batch of utterances, narrow", 16, (20, 20, 20), 32),
@@ -101,6 +106,7 @@ def case(group: str, shape: Shape, *, training: bool = False, quick: bool = Fals
         flops=flops(shape, training),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=quick,
     )
 
@@ -110,4 +116,5 @@ def cases() -> list[Case]:
     rows += [case("training", s, training=True, quick=s is SHAPES[0]) for s in SHAPES]
     rows += [case("small forward", s) for s in SMALL]
     rows += [case("small training", s, training=True) for s in SMALL]
+    rows += [case(f"large {'training' if t else 'forward'}", s, training=t) for s in LARGE for t in (False, True)]
     return rows

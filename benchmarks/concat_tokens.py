@@ -41,6 +41,8 @@ SHAPES = (
     Shape("video and text, no norm", 4, (784, 64), 1024, norm=None),
     Shape("small: sentiment from three summaries", 32, (1, 1, 1), 128),
 )
+# What keeps a GPU busy.
+LARGE = (Shape("video, text and audio of a large model", 16, (4096, 256, 512), 1024),)
 
 
 def split(shape: Shape, leaves: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor | None, list[Tensor], list[Tensor]]:
@@ -103,9 +105,10 @@ def case(shape: Shape, training: bool = False) -> Case:
         flops=shape.rows * shape.features * (26.0 if training else 10.0),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=shape is SHAPES[1],
     )
 
 
 def cases() -> list[Case]:
-    return [case(s) for s in SHAPES] + [case(s, training=True) for s in SHAPES]
+    return [case(s, training) for training in (False, True) for s in (*SHAPES, *LARGE)]

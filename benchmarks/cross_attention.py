@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -9,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 import mmkernels as mmk
 from mmkernels.bench import Case, Problem
@@ -86,6 +90,15 @@ MASKED = (
     Shape("local window of 128 keys", 1, 8, 1024, 1024, 64, causal="top_left", window=128),
     Shape("capped logits", 2, 8, 256, 256, 128, softcap=30.0),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("128x128 latents, 77 prompt tokens", 2, 20, 16384, 77, 64),
+    Shape("4096 tokens, both sides", 2, 16, 4096, 4096, 64),
+    Shape("4096 tokens, both sides, wide heads", 2, 16, 4096, 4096, 128),
+    Shape("batches of ViT-L patches, 77 text tokens", 64, 16, 576, 77, 64),
+    Shape("resampler: 64 latents, 8 x 576 image tokens", 16, 16, 64, 4608, 128),
+    Shape("decoding, grouped heads, 32k keys", 8, 32, 1, 32768, 128, kv_heads=8),
+)
 
 
 def eager(
@@ -135,6 +148,34 @@ def ours(
     )
 
 
+def _with_kernel(kernel: SDPBackend, attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch's attention held to one of its kernels."""
+
+    def call(*leaves: Tensor) -> Tensor:
+        with sdpa_kernel(kernel):
+            return attention(*leaves)
+
+    return call
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, *, shape: Shape) -> Tensor:
+    """FlexAttention without a mask."""
+    return _compiled_flex()(query, key, value, enable_gqa=bool(shape.kv_heads))
+
+
+def on_a_gpu(shape: Shape, attention: Callable[..., Tensor], plain: bool) -> dict[str, Callable[..., Tensor]]:
+    """torch's kernels one by one, and FlexAttention for attention without any mask."""
+    kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    kernels["efficient"] = SDPBackend.EFFICIENT_ATTENTION
+    others = {name: _with_kernel(kernel, attention) for name, kernel in kernels.items()}
+    return others | {"flex": partial(flex, shape=shape)} if plain else others
+
+
 def problem(shape: Shape, training: bool, bias: bool, dtype: torch.dtype) -> Problem:
     sizes = [
         (shape.batch, shape.heads, shape.queries, shape.dim),
@@ -144,12 +185,15 @@ def problem(shape: Shape, training: bool, bias: bool, dtype: torch.dtype) -> Pro
     if bias:
         sizes.append((1, shape.heads, shape.queries, shape.keys))
     mask = shape.allowed()
+    leaves = tuple(torch.randn(size).to(dtype).requires_grad_(training) for size in sizes)
+    attention = partial(sdpa, shape=shape, mask=mask)
     return Problem(
-        leaves=tuple(torch.randn(size).to(dtype).requires_grad_(training) for size in sizes),
+        leaves=leaves,
         names=("query", "key", "value", "attn_mask")[: len(sizes)],
         ours=partial(ours, shape=shape, lengths=shape.key_lengths()),
-        torch=partial(sdpa, shape=shape, mask=mask),
+        torch=attention,
         eager=partial(eager, mask=mask, softcap=shape.softcap),
+        others=on_a_gpu(shape, attention, mask is None and not bias) if leaves[0].is_cuda and not shape.softcap else {},
     )
 
 
@@ -171,7 +215,15 @@ def bytes_moved(shape: Shape, training: bool, bias: bool, itemsize: int) -> floa
     return itemsize * float(forward + backward if training else forward)
 
 
-def case(group: str, shape: Shape, *, training: bool = False, bias: bool = False, quick: bool = False) -> Case:
+def case(
+    group: str,
+    shape: Shape,
+    *,
+    training: bool = False,
+    bias: bool = False,
+    quick: bool = False,
+    gpu: bool = False,
+) -> Case:
     return Case(
         group=group,
         shape=str(shape),
@@ -181,6 +233,7 @@ def case(group: str, shape: Shape, *, training: bool = False, bias: bool = False
         bytes=partial(bytes_moved, shape, training, bias),
         training=training,
         quick=quick,
+        gpu=gpu,
     )
 
 
@@ -194,4 +247,6 @@ def cases() -> list[Case]:
     rows += [case("few queries", s, quick=s is FEW_QUERIES[0]) for s in FEW_QUERIES]
     rows += [case("masked forward", s, quick=s is not MASKED[3]) for s in MASKED]
     rows += [case("masked training", s, training=True) for s in MASKED[:2]]
+    rows += [case("large forward", s, gpu=True) for s in LARGE]
+    rows += [case("large training", s, training=True, gpu=True) for s in LARGE[:-1]]
     return rows

@@ -45,6 +45,11 @@ SHAPES = (
     Shape("text over text, image, audio", 4, 8, (64,), 64, (64, 196, 120)),
     Shape("a small batch", 8, 4, (16, 49), 32),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("FLUX: 512 prompt tokens, 1024² image", 2, 24, (512, 4096), 128),
+    Shape("video latents over text, image, audio", 2, 16, (8192,), 64, (77, 576, 512)),
+)
 
 
 def streams(leaves: tuple[Tensor, ...], shape: Shape) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -110,9 +115,10 @@ def case(shape: Shape, *, training: bool) -> Case:
         flops=2.0 * pairs * shape.dim * (7 if training else 2),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=shape is SHAPES[-1],
     )
 
 
 def cases() -> list[Case]:
-    return [case(shape, training=training) for training in (False, True) for shape in SHAPES]
+    return [case(shape, training=training) for training in (False, True) for shape in (*SHAPES, *LARGE)]

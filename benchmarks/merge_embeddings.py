@@ -37,6 +37,8 @@ SHAPES = (
     Shape("a small VLM, 8x8 patches", 8, 128, 960, 64),
     Shape("prompt of one image", 1, 640, 4096, 576),
 )
+# What keeps a GPU busy.
+LARGE = (Shape("LLaVA-Next 7B, tiles of an image", 8, 4096, 4096, 2880),)
 
 
 def eager(text: Tensor, modal: Tensor, *, mask: Tensor) -> Tensor:
@@ -70,9 +72,10 @@ def case(shape: Shape, training: bool = False) -> Case:
         flops=0.0,
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=shape is SHAPES[1],
     )
 
 
 def cases() -> list[Case]:
-    return [case(s) for s in SHAPES] + [case(s, training=True) for s in SHAPES[1:]]
+    return [case(s) for s in (*SHAPES, *LARGE)] + [case(s, training=True) for s in (*SHAPES[1:], *LARGE)]

@@ -38,6 +38,11 @@ SHAPES = (
     Shape("a timestep for every token", 2, 512, 1536, per_token=True),
     Shape("FiLM of patches by text", 8, 196, 768, norm=None),
 )
+# What keeps a GPU busy.
+LARGE = (
+    Shape("DiT-XL/2, 1024x1024 images", 8, 4096, 1152),
+    Shape("FLUX", 4, 4608, 3072),
+)
 
 
 def eager(x: Tensor, shift: Tensor, scale: Tensor, *, norm: str | None) -> Tensor:
@@ -84,9 +89,10 @@ def case(shape: Shape, training: bool = False) -> Case:
         flops=tokens * (24.0 if training else 9.0),
         bytes=partial(bytes_moved, shape, training),
         training=training,
+        gpu=shape in LARGE,
         quick=shape is SHAPES[1],
     )
 
 
 def cases() -> list[Case]:
-    return [case(s) for s in SHAPES] + [case(s, training=True) for s in SHAPES]
+    return [case(s, training) for training in (False, True) for s in (*SHAPES, *LARGE)]

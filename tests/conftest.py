@@ -1,4 +1,4 @@
-"""Which implementations the op tests run on: the reference and the compiled library with each instruction set; Triton."""
+"""Which implementations the op tests run on: the reference, the compiled library on each instruction set, Triton."""
 
 from __future__ import annotations
 

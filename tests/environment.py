@@ -1,8 +1,8 @@
 """What the environment asks of the tests; imported before mmkernels and triton read it for themselves.
 
 - ``MMKERNELS_TEST_DEVICE=cuda``: the tests' tensors are on the GPU. Else Triton's kernels run in its interpreter.
-- ``MMKERNELS_BACKEND=triton``: the ordinary tests, where they choose a backend, on Triton alone. It is not forced on all
-  else, since a float64 oracle is beyond it.
+- ``MMKERNELS_BACKEND=triton``: the ordinary tests, where they choose a backend, on Triton alone. It is not forced on
+  all else, since a float64 oracle is beyond it.
 """
 
 from __future__ import annotations

@@ -13,12 +13,17 @@ from mmkernels.testing import poisoned_memory, same_bits
 Function = Callable[..., Tensor]
 
 
+def fixed_gradient(out: Tensor) -> Tensor:
+    """A random gradient of an output, the same for every output of its shape."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+    return torch.randn(out.shape, generator=generator).to(out.dtype)
+
+
 def gradients(function: Function, leaves: Sequence[Tensor]) -> list[Tensor]:
     """Output and gradients of all leaves, for one fixed random gradient of the output."""
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
-    grad = torch.randn(out.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+    return [out.detach(), *torch.autograd.grad(out, leaves, fixed_gradient(out))]
 
 
 def check_each_gradient_alone(function: Function, leaves: Sequence[Tensor]) -> None:
@@ -27,10 +32,7 @@ def check_each_gradient_alone(function: Function, leaves: Sequence[Tensor]) -> N
     for i, expected in enumerate(together):
         alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
         out = function(*alone)
-        grad = torch.randn(out.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(1)).to(
-            out.dtype
-        )
-        assert same_bits(torch.autograd.grad(out, [alone[i]], grad), [expected]), f"gradient of leaf {i}"
+        assert same_bits(torch.autograd.grad(out, [alone[i]], fixed_gradient(out)), [expected]), f"gradient of leaf {i}"
 
 
 def check_threads_and_runs_agree(function: Function, leaves: Sequence[Tensor]) -> None:

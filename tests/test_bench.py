@@ -163,6 +163,26 @@ def test_an_unequal_baseline_is_not_timed_against() -> None:
     assert row.seconds == {} and row.error is not None and "baseline computes something else" in row.error
 
 
+def test_other_contenders_have_a_column_and_those_that_fail_a_gap() -> None:
+    def fails(a: Tensor, b: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel")
+
+    good = case(torch.matmul)
+    contested = replace(good, problem=lambda dtype: replace(good.problem(dtype), others={"mm": torch.mm, "bad": fails}))
+    row = engine(calls=2).measure("toy", contested, torch.float32)
+    assert row.error is None and row.seconds["mm"] > 0 and row.missing["bad"] == "failed: RuntimeError"
+    assert row.as_json()["speedup_over_mm"] == row.seconds["mm"] / row.seconds["ours"]
+    assert "x mm" in report.text_table([row], {"toy": "torch"})
+
+
+def test_rows_for_a_gpu_are_left_out_on_a_cpu(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = toy_folder / "toy.py"
+    benchmark.write_text(benchmark.read_text().replace('Case(group="long"', 'Case(gpu=True, group="long"'))
+    assert run(toy_folder, "--no-compile", "--report", str(toy_folder / "report.md")) == 0
+    assert "4 rows" in capsys.readouterr().out
+    assert "| training | 6x6 (toy) | bfloat16 |" in (toy_folder / "report.md").read_text()
+
+
 def test_first_rows_are_compiled_until_the_share_for_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(problem: Problem, grad_out: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
         time.sleep(0.05)
@@ -252,6 +272,7 @@ def test_times_are_lower_quartiles_of_interleaved_calls() -> None:
 
 def test_the_readme_table_is_replaced_between_its_markers(tmp_path: Path) -> None:
     row = Row("toy", "forward", "8x8", "toy", "float32", 2e9, 1e6, 2e11, 0.005, {"ours": 0.01, "torch": 0.02})
+    row.seconds["flash"] = 0.03
     info = {
         "machine": {"cpu": "A CPU", "threads": 1},
         "native": {"reason": None, "isa": "avx2"},
@@ -262,7 +283,8 @@ def test_the_readme_table_is_replaced_between_its_markers(tmp_path: Path) -> Non
     table = report.markdown_table([row], {"toy": "torch SDPA"}, info, ceilings, when)
     assert "A CPU" in table and "**2.00x**" in table and "4 MiB 10 GB/s" in table
     page = report.markdown_rows([row], {"toy": "torch SDPA"}, info, ceilings, when)
-    assert "| 10.0 ms | 5.000 ms | 50% | 1 | 20.0 ms | – | 2.00x | 200 |" in page and "A CPU" in page
+    assert "| 10.0 ms | 5.000 ms | 50% | 1 | 20.0 ms | – | 30.0 ms | 2.00x | - | 3.00x | 200 | 0 |" in page
+    assert "A CPU" in page and "| than flash |" in page
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.README_BEGIN}\nold\n{report.README_END}\nafter\n")
     report.update_readme(readme, table)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +29,8 @@ class Problem:
     torch: Callable[..., Tensor]
     # The formula in plain PyTorch: in float64 it is the oracle of the check, under torch.compile a contender.
     eager: Callable[..., Tensor]
+    # What else there is for the same result, by name; where one cannot serve the case its column has a gap.
+    others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Case:
     bytes: Callable[[int], float]  # of the item size: the least traffic, each input read and each output written once
     training: bool = False  # forward and backward, otherwise forward under no_grad
     quick: bool = False  # part of a --quick run
+    gpu: bool = False  # too large for a CPU's run
 
 
 def benchmarks_dir() -> Path:

@@ -27,7 +27,8 @@ BASELINE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 @dataclass
 class Row:
-    """One measured line. `seconds` maps "ours", "torch" and "compiled" to a time; a gap is explained in `missing`."""
+    """One measured line. `seconds` maps "ours", "torch", "compiled" and what others the case has to a time; a gap is
+    explained in `missing`."""
 
     op: str
     group: str
@@ -62,11 +63,18 @@ class Row:
             return None
         return self.seconds[baseline] / self.seconds["ours"]
 
+    @property
+    def others(self) -> list[str]:
+        """The contenders beside torch's plain and compiled ones."""
+        names = (*self.seconds, *self.missing)
+        return [n for n in dict.fromkeys(names) if n not in ("ours", "torch", "compiled")]
+
     def as_json(self) -> dict[str, object]:
         derived: dict[str, object] = {}
         if "ours" in self.seconds:
             derived = {"gflops": self.gflops, "gbytes": self.gbytes, "fraction_of_bound": self.fraction}
-            derived |= {f"speedup_over_{name}": self.speedup(name) for name in ("torch", "compiled")}
+            names = ("torch", "compiled", *self.others)
+            derived |= {f"speedup_over_{name}": self.speedup(name) for name in names}
         return asdict(self) | derived
 
 
@@ -143,8 +151,10 @@ class Engine:
         compile: bool,
         budget: float | None,
         start: float | None = None,
+        device: str = "cpu",
+        calls: int = 1,
     ) -> None:
-        self.now, self.ceilings, self.row_seconds = now, ceilings, row_seconds
+        self.now, self.ceilings, self.row_seconds, self.device, self.calls = now, ceilings, row_seconds, device, calls
         self.budget = float("inf") if budget is None else budget
         self.start = time.perf_counter() if start is None else start
         self.compile = compile
@@ -179,17 +189,26 @@ class Engine:
 
     def _fill(self, row: Row, case: Case, dtype: torch.dtype, rows_left: int) -> None:
         torch.manual_seed(0)  # a row's inputs do not depend on which rows ran before it
-        problem = case.problem(dtype)
-        grad_out = None
-        if case.training:
-            with torch.no_grad():
-                grad_out = torch.randn_like(problem.ours(*problem.leaves))
-        once = check(problem, grad_out, self.now)
+        with torch.device(self.device):  # the cases' tensors name none
+            problem = case.problem(dtype)
+            grad_out = None
+            if case.training:
+                with torch.no_grad():
+                    grad_out = torch.randn_like(problem.ours(*problem.leaves))
+            once = check(problem, grad_out, self.now)
         row.backend = serving_backend(problem)
         contenders = {
             "ours": as_run(problem.ours, problem.leaves, grad_out),
             "torch": as_run(problem.torch, problem.leaves, grad_out),
         }
+        for name, other in problem.others.items():
+            run = as_run(other, problem.leaves, grad_out)
+            try:
+                run()
+            except Exception as failure:  # it does not serve such a case: a gap in its column
+                row.missing[name] = f"failed: {type(failure).__name__}"
+            else:
+                contenders[name] = run
         if not self.compile:
             row.missing["compiled"] = "not asked for"
         elif self.for_compiling <= 0:
@@ -204,7 +223,7 @@ class Engine:
         seconds = self.timing_seconds(rows_left)
         slow = {name: taken for name, taken in once.items() if taken > max(seconds, SLOW)}
         others = {name: run for name, run in contenders.items() if name not in slow}
-        row.seconds = interleaved(others, self.now, seconds, min_rounds=1) | slow
+        row.seconds = interleaved(others, self.now, seconds, min_rounds=1, calls=self.calls) | slow
 
     @staticmethod
     def compiled(problem: Problem, grad_out: Tensor | None) -> Run:

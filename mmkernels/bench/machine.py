@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .timing import clock, gemm_rate, memory_rates
+from .timing import GPU_WORKING_SETS, clock, gemm_rate, memory_rates
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,24 @@ class Ceilings:
         return f"a plain matrix product: {products}; a copy or a sum over {memory}"
 
 
-def measure_ceilings(dtypes: dict[str, torch.dtype], threads: int) -> Ceilings:
+def measure_ceilings(dtypes: dict[str, torch.dtype], threads: int, device: str = "cpu") -> Ceilings:
     """The rates by name of dtype. A CPU without arithmetic in a dtype can still convert to float32 and multiply there,
     so float32's rate is the ceiling of a dtype whose own product is slower."""
-    now = clock(threads)
-    rates = {name: gemm_rate(dtype, now) for name, dtype in {"float32": torch.float32, **dtypes}.items()}
-    return Ceilings({name: max(rates[name], rates["float32"]) for name in dtypes}, memory_rates(now))
+    now = clock(threads, device)
+    products, memory = ({}, {}) if device == "cpu" else ({"n": 8192}, {"sizes": GPU_WORKING_SETS})
+    with torch.device(device):
+        rates = {
+            name: gemm_rate(dtype, now, **products) for name, dtype in {"float32": torch.float32, **dtypes}.items()
+        }
+        return Ceilings({name: max(rates[name], rates["float32"]) for name in dtypes}, memory_rates(now, **memory))
 
 
 def caption(info: dict[str, Any]) -> str:
     """What ``mmkernels._info.collect()`` gathered, as the caption of a table or a plot."""
     machine, native = info["machine"], info["native"]
+    if info.get("device") == "cuda":
+        gpu, versions = machine["gpus"][torch.cuda.current_device()], info["versions"]
+        return f"{gpu}; torch {versions['torch']}, triton {versions['triton']}"
     isa = f"mmkernels on {native['isa']}" if native["reason"] is None else "mmkernels without its native library"
     torch_isa = torch.backends.cpu.get_cpu_capability()
     plural = "" if machine["threads"] == 1 else "s"

@@ -36,7 +36,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help=budget)
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile column out")
     parser.add_argument("--output", type=Path, default=Path("bench_results"), metavar="DIR", help="for JSON and plots")
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where to run")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the whole table here, in Markdown")
     parser.add_argument("--update-readme", action="store_true", help="rewrite README's table, docs/measured.md")
     args = parser.parse_args(argv)
     args.ops = [op for op in args.ops.split(",") if op]
@@ -50,6 +51,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def asked(case: Case, args: argparse.Namespace) -> bool:
+    if case.gpu and args.device == "cpu":
+        return False
     return (case.quick or not args.quick) and args.shapes in f"{case.group} {case.shape} {case.note}"
 
 
@@ -77,9 +80,11 @@ def measure(args: argparse.Namespace, start: float) -> tuple[list[Row], dict[str
     )
     if not work:
         raise SystemExit(f"bench: no row matches --shapes {args.shapes!r}")
-    ceilings = measure_ceilings({name: DTYPES[name] for name in args.dtypes}, args.threads)
+    ceilings = measure_ceilings({name: DTYPES[name] for name in args.dtypes}, args.threads, args.device)
     engine = Engine(
-        now=clock(args.threads),
+        now=clock(args.threads, args.device),
+        device=args.device,
+        calls=1 if args.device == "cpu" else 10,
         ceilings=ceilings,
         row_seconds=0.1 if args.quick else 2.0,
         compile=not (args.no_compile or args.quick),
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, start, when = torch.get_num_threads(), time.perf_counter(), datetime.now()
     torch.set_num_threads(args.threads)
     try:
-        machine = collect()
+        machine = {**collect(), "device": args.device}
         print(f"{caption(machine)}\nEvery row: correctness first, gradients included, then the times.")
         sys.stdout.flush()
         rows, baselines, ceilings = measure(args, start)
@@ -130,6 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.update_readme(root / "README.md", report.markdown_table(*measured))
         (root / "docs" / "measured.md").write_text(report.markdown_rows(*measured))
         print(f"Updated: {root / 'README.md'} and docs/measured.md")
+    if args.report:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        args.report.write_text(report.markdown_rows(rows, baselines, machine, ceilings, when))
+        print(f"Written: {args.report}")
     wrong = [row for row in rows if row.error is not None]
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong.")
     return 1 if wrong else 0

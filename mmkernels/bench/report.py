@@ -59,18 +59,9 @@ def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
     label_width = shape_width + note_width + 4
     headed: tuple[str, str] | None = None
     for (op, dtype, group), members in grouped(rows).items():
-        columns = (
-            "ours",
-            "bound",
-            "of bound",
-            "MB",
-            baselines[op],
-            "compiled",
-            "x torch",
-            "x compiled",
-            "GF/s",
-            "GB/s",
-        )
+        others = other_contenders(rows, op)
+        columns = ["ours", "bound", "of bound", "MB", baselines[op], "compiled", *others]
+        columns += ["x torch", "x compiled", *(f"x {name}" for name in others), "GF/s", "GB/s"]
         sizes = [max(len(column), 7) for column in columns]
 
         def line(label: str, cells: Sequence[str], sizes: Sequence[int] = sizes) -> str:
@@ -88,14 +79,19 @@ def text_table(rows: Sequence[Row], baselines: dict[str, str]) -> str:
                 lines.append(line(label, []) + f"  WRONG, not timed: {row.error}")
                 continue
             cells = [milliseconds(row.seconds["ours"]), milliseconds(row.bound), f"{row.fraction:.0%}", megabytes(row)]
-            cells += [milliseconds(row.seconds.get(name)) for name in ("torch", "compiled")]
-            cells += [times(row.speedup("torch")), times(row.speedup("compiled"))]
+            cells += [milliseconds(row.seconds.get(name)) for name in ("torch", "compiled", *others)]
+            cells += [times(row.speedup(name)) for name in ("torch", "compiled", *others)]
             lines.append(line(label, [*cells, f"{row.gflops:.1f}", f"{row.gbytes:.1f}"]))
         if len(members) == 1:
             continue
-        means = [geometric_mean(row.speedup(name) for row in members) for name in ("torch", "compiled")]
-        lines.append(line("  geometric mean", [""] * 6 + [*map(times, means)]))
+        means = [geometric_mean(row.speedup(name) for row in members) for name in ("torch", "compiled", *others)]
+        lines.append(line("  geometric mean", [""] * (6 + len(others)) + [*map(times, means)]))
     return "\n".join(lines[1:])
+
+
+def other_contenders(rows: Sequence[Row], op: str) -> list[str]:
+    """What an op is measured against beside torch's plain and compiled code."""
+    return list(dict.fromkeys(name for row in rows if row.op == op for name in row.others))
 
 
 def served_by(rows: Sequence[Row]) -> str:
@@ -169,19 +165,22 @@ def markdown_rows(
     lines = [
         "# Measured, every shape",
         "",
-        "Written by `python -m mmkernels bench --update-readme`. "
+        "Written by `python -m mmkernels bench`. "
         f"{caption(machine)}. {when:%Y-%m-%d}. Measured with it: {ceilings}. {BOUND}",
     ]
     for op, baseline in baselines.items():
-        heads = ("", "shape", "dtype", "ours", "bound", "of bound", "MB", baseline, "compiled eager", "times faster")
-        lines += ["", f"## {op}", "", f"| {' | '.join((*heads, 'GF/s'))} |", "|---|---|---|" + "---:|" * 8]
+        names = ("torch", "compiled", *other_contenders(rows, op))
+        heads = ["", "shape", "dtype", "ours", "bound", "of bound", "MB", baseline, "compiled eager", *names[2:]]
+        heads += ["times faster", "than compiled", *(f"than {name}" for name in names[2:]), "GF/s", "GB/s"]
+        lines += ["", f"## {op}", "", f"| {' | '.join(heads)} |", "|---|---|---|" + "---:|" * (len(heads) - 3)]
         for row in rows:
             if row.op != op or row.error is not None:
                 continue
-            seconds = [row.seconds["ours"], row.bound, row.seconds.get("torch"), row.seconds.get("compiled")]
+            seconds = [row.seconds["ours"], row.bound, *(row.seconds.get(name) for name in names)]
             mine, bound, *others = ("–" if s is None else f"{milliseconds(s)} ms" for s in seconds)
             cells = [row.group, f"{row.shape} ({row.note})", row.dtype, mine, bound, f"{row.fraction:.0%}"]
-            cells += [megabytes(row), *others, times(row.speedup("torch")), f"{row.gflops:.0f}"]
+            cells += [megabytes(row), *others, *(times(row.speedup(name)) for name in names)]
+            cells += [f"{row.gflops:.0f}", f"{row.gbytes:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -12,25 +12,36 @@ Clock = Callable[[], float]
 
 # Bytes of a working set whose rate is measured: caches of any machine hold the first and none the last.
 WORKING_SETS = tuple(mib << 20 for mib in (4, 16, 64, 256))
+GPU_WORKING_SETS = tuple(mib << 20 for mib in (16, 128, 1024, 4096))
 
 
-def clock(threads: int) -> Clock:
-    """CPU time of the calling thread when it does all the work: a busy neighbour does not count. Else wall time."""
-    return time.thread_time if threads == 1 else time.perf_counter
+def clock(threads: int, device: str = "cpu") -> Clock:
+    """CPU time of the calling thread when it does all the work: a busy neighbour does not count. Else wall time, on a
+    GPU when it has done all that it was given."""
+    if device == "cpu":
+        return time.thread_time if threads == 1 else time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]], now: Clock, budget: float, min_rounds: int = 3
+    contenders: Mapping[str, Callable[[], object]], now: Clock, budget: float, min_rounds: int = 3, calls: int = 1
 ) -> dict[str, float]:
     """Lower-quartile seconds of each contender. They run in turn, so that a change of clock speed or a busy moment
-    meets all of them alike; the quartile is robust against the rest, a cold first round included."""
+    meets all of them alike; the quartile is robust against the rest, a cold first round included. ``calls`` that follow
+    each other are timed together, so that a GPU's queue does not run empty between them."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start, rounds = time.perf_counter(), 0
     while rounds < min_rounds or time.perf_counter() - start < budget:
         for name, run in contenders.items():
             begin = now()
-            run()
-            samples[name].append(now() - begin)
+            for _ in range(calls):
+                run()
+            samples[name].append((now() - begin) / calls)
         rounds += 1
     return {name: sorted(taken)[len(taken) // 4] for name, taken in samples.items()}
 
