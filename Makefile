@@ -25,7 +25,7 @@ help:
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
-	@echo 'make interpret  run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
+	@echo 'make interpret run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
 	@echo 'make kernels   compile the Triton kernels for GPUs that need not be here and write docs/kernels.md'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
 	@echo 'make gpu       test and benchmark on a machine with a GPU; writes docs/gpu/<card>.md'
