@@ -107,6 +107,7 @@ class ConcatBackward {
       widest_ = max(widest_, source.width);
       most_features_ = max(most_features_, features_of(source));
       any_dx_ |= source.grad.data != nullptr;
+      shares_ |= source.shares_weights;
       for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
     }
     if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
@@ -114,7 +115,8 @@ class ConcatBackward {
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     chunk_ = min(round_up(sources.rows, kBlockRows),
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
-    transposed_stride_ = round_up(units<kPairs>(chunk_), 16) + 16;
+    block_rows_ = min(kBlockRows, sources.rows);
+    transposed_stride_ = sources.rows <= 16 ? 16 : round_up(units<kPairs>(chunk_), 16) + 16;
     groups_ = 0;
     for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
@@ -155,10 +157,10 @@ class ConcatBackward {
     partial_ = carver.take(chunk_blocks * sums);
     transposed_ = carver.take(any_dw_ ? padded_ * transposed_stride_ : 0);
     weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
-    dz_floats_ = round_up(kBlockRows * padded_, 16);
-    dx_floats_ = round_up(kBlockRows * round_up(widest_, VW), 16);
+    dz_floats_ = round_up(block_rows_ * padded_, 16);
+    dx_floats_ = round_up(block_rows_ * round_up(widest_, VW), 16);
     panel_floats_ = kGroup * kDepth;
-    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? most_features_ * kGroup : 0;
+    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_features() * kGroup : 0;
     each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
   }
@@ -168,6 +170,12 @@ class ConcatBackward {
 
   // Whether a group's sums over rows are done at once: each worker has memory for one, still in cache when it is read.
   bool in_one_chunk() const { return sources_.rows <= chunk_; }
+
+  // Whether the sums over rows are done at once for every block of features, and written as they come.
+  bool in_one_product() const {
+    return !Policy::kFinishesWeights && !sums_in_place() && !shares_ && sources_.rows <= chunk_elements<kPairs>();
+  }
+  int64_t group_features() const { return in_one_product() ? min(kBlockRows, most_features_) : most_features_; }
 
   // Those of all groups, one after the other, [features of all terms][kGroup] each.
   int64_t weight_floats() const {
@@ -334,7 +342,7 @@ class ConcatBackward {
     for (int64_t next = s + 1; next < sources_.count && sources_.items[next].shares_weights; ++next) {
       add_products(next, column, start, rows, true, sums, panels);
     }
-    if (sums_in_place() || start + rows < sources_.rows) return;
+    if (sums_in_place() || in_one_product() || start + rows < sources_.rows) return;
     if constexpr (Policy::kFinishesWeights) {
       policy_.finish_weights(s, column, width, sums, totals_);
     } else {
@@ -359,12 +367,12 @@ class ConcatBackward {
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
         if (Policy::kFinishesWeights || term.grad != nullptr) {
-          Block c{sums + features * kGroup, kGroup, width, add || start + row > 0};
+          Block c{in_one_product() ? sums : sums + features * kGroup, kGroup, width, add || start + row > 0};
           if (sums_in_place()) {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
           }
-          multiply_features(term, unit, units<kPairs>(count), panels, c, columns_ahead);
+          multiply_features(term, column, unit, units<kPairs>(count), panels, c, columns_ahead);
         }
         features += term.features;
       }
@@ -373,34 +381,40 @@ class ConcatBackward {
 
   // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
   // all panels pass. Meanwhile the next block is fetched, or during the last one what comes then.
-  void multiply_features(const ConcatTerm& term, int64_t unit, int64_t depth, const float* panels, Block c,
-                         const RowPrefetch& then) const {
+  void multiply_features(const ConcatTerm& term, int64_t column, int64_t unit, int64_t depth, const float* panels,
+                         Block c, const RowPrefetch& then) const {
     const float* dz = transposed_ + term.column * transposed_stride_ + unit;
     float* const to = c.data;
     for (int64_t n = 0; n < term.features; n += kBlockRows) {
       const int64_t count = min(kBlockRows, term.features - n), left = term.features - n - count;
-      c.data = to + n * c.stride;
+      if (!in_one_product()) c.data = to + n * c.stride;
       const float* next = dz + (n + count) * transposed_stride_;
       multiply_panels<kPairs>({dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
                               left == 0 ? RowPrefetch(then)
                                         : RowPrefetch(next, depth * 4, transposed_stride_ * 4, min(kBlockRows, left),
                                                       tiles_of(count, c.columns)));
+      if (in_one_product()) write_features(term, n, count, column, c.columns, to);
     }
   }
 
   // Columns of dW from their float sums.
   void write_weights(const ConcatSource& source, int64_t column, int64_t width, const float* sums) const {
     for (int64_t t = 0; t < source.term_count; sums += source.terms[t].features * kGroup, ++t) {
-      const ConcatTerm& term = source.terms[t];
-      if (term.grad == nullptr) continue;
-      with_element_type(sources_.dtype, term.grad, [&](auto* out) {
-        for (int64_t n = 0; n < term.features; ++n) {
-          for (int64_t c = 0; c < width; c += VW) {
-            store_from_float(out + n * term.grad_stride + column + c, load(sums + n * kGroup + c), width - c);
-          }
-        }
-      });
+      if (source.terms[t].grad != nullptr) {
+        write_features(source.terms[t], 0, source.terms[t].features, column, width, sums);
+      }
     }
+  }
+
+  void write_features(const ConcatTerm& term, int64_t first, int64_t count, int64_t column, int64_t width,
+                      const float* sums) const {
+    with_element_type(sources_.dtype, term.grad, [&](auto* out) {
+      for (int64_t n = 0; n < count; ++n) {
+        for (int64_t c = 0; c < width; c += VW) {
+          store_from_float(out + (first + n) * term.grad_stride + column + c, load(sums + n * kGroup + c), width - c);
+        }
+      }
+    });
   }
 
   const ConcatSources& sources_;
@@ -408,9 +422,10 @@ class ConcatBackward {
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
   int64_t padded_, rows_units_;
-  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, transposed_stride_ = 0, groups_ = 0;
+  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
+  int64_t groups_ = 0;
   int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
-  bool any_dx_ = false, any_dw_ = false, in_place_ = false;
+  bool any_dx_ = false, any_dw_ = false, in_place_ = false, shares_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };
