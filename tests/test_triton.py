@@ -23,6 +23,7 @@ if _triton.absent() is None:
     import triton
     import triton.language as tl
 
+    from mmkernels.triton import launch as launching
     from mmkernels.triton import math as kernel_math
     from mmkernels.triton.launch import Config, launch, next_power_of_2
     from mmkernels.triton.resources import Resources
@@ -95,6 +96,27 @@ def test_the_table_of_configurations_has_its_first_choice_taken(_: Any) -> None:
     assert out[32:].isnan().all()
     launch(_rounded, (1, 0), x, out, config=Config({"N": 64}))
     assert out[32:].isnan().all(), "an empty grid runs nothing"
+
+
+def test_autotuning_takes_the_fastest_that_fits_and_remembers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    milliseconds = {32: 3.0, 64: 1.0, 128: 2.0}
+    ran: list[int] = []
+
+    def do_bench(run: Any, **_: Any) -> float:
+        run()
+        if ran[-1] == 256:
+            raise triton.runtime.errors.OutOfResources(1, 2, "shared memory")
+        return milliseconds[ran[-1]]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(launching, "_winners", {})
+    configs = [Config({"N": n}) for n in (256, 32, 64, 128)]
+    for _ in range(2):
+        chosen = launching._raced(_rounded, [torch.empty(3)], {}, configs, lambda c: ran.append(c.constants["N"]))
+        assert chosen.constants["N"] == 64
+    assert ran == [256, 32, 64, 128]
+    warps = {c.num_warps for c in launching._candidates(configs[:1])}
+    assert len(warps) > 1 and all(c.constants == {"N": 256} for c in launching._candidates(configs[:1]))
 
 
 def test_powers_of_two() -> None:

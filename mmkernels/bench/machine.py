@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ def measure_ceilings(dtypes: dict[str, torch.dtype], threads: int, device: str =
     """The rates by name of dtype. A CPU without arithmetic in a dtype can still convert to float32 and multiply there,
     so float32's rate is the ceiling of a dtype whose own product is slower."""
     now = clock(threads, device)
-    products, memory = ({}, {}) if device == "cpu" else ({"n": 8192}, {"sizes": GPU_WORKING_SETS})
+    of_a_gpu = device != "cpu"
+    product = partial(gemm_rate, n=8192) if of_a_gpu else gemm_rate
+    memory = partial(memory_rates, sizes=GPU_WORKING_SETS) if of_a_gpu else memory_rates
     with torch.device(device):
-        rates = {
-            name: gemm_rate(dtype, now, **products) for name, dtype in {"float32": torch.float32, **dtypes}.items()
-        }
-        return Ceilings({name: max(rates[name], rates["float32"]) for name in dtypes}, memory_rates(now, **memory))
+        rates = {name: product(dtype, now) for name, dtype in {"float32": torch.float32, **dtypes}.items()}
+        return Ceilings({name: max(rates[name], rates["float32"]) for name in dtypes}, memory(now))
 
 
 def caption(info: dict[str, Any]) -> str:

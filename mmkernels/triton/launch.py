@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,8 @@ def launch(
         grid: how many programs there are in up to three dims; nothing runs where one is 0. Or a function of the
             config's constants.
         args: its arguments, constants aside.
-        config: the table's choice; of several the first, unless ``MMKERNELS_AUTOTUNE=1`` has them raced.
+        config: the table's choice; of several the first. ``MMKERNELS_AUTOTUNE=1`` races them instead, and one alone
+            against itself with other warps and stages.
         constants: its constants that have nothing to do with speed.
     """
     configs = [config] if isinstance(config, Config) else list(config)
@@ -105,7 +106,7 @@ def launch(
         run(configs[0])
         return
     with torch.cuda.device(first.device):
-        run(_raced(kernel, args, constants, configs, run) if len(configs) > 1 and _autotuning() else configs[0])
+        run(_raced(kernel, args, constants, _candidates(configs), run) if _autotuning() else configs[0])
 
 
 # --- autotuning -------------------------------------------------------------------------------------------------------
@@ -117,6 +118,12 @@ def _autotuning() -> bool:
     return os.environ.get("MMKERNELS_AUTOTUNE", "0") not in ("", "0")
 
 
+def _candidates(configs: Sequence[Config]) -> Sequence[Config]:
+    if len(configs) > 1:
+        return configs
+    return [replace(configs[0], num_warps=warps, num_stages=stages) for warps in (2, 4, 8) for stages in (1, 2, 3, 4)]
+
+
 def _raced(
     kernel: Any,
     args: Sequence[Any],
@@ -125,12 +132,19 @@ def _raced(
     run: Callable[[Config], None],
 ) -> Config:
     """The fastest config for this kernel at these sizes, found once."""
+
+    def milliseconds(candidate: Config) -> float:
+        try:
+            return triton.testing.do_bench(lambda: run(candidate), warmup=5, rep=20)
+        except triton.runtime.errors.OutOfResources:  # more shared memory or registers than there are
+            return float("inf")
+
     sizes = tuple(
         (*t.shape, t.dtype) if isinstance(t, Tensor) else t for a in args for t in (a if isinstance(a, tuple) else (a,))
     )
     key = (kernel.__name__, sizes, tuple(constants.items()))
     if key not in _winners:
-        _winners[key] = min(configs, key=lambda c: triton.testing.do_bench(lambda: run(c), warmup=5, rep=20))
+        _winners[key] = min(configs, key=milliseconds)
     return _winners[key]
 
 
