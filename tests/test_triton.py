@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -153,6 +154,20 @@ def test_kernels_compile_for_every_target_within_budget(op: str) -> None:
     done = without_interpreter("-m", "mmkernels", "kernels", "--check", "--jobs", "1", "--ops", op)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^[1-9]\d* kernels on 4 targets in \d+ s, 0 over budget\.$", done.stdout, re.M), done.stdout
+
+
+@pytest.fixture(scope="session")
+def compile_counts() -> dict[str, list[list[str]]]:
+    """Op -> for each size of batch and length the kernels that a training step compiles."""
+    done = without_interpreter(str(Path(__file__).with_name("compile_counts.py")))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("op", ops_with_kernels() if _triton.absent() is None else [])
+def test_new_lengths_and_batches_compile_nothing(op: str, compile_counts: dict[str, list[list[str]]]) -> None:
+    first, *others = compile_counts[op]
+    assert first and all(kernels == first for kernels in others)
 
 
 def test_budgets_notice_what_got_worse() -> None:
