@@ -75,6 +75,18 @@ def test_a_cast_to_bfloat16_rounds_to_nearest_even(_: Any) -> None:
 
 
 @on_triton
+@pytest.mark.parametrize("other", [torch.int32, torch.bool, torch.float16, torch.float32], ids=str)
+def test_casts_to_and_from_bfloat16_convert_values(other: torch.dtype, _: Any) -> None:
+    x = torch.randint(0, 2, (64,), device=DEVICE).to(other)
+    out = torch.empty(64, device=DEVICE, dtype=torch.bfloat16)
+    launch(_rounded, (1,), x, out, N=64)
+    assert torch.equal(out, x.bfloat16())
+    back = torch.empty(64, device=DEVICE, dtype=other if other != torch.bool else torch.int8)
+    launch(_rounded, (1,), out, back, N=64)
+    assert torch.equal(back, out.to(back.dtype))
+
+
+@on_triton
 @pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
 def test_activations_and_derivatives_are_torchs(kind: str, _: Any) -> None:
     functions = torch.nn.functional

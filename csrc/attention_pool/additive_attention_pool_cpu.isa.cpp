@@ -32,7 +32,7 @@ struct TileStrides {
 class HiddenVectors {
  public:
   explicit HiddenVectors(const AdditivePoolParams& p) : padded_(round_up(p.hidden, VW)), memory_(2 * padded_) {
-    std::memset(memory_.data(), 0, sizeof(float) * static_cast<size_t>(2 * padded_));
+    set_to_zero(memory_.data(), 2 * padded_);
     copy(p.pool.dtype, p.vector, p.hidden, memory_.data());
     copy(p.pool.dtype, p.bias, p.hidden, memory_.data() + padded_);
   }
@@ -111,8 +111,7 @@ class PoolEpilogue {
   template <class T>
   void clear_absent(int64_t row) const {
     for (int64_t i = 0; i < p_.pool.modalities; ++i) {
-      if (!is_present(p_.pool, row, i))
-        std::memset(activations_of<T>(row, i), 0, sizeof(T) * static_cast<size_t>(p_.hidden));
+      if (!is_present(p_.pool, row, i)) set_to_zero(activations_of<T>(row, i), p_.hidden);
     }
   }
 
@@ -190,7 +189,7 @@ class PoolGradient {
     if (item.grad == nullptr) return;
     T* const out = static_cast<T*>(item.grad) + row * item.grad_stride;
     if (!is_present(pool, row, modality)) {
-      std::memset(out, 0, sizeof(T) * static_cast<size_t>(pool.width));
+      set_to_zero(out, pool.width);
       return;
     }
     const vf a = set1(number(static_cast<const T*>(pool.weights) + row * pool.modalities + modality));
@@ -213,7 +212,7 @@ class PoolGradient {
     const int64_t modality_sums = p_.flat ? 0 : hidden;
     for (int64_t i = 0; i < rows; ++i, dz += strides.row) {
       const int64_t row = first + i;
-      std::memset(dz, 0, sizeof(float) * static_cast<size_t>(strides.row));
+      set_to_zero(dz, strides.row);
       present.select(row);
       energy_gradients(pool, row, present, a, de);
       const T* activations = static_cast<const T*>(p_.activations) + row * all;

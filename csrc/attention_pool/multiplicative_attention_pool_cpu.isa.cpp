@@ -51,7 +51,7 @@ void backward_rows(const MultiplicativePoolParams& p, int64_t begin, int64_t end
       if (pool.items[i].grad == nullptr) continue;
       T* const out = static_cast<T*>(pool.items[i].grad) + row * pool.items[i].grad_stride;
       if (!there) {
-        std::memset(out, 0, sizeof(T) * static_cast<size_t>(width));
+        set_to_zero(out, width);
         continue;
       }
       for (int64_t c = 0; c < width; c += VW) {

@@ -24,6 +24,12 @@ MMK_INLINE float number(const T* p) {
   return sum(load_as_float(p, 1));
 }
 
+// Memory that may be null where it is empty, which memset may not.
+template <class T>
+MMK_INLINE void set_to_zero(T* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = T{};
+}
+
 // The modalities that a row has, in order.
 template <class T>
 class PresentModalities {
@@ -113,7 +119,7 @@ void finish_pooled_row(const Pool& pool, int64_t row, const PresentModalities<T>
   T* const weights = static_cast<T*>(pool.weights) + row * pool.modalities;
   T* const pooled = static_cast<T*>(pool.pooled) + row * pool.width;
   softmax_in_place(e, present.count());
-  if (present.count() < pool.modalities) std::memset(weights, 0, sizeof(T) * static_cast<size_t>(pool.modalities));
+  if (present.count() < pool.modalities) set_to_zero(weights, pool.modalities);
   for (int64_t k = 0; k < present.count(); ++k) store_from_float(weights + present.index(k), set1(e[k]), 1);
   add_weighted(present, e, pool.width, pooled);
 }

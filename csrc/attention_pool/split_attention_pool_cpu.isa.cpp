@@ -40,7 +40,7 @@ template <class T>
 void clear_absent(const Pool& pool, int64_t row, const PresentModalities<T>& present, T* all) {
   if (present.count() == pool.modalities) return;
   for (int64_t i = 0; i < pool.modalities; ++i) {
-    if (!is_present(pool, row, i)) std::memset(all + i * pool.width, 0, sizeof(T) * static_cast<size_t>(pool.width));
+    if (!is_present(pool, row, i)) set_to_zero(all + i * pool.width, pool.width);
   }
 }
 
@@ -113,7 +113,7 @@ void source_gradient_row(const SplitPoolParams& p, int64_t row, const PresentMod
     if (m.grad == nullptr) continue;
     T* const out = static_cast<T*>(m.grad) + row * m.grad_stride;
     if (!is_present(pool, row, i)) {
-      std::memset(out, 0, sizeof(T) * static_cast<size_t>(width));
+      set_to_zero(out, width);
       continue;
     }
     for (int64_t c = 0; c < width; c += VW) {

@@ -1,7 +1,8 @@
 """Triton's interpreter, made right for bfloat16.
 
 Up to triton 3.9 the interpreter keeps bfloat16 as its bits in uint16. Its ``tl.dot`` multiplies these bits as integers,
-and its cast from float32 cuts the low half off where hardware rounds to nearest even. Both are silent.
+its cast from float32 cuts the low half off where hardware rounds to nearest even, and its casts from and to any other
+type convert the bits. All of it is silent.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _FIXED = "_mmkernels_bfloat16"
 
 
 def fix_triton_interpreter() -> None:
-    """Make ``TRITON_INTERPRET=1`` multiply bfloat16 by value and round to it as hardware does, in this process.
+    """Make ``TRITON_INTERPRET=1`` multiply and cast bfloat16 by value, and round as hardware does, in this process.
 
     For any Triton kernel, not only those of this package. Calling it again changes nothing.
     """
@@ -36,8 +37,10 @@ def fix_triton_interpreter() -> None:
         return create_dot(self, widened(a), widened(b), *rest)
 
     def cast(self: Any, source: Any, to: Any) -> Any:
-        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+        if (source.dtype.scalar == tl.bfloat16) == (to.scalar == tl.bfloat16):
             return cast_impl(self, source, to)
+        if source.dtype.scalar == tl.bfloat16:
+            return cast_impl(self, widened(source), to)
         values = np.ascontiguousarray(source.data, dtype=np.float32)
         bits = values.view(np.uint32)
         with np.errstate(over="ignore"):

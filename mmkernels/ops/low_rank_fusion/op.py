@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.low_rank_fusion import reference
 
 
@@ -23,4 +23,5 @@ low_rank_fusion_op = DifferentiableOp(
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,
     cpu=native_backend("low_rank_fusion"),
+    triton=TritonKernels(),
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.tensor_fusion_linear import reference
 
 
@@ -21,4 +21,5 @@ tensor_fusion_linear_op = DifferentiableOp(
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
     cpu=native_backend("tensor_fusion_linear"),
+    triton=TritonKernels(),
 )
