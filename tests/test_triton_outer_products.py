@@ -1,4 +1,4 @@
-"""The Triton kernels of low_rank_fusion and tensor_fusion_linear."""
+"""The Triton kernels of low_rank_fusion, tensor_fusion_linear and bilinear_fusion."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def low_rank_inputs(
     return xs, factors, leaf(ranks, dtype=dtype), leaf(features, dtype=dtype)
 
 
+def bilinear_inputs(
+    rows: int, widths: Sequence[int], features: int, dtype: torch.dtype, rank: int = 1
+) -> tuple[Tensor, ...]:
+    weights = [leaf(rank * features, w, dtype=dtype, gain=w**-0.5) for w in widths]
+    return (*(leaf(rows, w, dtype=dtype) for w in widths), *weights)
+
+
 # rows, widths, outputs
 SHAPES = {
     "one row": (1, (20, 5), 33),
@@ -57,6 +64,16 @@ def test_outputs_and_gradients_match_the_oracle(
         check_op(op, *make(*SHAPES[shape], dtype), backend=triton_backend)
 
 
+@each_dtype
+@pytest.mark.parametrize(("rows", "features", "rank"), [(1, 5, 3), (70, 66, 2), (17, 8, 1), (0, 4, 2)])
+def test_bilinear_fusion_matches_the_oracle(
+    rows: int, features: int, rank: int, dtype: torch.dtype, triton_backend: str
+) -> None:
+    inputs = bilinear_inputs(rows, (35, 70), features, dtype, rank)
+    with poisoned_memory():
+        check_op(mmk.bilinear_fusion, *inputs, backend=triton_backend, rank=rank)
+
+
 def as_function(op: Callable[..., Tensor], inputs: Sequence) -> tuple[Callable[..., Tensor], list[Tensor]]:
     """The op as a function of its leaves alone."""
     lists = [len(x) if isinstance(x, list) else None for x in inputs]
@@ -70,8 +87,12 @@ def as_function(op: Callable[..., Tensor], inputs: Sequence) -> tuple[Callable[.
 
 @pytest.mark.parametrize(
     ("op", "make"),
-    [(mmk.tensor_fusion_linear, tensor_fusion_inputs), (mmk.low_rank_fusion, low_rank_inputs)],
-    ids=["tensor_fusion_linear", "low_rank_fusion"],
+    [
+        (mmk.tensor_fusion_linear, tensor_fusion_inputs),
+        (mmk.low_rank_fusion, low_rank_inputs),
+        (mmk.bilinear_fusion, bilinear_inputs),
+    ],
+    ids=["tensor_fusion_linear", "low_rank_fusion", "bilinear_fusion"],
 )
 def test_gradients_are_the_same_alone_with_any_strides_and_every_time(
     op: Callable[..., Tensor], make: Callable[..., tuple], triton_backend: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.bilinear_fusion import reference
 
 
@@ -25,4 +25,5 @@ bilinear_fusion_op = DifferentiableOp(
     reference_saved=reference.projections,
     fake=_bilinear_fusion_fake,
     cpu=native_backend("bilinear_fusion"),
+    triton=TritonKernels(),
 )
