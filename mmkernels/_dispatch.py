@@ -130,6 +130,11 @@ def forced_backend() -> str | None:
     return names[-1] if names else None
 
 
+def is_forced(name: str) -> bool:
+    """Whether this thread's calls are forced to a backend, also while they are explained."""
+    return name in _forced.get(_forced_default)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Which backend would serve a call, and why each better one would not."""

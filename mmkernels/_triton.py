@@ -1,8 +1,8 @@
 """Whether Triton kernels can run here, and the backend of an op that has them. Nothing here imports triton.
 
 The kernels of an op are in ``mmkernels/ops/<op>/kernel_triton.py``, imported by the first call they serve. They run on
-CUDA and ROCm tensors; with ``TRITON_INTERPRET=1`` in the environment also on CPU tensors, in Triton's interpreter; and
-on meta tensors while `mmkernels.triton.launch.compiling_for` compiles instead of running.
+CUDA and ROCm tensors; with ``TRITON_INTERPRET=1`` in the environment and the backend forced also on CPU tensors, in
+Triton's interpreter; and on meta tensors while `mmkernels.triton.launch.compiling_for` compiles instead of running.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import Backend
+from mmkernels._dispatch import Backend, is_forced
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -47,14 +47,18 @@ def _device_reason(tensor: Tensor) -> str | None:
     if tensor.is_cuda:
         return "TRITON_INTERPRET=1 is set" if interpreting() else None
     if tensor.is_cpu and interpreting():
-        return None
+        return None if is_forced("triton") else "the interpreter serves CPU tensors only where it is forced to"
     if tensor.is_meta and compile_target is not None:
         return None
     return f"the inputs are on {tensor.device}"
 
 
 def triton_backend(
-    op: str, function: str, position: int = 0, supports: Callable[..., str | None] | None = None
+    op: str,
+    function: str,
+    position: int = 0,
+    supports: Callable[..., str | None] | None = None,
+    any_strides: bool = False,
 ) -> Backend:
     """``function`` of the op's ``kernel_triton.py`` as a backend.
 
@@ -63,6 +67,7 @@ def triton_backend(
         function: takes the arguments of the operator's schema, floating tensors with a dense last dim.
         position: of an argument that is a tensor, or a list of them, of the call's dtype and device.
         supports: the arguments -> why the kernels cannot serve them, or None.
+        any_strides: the function takes floating tensors as they come.
     """
     module = f"mmkernels.ops.{op}.kernel_triton"
 
@@ -77,7 +82,8 @@ def triton_backend(
         return None if supports is None else supports(*args)
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), function)(*(dense(x) for x in args))
+        kernels = getattr(importlib.import_module(module), function)
+        return kernels(*args) if any_strides else kernels(*(dense(x) for x in args))
 
     return Backend("triton", run, why_not)
 

@@ -102,6 +102,17 @@ def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Where all runs on Triton, what its kernels do not serve is skipped, with their reason."""
+    try:
+        return (yield)
+    except mmk.UnsupportedError as error:
+        if TRITON_ALONE and "backend 'triton' was forced and cannot serve" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_fixed_seed() -> None:
     """One thread per test: pytest already runs on every core. Tests of threading set their own number."""

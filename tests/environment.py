@@ -16,6 +16,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     torch.set_default_device(DEVICE)
-TRITON_ALONE = os.environ.get("MMKERNELS_BACKEND") == "triton"
-if TRITON_ALONE:
+if os.environ.get("MMKERNELS_BACKEND") == "triton":
     del os.environ["MMKERNELS_BACKEND"]
+    os.environ["MMKERNELS_TEST_BACKEND"] = "triton"  # for the processes that pytest starts
+TRITON_ALONE = os.environ.get("MMKERNELS_TEST_BACKEND") == "triton"

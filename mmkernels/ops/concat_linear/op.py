@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_linear import reference
 
 
-def _keeps_output(
+def keeps_output(
     xs: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
@@ -24,18 +24,18 @@ def _keeps_output(
     return activation in ("relu", "tanh", "sigmoid") and residual is None and gate is None
 
 
-def _needs_preactivation(*args: Any) -> bool:
+def needs_preactivation(*args: Any) -> bool:
     _, _, _, activation, _, _, gate = args
-    return (activation is not None or gate is not None) and not _keeps_output(*args)
+    return (activation is not None or gate is not None) and not keeps_output(*args)
 
 
 def _concat_linear_fake(xs: Sequence[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     out = xs[0].new_empty((*xs[0].shape[:-1], weight.shape[0]))
-    return out, out.new_empty(out.shape if _needs_preactivation(xs, weight, *rest) else 0)
+    return out, out.new_empty(out.shape if needs_preactivation(xs, weight, *rest) else 0)
 
 
 def _concat_linear_saved(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
-    if not _needs_preactivation(xs, weight, bias, *rest):
+    if not needs_preactivation(xs, weight, bias, *rest):
         return (xs[0].new_empty(0),)
     _, presence, _, _ = rest
     return (reference.projection(xs, weight, bias, presence).contiguous(),)
@@ -50,5 +50,6 @@ concat_linear_op = DifferentiableOp(
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
     cpu=native_backend("concat_linear"),
-    keeps_outputs=_keeps_output,
+    triton=TritonKernels(),
+    keeps_outputs=keeps_output,
 )

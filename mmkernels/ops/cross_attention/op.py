@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import Backend, Operator, forced_backend, native_op, reference_backend, use_backend
+from mmkernels._triton import triton_backend
+from mmkernels.ops import _attention_checks as attention_checks
 from mmkernels.ops.cross_attention import reference
 
 _FORWARD_SCHEMA = (
@@ -99,11 +101,19 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | 
     )
 
 
+def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    return attention_checks.too_wide_for_triton(query, value)
+
+
 cross_attention_op = Operator(
     "cross_attention",
     _FORWARD_SCHEMA,
     fake=_cross_attention_fake,
-    backends=[Backend("cpu", _cpu_forward, _cpu_supports), reference_backend(_reference_forward)],
+    backends=[
+        Backend("cpu", _cpu_forward, _cpu_supports),
+        triton_backend("cross_attention", "forward", 0, _triton_supports, any_strides=True),
+        reference_backend(_reference_forward),
+    ],
 )
 
 
@@ -194,11 +204,22 @@ def _cpu_backward(
     )
 
 
+def _triton_backward_supports(
+    grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> str | None:
+    *_, dropout_p, _, grad_mask = rest
+    return attention_checks.too_wide_for_triton(query, value, backward=True, heavy=dropout_p > 0 or grad_mask[3])
+
+
 cross_attention_backward_op = Operator(
     "cross_attention_backward",
     _BACKWARD_SCHEMA,
     fake=_cross_attention_backward_fake,
-    backends=[Backend("cpu", _cpu_backward, _cpu_backward_supports), reference_backend(_reference_backward)],
+    backends=[
+        Backend("cpu", _cpu_backward, _cpu_backward_supports),
+        triton_backend("cross_attention", "backward", 2, _triton_backward_supports, any_strides=True),
+        reference_backend(_reference_backward),
+    ],
 )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.joint_attention import reference
 
@@ -37,6 +38,12 @@ def _supports(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str
     return None
 
 
+def _triton_supports(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *_: Any
+) -> str | None:
+    return too_wide_for_triton(queries[0], values[0], backward=True)
+
+
 joint_attention_op = DifferentiableOp(
     "joint_attention",
     "Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] key_lengths, int[] padded_streams, "
@@ -46,6 +53,7 @@ joint_attention_op = DifferentiableOp(
     reference=reference.joint_attention,
     fake=_joint_attention_fake,
     cpu=native_backend("joint_attention", _supports),
+    triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
     gradient=_gradient,
 )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
 
@@ -21,6 +22,10 @@ def _varlen_cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *res
     return out, lse, query.new_empty((2, heads, rows), dtype=wide)
 
 
+def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+    return too_wide_for_triton(query, value, backward=True)
+
+
 varlen_cross_attention_op = DifferentiableOp(
     "varlen_cross_attention",
     "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
@@ -31,6 +36,7 @@ varlen_cross_attention_op = DifferentiableOp(
     reference=reference.varlen_cross_attention,
     fake=_varlen_cross_attention_fake,
     cpu=native_backend("varlen_cross_attention"),
+    triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
     gradient=lambda leaf: empty_in_order_of(leaf, leaf.shape),
 )

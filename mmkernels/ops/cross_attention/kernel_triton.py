@@ -1,0 +1,105 @@
+"""cross_attention on GPUs: the attention core with one segment of keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._triton import dense
+from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.triton.attention_backward import Queries, key_gradients, query_gradient
+from mmkernels.triton.attention_forward import Attention, attend
+from mmkernels.triton.attention_mask_gradient import mask_gradient
+
+
+def _attention(
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    softcap: float,
+    scale: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> Attention:
+    return Attention(
+        keys=[dense(key)],
+        values=[dense(value)],
+        padding=[None if key_lengths is None else key_lengths.contiguous()],
+        scale=scale,
+        softcap=softcap,
+        mask=attn_mask,
+        window=(window_left, window_right),
+        bottom_right=bottom_right,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
+    )
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *of_attention, with_lse = options
+    batch, heads, queries, _ = query.shape
+    out = empty_in_order_of(query, (batch, heads, queries, value.shape[3]))
+    size = (batch, heads, queries) if with_lse else (0,)
+    row_max, log_sum = (query.new_empty(size, dtype=torch.float32) for _ in range(2))
+    statistics = (row_max, log_sum) if with_lse else None
+    attend(dense(query), _attention(key, value, *of_attention), out, statistics, batch, queries)
+    return out, row_max, log_sum
+
+
+def backward(
+    grad_out: Tensor,
+    grad_log_sum: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *of_attention, (of_query, of_key, of_value, of_mask) = options
+    batch, _, queries, _ = query.shape
+    stream = Queries(dense(query), dense(grad_out), dense(out), row_max, log_sum, grad_log_sum, batch, queries)
+    attention = _attention(key, value, attn_mask, key_lengths, *of_attention)
+    dq, dk, dv = (
+        empty_in_order_of(x, x.shape) if needed else None
+        for x, needed in ((query, of_query), (key, of_key), (value, of_value))
+    )
+    deltas = stream.deltas()
+    if dq is not None:
+        query_gradient(stream, deltas, attention, dq, with_bias=False)
+    if dk is not None or dv is not None:
+        key_gradients([stream], [deltas], attention, 0, key.shape[2], dk, dv, None)
+    dmask = mask_gradient(stream, deltas, attention) if of_mask else None
+    dq, dk, dv, dmask = (query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask))
+    return dq, dk, dv, dmask
+
+
+def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call for each configuration of the core's tables, and each set of features that changes its kernels."""
+    import mmkernels as mmk
+
+    def call(batch: int, heads: int, queries: int, keys: int, dim: int, **options: Any) -> Any:
+        sizes = ((batch, heads, n, dim) for n in (queries, keys, keys))
+        return mmk.cross_attention(*(new(*size) for size in sizes), **options)
+
+    yield "2x16 4096x77 d64", lambda: call(2, 16, 4096, 77, 64)
+    yield "1x8 1024x77 d64", lambda: call(1, 8, 1024, 77, 64)
+    yield "2x16 4096x4096 d128", lambda: call(2, 16, 4096, 4096, 128)
+    yield "1x8 1024x1601 d128", lambda: call(1, 8, 1024, 1601, 128)
+    yield "2x8 1024x512 d256", lambda: call(2, 8, 1024, 512, 256)
+    yield "2x16 1x4096 d128", lambda: call(2, 16, 1, 4096, 128)
+    yield "2x16 4096x4096 d64 causal", lambda: call(2, 16, 4096, 4096, 64, is_causal=True)
+    yield (
+        "2x16 1024x1024 d64 bias, dropout",
+        lambda: call(2, 16, 1024, 1024, 64, attn_mask=new(1, 16, 1024, 1024), dropout_p=0.1),
+    )

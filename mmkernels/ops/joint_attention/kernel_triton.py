@@ -1,0 +1,139 @@
+"""joint_attention on GPUs: the attention core, one launch for every stream of queries over all segments of keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.triton.attention_backward import Queries, key_gradients, query_gradient
+from mmkernels.triton.attention_forward import Attention, attend
+
+
+def _attention(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_lengths: Sequence[Tensor],
+    padded_streams: Sequence[int],
+    stream_bias: Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> Attention:
+    """What all query streams attend to; ``stream_bias`` is that of one of them, [H or 1, Sk]."""
+    lengths = {j: x.contiguous() for j, x in zip(padded_streams, key_lengths, strict=True)}
+    dim = keys[0].shape[3]
+    return Attention(
+        keys=keys,
+        values=values,
+        padding=[lengths.get(j) for j in range(len(keys))],
+        scale=scale if scale is not None else 1 / math.sqrt(dim) if dim else 1.0,
+        softcap=softcap,
+        stream_bias=stream_bias,
+    )
+
+
+def _bias(stream_bias: Tensor | None) -> Tensor | None:
+    """[H or 1, Sq, Sk], dense."""
+    if stream_bias is None:
+        return None
+    return (stream_bias if stream_bias.dim() == 3 else stream_bias[None]).contiguous()
+
+
+def _statistics(stats: Tensor, queries: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """row_max and log_sum of each stream, [B, H, L_i] parts of what the forward saves."""
+    sizes = [math.prod(q.shape[:3]) for q in queries]
+    halves = [half.split(sizes) for half in stats.view(2, -1)]
+    return [(a.view(q.shape[:3]), b.view(q.shape[:3])) for a, b, q in zip(*halves, queries, strict=True)]
+
+
+def forward(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_lengths: Sequence[Tensor],
+    padded_streams: Sequence[int],
+    stream_bias: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+    training: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    bias = _bias(stream_bias)
+    outs = [empty_in_order_of(q, (*q.shape[:3], values[0].shape[3])) for q in queries]
+    stats = queries[0].new_empty(2 * sum(math.prod(q.shape[:3]) for q in queries), dtype=torch.float32)
+    statistics = _statistics(stats, queries)
+    for i, (query, out) in enumerate(zip(queries, outs, strict=True)):
+        of_stream = None if bias is None else bias[:, i]
+        attention = _attention(keys, values, key_lengths, padded_streams, of_stream, scale, softcap)
+        wanted = statistics[i] if training or return_lse else None
+        attend(query, attention, out, wanted, query.shape[0], query.shape[2])
+    lses = [row_max + log_sum for row_max, log_sum in statistics] if return_lse else []
+    return outs, lses, stats if training else stats.new_empty(0)
+
+
+def backward(
+    grads: Sequence[Tensor],
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_lengths: Sequence[Tensor],
+    padded_streams: Sequence[int],
+    stream_bias: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    return_lse: bool,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    count, segments = len(queries), len(keys)
+    grad_lses = grads[count:] if return_lse else [None] * count
+    statistics = _statistics(saved[-1], queries)
+    of_queries, of_keys = needed[:count], needed[count : count + segments]
+    of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-1]
+    streams = [
+        Queries(q, g, o, *s, g_lse, q.shape[0], q.shape[2])
+        for q, g, o, s, g_lse in zip(queries, grads, saved, statistics, grad_lses, strict=False)
+    ]
+    deltas = [stream.deltas() for stream in streams]
+    bias = _bias(stream_bias)
+
+    def fresh(x: Tensor, wanted: bool) -> Tensor | None:
+        return empty_in_order_of(x, x.shape) if wanted else None
+
+    dqs = [fresh(q, n) for q, n in zip(queries, of_queries, strict=True)]
+    dbias = []
+    for i, (stream, dq) in enumerate(zip(streams, dqs, strict=True)):
+        if dq is not None or of_bias:
+            of_stream = None if bias is None else bias[:, i]
+            attention = _attention(keys, values, key_lengths, padded_streams, of_stream, scale, softcap)
+            dbias.append(query_gradient(stream, deltas[i], attention, dq, with_bias=of_bias))
+    dks = [fresh(k, n) for k, n in zip(keys, of_keys, strict=True)]
+    dvs = [fresh(v, n) for v, n in zip(values, of_values, strict=True)]
+    attention = _attention(keys, values, key_lengths, padded_streams, None, scale, softcap)
+    for j, (dk, dv) in enumerate(zip(dks, dvs, strict=True)):
+        if dk is not None or dv is not None:
+            of_segment = None if bias is None else bias[:, :, j].contiguous()
+            key_gradients(streams, deltas, attention, j, keys[j].shape[2], dk, dv, of_segment)
+    grad_bias = None
+    if of_bias and stream_bias is not None:
+        total = torch.stack([d for d in dbias if d is not None], 1)  # [H, Sq, Sk]
+        grad_bias = (total if stream_bias.dim() == 3 else total.sum(0)).to(stream_bias.dtype)
+    without = [None] * len(key_lengths)  # lengths have no gradient
+    found = [*dqs, *dks, *dvs, *without, grad_bias]
+    return [queries[0].new_empty(0) if g is None else g for g in found]
+
+
+def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A call for each set of features that changes the core's kernels."""
+    import mmkernels as mmk
+
+    def call(dim: int, lengths: Sequence[int], bias: bool) -> Any:
+        streams = [[new(2, 24, n, dim) for n in lengths] for _ in range(3)]
+        return mmk.joint_attention(*streams, stream_bias=new(24, 2, 2) if bias else None)
+
+    yield "2x24 512+4096 d128", lambda: call(128, (512, 4096), False)
+    yield "2x24 77+1024 d64, bias", lambda: call(64, (77, 1024), True)

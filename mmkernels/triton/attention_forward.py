@@ -1,0 +1,427 @@
+"""The forward of attention: one stream of queries over the keys of one or several segments.
+
+    S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap),  S ← S + mask,  P = softmax(S),  O = dropout(P) · V
+
+Tiling     a program owns BLOCK_M queries of one (batch element, head) and walks over blocks of keys, of one segment
+           after the other; scores, maximum, sum and output stay in registers (online softmax). Blocks of keys that no
+           query of the program may attend to are not read. With few queries the keys are shared among programs in a
+           fixed partition, whose parts a second kernel merges in their order.
+Precision  products in the inputs' dtype with float32 sums; P rounded to the inputs' dtype for the product with V.
+Limits     head dims up to 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.triton.attention import (
+    LOG2_E,
+    dropout_keep,
+    finite,
+    has_finite_rows,
+    key_range,
+    load_tokens,
+    masked_scores,
+    store_tokens,
+)
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, target
+
+LENGTHS = ["query_length", "heads", "key_lengths", "share", "window_left", "window_right"]
+RANDOM = ["seed_low", "seed_high", "offset", "threshold"]
+
+
+@triton.jit
+def _attend(
+    q,  # [M, BLOCK_D]
+    k_base,  # of one (batch element, head) and segment
+    v_base,
+    k_stride,
+    v_stride,
+    m,  # [M], the queries' indices
+    begin,
+    end,
+    query_length,
+    key_length,
+    diagonal,
+    mask,
+    mask_query_stride,
+    mask_key_stride,
+    bias,
+    slice,
+    seed_low,
+    seed_high,
+    offset,
+    threshold,
+    kept_scale,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    row_max,  # [M]
+    total,  # [M], the sum of exponentials
+    acc,  # [M, BLOCK_DV]
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """row_max, total and acc after the keys [begin, end) of a segment."""
+    for start in range(begin, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        k = load_tokens(k_base, k_stride, n, key_length, D, BLOCK_D)
+        v = load_tokens(v_base, v_stride, n, key_length, DV, BLOCK_DV)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s, allowed, _ = masked_scores(
+            s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, bias, softcap,
+            window_left, window_right,
+        )  # fmt: skip
+        if MASKED:  # a value that is not finite reaches the queries that may attend to it and no others
+            usable = has_finite_rows(k) & has_finite_rows(v)
+            s = tl.where(usable[None, :], s, float("nan"))
+            v = finite(v)
+        s = tl.where(allowed, s, -float("inf"))
+        higher = tl.maximum(row_max, tl.max(s, 1))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        p = tl.exp2((s - shift[:, None]) * LOG2_E)
+        rescale = tl.exp2((row_max - shift) * LOG2_E)
+        row_max = higher
+        total = total * rescale + tl.sum(p, 1)
+        if DROPOUT:
+            p = tl.where(dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold), p * kept_scale, 0.0)
+        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return row_max, total, acc
+
+
+@triton.jit(do_not_specialize=LENGTHS + RANDOM)
+def _forward(
+    query,  # [B, Hq, Lq, D], or packed as [rows, Hq, D]
+    out,  # [B, Hq, Lq, Dv]; with SHARED partial sums [shares, B·Hq·Lq, BLOCK_DV] float32
+    row_maxes,  # [B, Hq, Lq] or [Hq, rows], float32, or None; with SHARED [shares, B·Hq·Lq]
+    log_sums,
+    keys,  # segments, each [B, Hkv, Lk, D]
+    values,
+    padding,  # of each segment [B] int, or None
+    mask,  # [1|B, 1|Hq, 1|Lq, 1|Lk] or None
+    stream_bias,  # [H, segments] or None
+    query_ends,  # [B + 1], where packed members begin, or None
+    key_ends,
+    query_length,
+    heads,
+    key_lengths,  # of each segment
+    share,  # keys of a program
+    query_strides,  # batch, head, token
+    out_strides,
+    statistics_strides,
+    key_strides,  # of each segment, one after the other
+    value_strides,
+    mask_strides,  # batch, head, query, key
+    bias_stride,
+    window_left,
+    window_right,
+    seed_low,
+    seed_high,
+    offset,
+    threshold,
+    kept_scale,
+    scale,
+    softcap,
+    GROUP: tl.constexpr,  # query heads to a key head
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BOTTOM_RIGHT: tl.constexpr,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SHARED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    blocks = tl.cdiv(query_length, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
+    slice = tl.program_id(0) // blocks
+    b, h = tl.cast(slice // heads, tl.int64), tl.cast(slice % heads, tl.int64)
+    length = query_length
+    query += b * query_strides[0] + h * query_strides[1]
+    key_base = b * 0
+    if query_ends is not None:
+        row = tl.load(query_ends + b).to(tl.int64)
+        length = (tl.load(query_ends + b + 1) - row).to(tl.int32)
+        query += row * query_strides[2]
+        key_base = tl.load(key_ends + b).to(tl.int64)
+    m = first + tl.arange(0, BLOCK_M)
+    q = load_tokens(query, query_strides[2], m, length, D, BLOCK_D)
+    row_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    if mask is not None:
+        mask += b * mask_strides[0] + h * mask_strides[1]
+    for j in tl.static_range(len(keys)):
+        key_length = key_lengths[j]
+        if key_ends is not None:
+            key_length = (tl.load(key_ends + b + 1) - key_base).to(tl.int32)
+        if padding[j] is not None:
+            key_length = tl.minimum(tl.maximum(tl.load(padding[j] + b), 0), key_length).to(tl.int32)
+        diagonal = 0
+        if BOTTOM_RIGHT:
+            diagonal = key_length - length
+        begin, end = key_range(first, BLOCK_M, diagonal, key_length, window_left, window_right, BLOCK_N)
+        if SHARED:
+            begin = tl.maximum(begin, tl.program_id(1) * share)
+            end = tl.minimum(end, (tl.program_id(1) + 1) * share)
+        if first >= length:
+            end = begin
+        bias = stream_bias
+        if stream_bias is not None:
+            bias = tl.load(stream_bias + h * bias_stride + j).to(tl.float32)
+            if bias == -float("inf"):
+                end = begin
+        k_base = keys[j] + b * key_strides[3 * j] + h // GROUP * key_strides[3 * j + 1]
+        v_base = values[j] + b * value_strides[3 * j] + h // GROUP * value_strides[3 * j + 1]
+        row_max, total, acc = _attend(
+            q, k_base + key_base * key_strides[3 * j + 2], v_base + key_base * value_strides[3 * j + 2],
+            key_strides[3 * j + 2], value_strides[3 * j + 2], m, begin, end, length, key_length, diagonal,
+            mask, mask_strides[2], mask_strides[3], bias, slice, seed_low, seed_high, offset, threshold, kept_scale,
+            scale, softcap, window_left, window_right, row_max, total, acc,
+            D, DV, MASKED, DROPOUT, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+
+    if SHARED:
+        at = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // blocks * query_length) + slice * query_length
+        store_tokens(out + at * BLOCK_DV, BLOCK_DV, m, length, BLOCK_DV, acc)
+        tl.store(row_maxes + at + m, row_max, mask=m < length)
+        tl.store(log_sums + at + m, total, mask=m < length)
+    else:
+        out += b * out_strides[0] + h * out_strides[1]
+        statistics = b * statistics_strides[0] + h * statistics_strides[1]
+        if query_ends is not None:
+            out += row * out_strides[2]
+            statistics += row
+        empty = total == 0.0
+        acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+        store_tokens(out, out_strides[2], m, length, DV, acc)
+        if row_maxes is not None:
+            tl.store(row_maxes + statistics + m, row_max, mask=m < length)
+            log_sum = tl.where(empty, -float("inf"), tl.log(tl.where(empty, 1.0, total)))
+            tl.store(log_sums + statistics + m, log_sum, mask=m < length)
+
+
+@triton.jit(do_not_specialize=["rows", "heads", "query_length", "shares"])
+def _merge(
+    partial,  # [shares, B·Hq·Lq, BLOCK_DV]
+    partial_max,  # [shares, B·Hq·Lq]
+    partial_sum,
+    out,  # [B, Hq, Lq, Dv]
+    row_maxes,  # [B·Hq·Lq] or None
+    log_sums,
+    rows,
+    heads,
+    query_length,
+    shares,
+    out_strides,
+    DV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.arange(0, BLOCK_DV)
+    inside = r < rows
+    row_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_DV], tl.float32)
+    for i in range(0, shares):
+        at = tl.cast(i, tl.int64) * rows + r
+        of_share = tl.load(partial_max + at, mask=inside, other=-float("inf"))
+        higher = tl.maximum(row_max, of_share)
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        rescale, weight = tl.exp2((row_max - shift) * LOG2_E), tl.exp2((of_share - shift) * LOG2_E)
+        row_max = higher
+        total = total * rescale + weight * tl.load(partial_sum + at, mask=inside, other=0.0)
+        x = tl.load(partial + at[:, None] * BLOCK_DV + d[None, :], mask=inside[:, None], other=0.0)
+        acc = acc * rescale[:, None] + weight[:, None] * x
+    empty = total == 0.0
+    acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    slice = r // query_length
+    b, h, m = (slice // heads).to(tl.int64), (slice % heads).to(tl.int64), (r % query_length).to(tl.int64)
+    at = b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
+    tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DV)[None, :])
+    if row_maxes is not None:
+        tl.store(row_maxes + r, row_max, mask=inside)
+        log_sum = tl.where(empty, -float("inf"), tl.log(tl.where(empty, 1.0, total)))
+        tl.store(log_sums + r, log_sum, mask=inside)
+
+
+# --- launches ---------------------------------------------------------------------------------------------------------
+
+Strides = tuple[int, ...]
+FEW_QUERIES = 16  # with no more, keys are shared among programs
+_SHARES = 64  # at most
+_PROGRAMS = 264  # two for each multiprocessor of a large GPU
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What queries attend to, and how: everything but the queries."""
+
+    keys: Sequence[Tensor]  # segments, [B, Hkv, Lk, D] each, or packed [rows, Hkv, D]
+    values: Sequence[Tensor]
+    padding: Sequence[Tensor | None]  # [B] of each
+    scale: float
+    softcap: float = 0.0
+    mask: Tensor | None = None  # [1|B, 1|Hq, 1|Lq, 1|Lk]
+    stream_bias: Tensor | None = None  # [H or 1, segments]
+    window: tuple[int, int] = (-1, -1)
+    bottom_right: bool = False
+    dropout_p: float = 0.0
+    rng_state: Tensor | None = None  # [2], on the CPU
+    query_ends: Tensor | None = None  # [B + 1] of packed sequences
+    key_ends: Tensor | None = None
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        return self.keys[0].shape[-1], self.values[0].shape[-1]
+
+    @property
+    def masked(self) -> bool:
+        """Whether a key may be hidden from one query of a block and not from another."""
+        return self.mask is not None or self.window != (-1, -1)
+
+    def masks(self) -> tuple[Any, ...]:
+        """Mask and stream bias, as the kernels take them: pointers, then strides."""
+        mask, bias = self.mask, self.stream_bias
+        mask_strides: Strides = (0,) * 4
+        if mask is not None:
+            mask_strides = tuple(s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True))
+        bias_stride = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)
+        return mask, bias, mask_strides, bias_stride
+
+    def windows(self) -> tuple[int | None, int | None]:
+        left, right = self.window
+        return left if left >= 0 else None, right if right >= 0 else None
+
+    def randomness(self) -> tuple[int, int, int, int, float]:
+        """Seed, offset and threshold as signed words, and what a survivor is multiplied by."""
+        if self.rng_state is None or self.dropout_p == 0:
+            return 0, 0, 0, 0, 1.0
+        seed, offset = self.rng_state.tolist()
+        threshold = min(int(self.dropout_p * 2**32), 2**32 - 1)
+        words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, offset & 0xFFFFFFFF, threshold)
+        low, high, at, least = (w - 2**32 if w >= 2**31 else w for w in words)
+        return low, high, at, least, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
+
+    def padded_dims(self) -> dict[str, int]:
+        d, dv = self.head_dims
+        sizes = {"BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
+        return {"D": d, "DV": dv, **sizes}
+
+
+def token_strides(x: Tensor) -> Strides:
+    """Of batch, head and token; a packed tensor [rows, H, D] has no batch."""
+    return tuple(x.stride()[:3]) if x.dim() == 4 else (0, x.stride(1), x.stride(0))
+
+
+def segment_strides(xs: Sequence[Tensor]) -> Strides:
+    return tuple(s for x in xs for s in token_strides(x))
+
+
+def config(x: Tensor, attention: Attention, queries: int, slices: int) -> Config:
+    """Tiles by head dim and dtype: the scores' and the output's sums, and two stages of K and V, fit in registers and
+    shared memory of every target. Half of the queries where there would be too few programs for a GPU."""
+    widest = max(attention.padded_dims()[name] for name in ("BLOCK_D", "BLOCK_DV"))
+    single, nvidia = x.dtype == torch.float32, target(x).backend == "cuda"
+    if queries <= FEW_QUERIES:
+        return Config({"BLOCK_M": 16, "BLOCK_N": 32 if single or widest > 128 else 64}, 4, 2)
+    if single:
+        sizes = {"BLOCK_M": 64 if widest <= 64 else 32 if widest <= 128 else 16, "BLOCK_N": 32}
+        return Config(sizes, 8 if widest > 32 else 4, 2)
+    few = ceil_div(queries, 128) * slices < _PROGRAMS
+    if widest <= 64:
+        return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 64}, 4 if few else 8, 3 if nvidia else 1)
+    if widest <= 128:
+        return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 64}, 4 if few else 8, 2 if nvidia else 1)
+    return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2 if nvidia else 1)
+
+
+def attend(
+    query: Tensor,
+    attention: Attention,
+    out: Tensor,
+    statistics: tuple[Tensor, Tensor] | None,
+    batch: int,
+    query_length: int,
+) -> None:
+    """Fill ``out`` and, where they are wanted, row_max and log_sum.
+
+    Args:
+        query: [B, Hq, Lq, D], or packed [rows, Hq, D].
+        attention: what it attends to.
+        out: as query, with Dv features.
+        statistics: row_max and log_sum, [B, Hq, Lq], or [Hq, rows] of packed queries.
+        batch: B.
+        query_length: Lq, or the longest member's.
+    """
+    heads = query.shape[1]
+    slices = batch * heads
+    chosen = config(query, attention, query_length, slices)
+    dims, (mask, bias, mask_strides, bias_stride) = attention.padded_dims(), attention.masks()
+    blocks = ceil_div(query_length, chosen.constants["BLOCK_M"])
+    longest = max((k.shape[2] for k in attention.keys), default=0) if query.dim() == 4 else 0
+    shares = 1
+    if query_length <= FEW_QUERIES and len(attention.keys) == 1 and query.dim() == 4 and slices:
+        shares = min(_SHARES, ceil_div(_PROGRAMS, slices), max(ceil_div(longest, 4 * chosen.constants["BLOCK_N"]), 1))
+    share = ceil_div(ceil_div(longest, shares), chosen.constants["BLOCK_N"]) * chosen.constants["BLOCK_N"]
+    rows = slices * query_length
+    target_out, target_statistics = out, statistics or (None, None)
+    if shares > 1:
+        partials = query.new_empty((shares, rows, dims["BLOCK_DV"] + 2), dtype=torch.float32)
+        flat = partials.view(-1)
+        end = shares * rows * dims["BLOCK_DV"]
+        target_out = flat[:end]
+        target_statistics = (flat[end : end + shares * rows], flat[end + shares * rows :])
+    of_rows = statistics[0] if statistics else None
+    stats_strides = (
+        (0, 0) if of_rows is None else of_rows.stride()[:2] if of_rows.dim() == 3 else (0, of_rows.stride(0))
+    )
+    launch(
+        _forward,
+        (blocks * slices, shares),
+        *(query, target_out, *target_statistics),
+        *(tuple(attention.keys), tuple(attention.values), tuple(attention.padding)),
+        *(mask, bias, attention.query_ends, attention.key_ends),
+        *(query_length, heads, tuple(k.shape[-2] for k in attention.keys), share),
+        *(token_strides(query), token_strides(out), tuple(stats_strides)),
+        *(segment_strides(attention.keys), segment_strides(attention.values), mask_strides, bias_stride),
+        *attention.windows(),
+        *attention.randomness(),
+        *(attention.scale, attention.softcap or None),
+        GROUP=heads // max(attention.keys[0].shape[1], 1),
+        BOTTOM_RIGHT=attention.bottom_right,
+        MASKED=attention.masked,
+        DROPOUT=attention.dropout_p > 0,
+        SHARED=shares > 1,
+        PRECISION=dot_precision(query),
+        **dims,
+        config=chosen,
+    )
+    if shares > 1:
+        launch(
+            _merge,
+            (ceil_div(rows, 16),),
+            *(target_out, *target_statistics, out, *(statistics or (None, None))),
+            *(rows, heads, query_length, shares, token_strides(out)),
+            DV=dims["DV"],
+            BLOCK_DV=dims["BLOCK_DV"],
+            config=Config({"BLOCK_R": 16}),
+        )

@@ -1,0 +1,129 @@
+"""The Triton kernels of attention: one core behind cross_attention, joint_attention and varlen_cross_attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from environment import DEVICE
+from fusion_cases import each_dtype, leaf
+from torch import Tensor
+
+import mmkernels as mmk
+from mmkernels.testing import check_op, poisoned_memory, same_bits
+
+
+def qkv(
+    dtype: torch.dtype = torch.float32,
+    batch: int = 2,
+    heads: int = 2,
+    key_heads: int = 1,
+    queries: int = 70,
+    keys: int = 77,
+    dim: int = 24,
+    value_dim: int = 40,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        leaf(batch, heads, queries, dim, dtype=dtype),
+        leaf(batch, key_heads, keys, dim, dtype=dtype),
+        leaf(batch, key_heads, keys, value_dim, dtype=dtype),
+    )
+
+
+@each_dtype
+def test_outputs_and_gradients_match_the_oracle(dtype: torch.dtype, triton_backend: str) -> None:
+    with poisoned_memory():
+        check_op(mmk.cross_attention, *qkv(dtype), backend=triton_backend, enable_gqa=True, return_lse=True)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "causal from the end, padded": dict(
+        is_causal=True, causal_alignment="bottom_right", key_lengths=torch.tensor([77, 0]), return_lse=True
+    ),
+    "window": dict(window=(9, 3)),
+    "softcap": dict(softcap=3.0),
+    "bool mask": dict(attn_mask=torch.rand(2, 1, 70, 77) > 0.4),
+    "dropout": dict(dropout_p=0.3),
+    "float mask of all pairs": dict(attn_mask=leaf(70, 77)),
+    "float mask of keys and heads": dict(attn_mask=leaf(2, 1, 77)),
+    "float mask of queries and batch": dict(attn_mask=leaf(2, 1, 70, 1)),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options(option: str, triton_backend: str) -> None:
+    with poisoned_memory():
+        check_op(mmk.cross_attention, *qkv(), backend=triton_backend, enable_gqa=True, **OPTIONS[option])
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 700), (16, 90), (0, 5), (5, 0)])
+def test_few_queries_and_empty_sides(queries: int, keys: int, triton_backend: str) -> None:
+    inputs = qkv(queries=queries, keys=keys, key_heads=2)
+    with poisoned_memory():
+        check_op(mmk.cross_attention, *inputs, backend=triton_backend, return_lse=True)
+
+
+def test_hidden_values_that_are_not_finite_reach_nobody(triton_backend: str) -> None:
+    query, key, value = (x.detach() for x in qkv(key_heads=2))
+    mask = torch.ones(70, 77, dtype=torch.bool)
+    mask[:, 5] = False
+    expected = mmk.cross_attention(query, key, value, attn_mask=mask)
+    key[:, :, 5], value[:, :, 5] = torch.nan, torch.inf
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    out = mmk.cross_attention(*leaves, attn_mask=mask)
+    assert same_bits([out.detach()], [expected])
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
+    mask[3, 5] = True
+    rows = mmk.cross_attention(query, key, value, attn_mask=mask).isnan().any(-1)
+    assert rows[:, :, 3].all() and rows.sum() == rows[:, :, 3].numel()
+
+
+def test_memory_orders_and_single_gradients_give_the_same_bits(triton_backend: str) -> None:
+    def gradients(*needed: bool, transposed: bool = False) -> list[Tensor]:
+        torch.manual_seed(0)
+        leaves = [x.detach() for x in qkv(key_heads=2)]
+        if transposed:
+            leaves = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in leaves]
+        leaves = [x.requires_grad_(n) for x, n in zip(leaves, needed, strict=True)]
+        out = mmk.cross_attention(*leaves)
+        assert out.transpose(1, 2).is_contiguous() == transposed
+        wanted = [x for x in leaves if x.requires_grad]
+        return list(torch.autograd.grad(out.sin().sum(), wanted))
+
+    together = gradients(True, True, True)
+    assert same_bits(gradients(True, True, True, transposed=True), together)
+    for i in range(3):
+        assert same_bits(gradients(*(i == j for j in range(3))), [together[i]])
+
+
+@each_dtype
+def test_joint_attention(dtype: torch.dtype, triton_backend: str) -> None:
+    streams = [[leaf(2, 2, n, 24, dtype=dtype) for n in lengths] for lengths in ((33, 5), (7, 40, 0), (7, 40, 0))]
+    bias = torch.randn(2, 2, 3)
+    bias[0, 1, 1] = -torch.inf
+    options = {"key_lengths": [None, torch.tensor([17, 40]), None], "stream_bias": bias.requires_grad_()}
+    with poisoned_memory():
+        check_op(mmk.joint_attention, *streams, backend=triton_backend, **options)
+
+
+@each_dtype
+def test_varlen_cross_attention(dtype: torch.dtype, triton_backend: str) -> None:
+    query, key, value = leaf(50, 4, 24, dtype=dtype), leaf(95, 2, 24, dtype=dtype), leaf(95, 2, 16, dtype=dtype)
+    ends = torch.tensor([0, 12, 12, 50], dtype=torch.int32), torch.tensor([0, 49, 60, 95], dtype=torch.int32)
+    with poisoned_memory():
+        check_op(
+            mmk.varlen_cross_attention, query, key, value, *ends, 38, 49, backend=triton_backend, is_causal=True,
+            return_lse=dtype == torch.float32,
+        )  # fmt: skip
+
+
+def test_what_falls_through_says_why() -> None:
+    if DEVICE == "cpu":
+        with mmk.use_backend("triton"), pytest.raises(mmk.UnsupportedError, match="a head dim of 257 is more than"):
+            mmk.cross_attention(*(x.detach() for x in qkv(dim=257, key_heads=2)))
+    wide = qkv(dim=136, value_dim=136, key_heads=2, queries=4, keys=4)
+    with mmk.use_backend("triton"):
+        out = mmk.cross_attention(*wide)
+        with pytest.raises(mmk.UnsupportedError, match="a float32 backward with a head dim of 136"):
+            out.sum().backward()
