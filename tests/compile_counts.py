@@ -16,7 +16,7 @@ import mmkernels as mmk
 from mmkernels.triton.launch import compiling_for
 from mmkernels.triton.table import TARGETS, ops_with_kernels
 
-SIZES = ((4, 1024), (6, 1040), (5, 1031))  # batch, length
+SIZES = ((20, 1024), (22, 1040), (21, 1031))  # batch, length: all of one class in the tables of configurations
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -16,6 +16,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def number(x):
+    """What `mmkernels.triton.launch.odd` was given."""
+    return (x - 3) // 2
+
+
+@triton.jit
 def load_tokens(base, stride, token, length, features, BLOCK_D: tl.constexpr):
     """[tokens, BLOCK_D] of a sequence, zero beyond its end and its features."""
     d = tl.arange(0, BLOCK_D)

@@ -29,6 +29,7 @@ from mmkernels.triton.attention import (
     key_range,
     load_tokens,
     masked_scores,
+    number,
     query_range,
     store_tokens,
 )
@@ -40,7 +41,7 @@ from mmkernels.triton.attention_forward import (
     segment_strides,
     token_strides,
 )
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, odd, target
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def _deltas(
     heads,
     grad_strides,
     out_strides,
-    log_sum_strides,  # batch, head, token
+    log_sum_strides,  # batch, head, token, odd
     DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -132,7 +133,8 @@ def _deltas(
     o = load_tokens(o_base, out_strides[2], m, query_length, DV, BLOCK_DV)
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     if grad_log_sum is not None:
-        at = b * log_sum_strides[0] + h * log_sum_strides[1] + m.to(tl.int64) * log_sum_strides[2]
+        at = b * number(log_sum_strides[0]) + h * number(log_sum_strides[1])
+        at += m.to(tl.int64) * number(log_sum_strides[2])
         delta -= tl.load(grad_log_sum + at, mask=m < query_length, other=0.0).to(tl.float32)
     tl.store(deltas + slice.to(tl.int64) * query_length + m, delta, mask=m < query_length)
 
@@ -200,7 +202,7 @@ def _query_gradient(
     q = load_tokens(q_base, query_strides[2], m, length, D, BLOCK_D)
     g_base = grad_out + b * grad_strides[0] + h * grad_strides[1] + row * grad_strides[2]
     g = load_tokens(g_base, grad_strides[2], m, length, DV, BLOCK_DV)
-    statistics = b * statistics_strides[0] + h * statistics_strides[1] + row
+    statistics = b * number(statistics_strides[0]) + h * number(statistics_strides[1]) + row
     row_max, log_sum, delta = _load_statistics(
         row_maxes + statistics, log_sums + statistics, deltas + statistics, m, length
     )
@@ -208,7 +210,7 @@ def _query_gradient(
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     for j in tl.static_range(len(keys)):
-        key_length = key_lengths[j]
+        key_length = number(key_lengths[j])
         if key_ends is not None:
             key_length = (tl.load(key_ends + b + 1) - key_base).to(tl.int32)
         if padding[j] is not None:
@@ -253,7 +255,7 @@ def _query_gradient(
         store_tokens(dq_base, dq_strides[2], m, length, D, acc * scale)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, *RANDOM, "longest_key", "key_heads", "query_lengths"])
+@triton.jit(do_not_specialize=[*LENGTHS, *RANDOM, "longest_key", "key_heads"])
 def _key_gradients(
     queries,  # streams, each [B, Hq, Lq, D], or packed as [rows, Hq, D]
     grad_outs,
@@ -321,7 +323,7 @@ def _key_gradients(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for i in tl.static_range(len(queries)):
-        length, row = query_lengths[i], b * 0
+        length, row = number(query_lengths[i]), b * 0
         if query_ends is not None:
             row = tl.load(query_ends + b).to(tl.int64)
             length = (tl.load(query_ends + b + 1) - row).to(tl.int32)
@@ -338,7 +340,7 @@ def _key_gradients(
             q_base += row * query_strides[3 * i + 2]
             g_base = grad_outs[i] + b * grad_strides[3 * i] + h * grad_strides[3 * i + 1]
             g_base += row * grad_strides[3 * i + 2]
-            statistics = b * statistics_strides[2 * i] + h * statistics_strides[2 * i + 1] + row
+            statistics = b * number(statistics_strides[2 * i]) + h * number(statistics_strides[2 * i + 1]) + row
             mask_of_head = mask
             if mask is not None:
                 mask_of_head = mask + b * mask_strides[0] + h * mask_strides[1]
@@ -414,7 +416,7 @@ class Queries:
             _deltas,
             (batch * self.heads * ceil_div(rows, 16),),
             *(self.grad_out, self.out, self.grad_log_sum, deltas),
-            *(rows, self.heads, token_strides(self.grad_out), token_strides(self.out), log_sum_strides),
+            *(rows, self.heads, token_strides(self.grad_out), token_strides(self.out), odd(log_sum_strides)),
             DV=dv,
             BLOCK_DV=block,
             config=Config({"BLOCK_M": 16}),
@@ -470,9 +472,9 @@ def query_gradient(
         *(stream.query, stream.grad_out, dq, sums, stream.row_max, stream.log_sum, deltas),
         *(tuple(attention.keys), tuple(attention.values), tuple(attention.padding)),
         *(mask, bias, attention.query_ends, attention.key_ends),
-        *(stream.longest, stream.heads, tuple(k.shape[-2] for k in attention.keys)),
+        *(stream.longest, stream.heads, odd([k.shape[-2] for k in attention.keys])),
         *(token_strides(stream.query), token_strides(stream.grad_out)),
-        *((0, 0, 0) if dq is None else token_strides(dq), stream.statistics_strides),
+        *((0, 0, 0) if dq is None else token_strides(dq), odd(stream.statistics_strides)),
         *(segment_strides(attention.keys), segment_strides(attention.values), mask_strides, bias_stride),
         *attention.windows(),
         *attention.randomness(),
@@ -512,9 +514,9 @@ def key_gradients(
         *(tuple(s.row_max for s in streams), tuple(s.log_sum for s in streams), tuple(deltas)),
         *(key, value, attention.padding[segment], dk, dv),
         *(mask, stream_bias, attention.query_ends, attention.key_ends),
-        *(tuple(s.longest for s in streams), key.shape[1], longest_key),
+        *(odd([s.longest for s in streams]), key.shape[1], longest_key),
         *(segment_strides([s.query for s in streams]), segment_strides([s.grad_out for s in streams])),
-        *(tuple(x for s in streams for x in s.statistics_strides), token_strides(key), token_strides(value)),
+        *(odd([x for s in streams for x in s.statistics_strides]), token_strides(key), token_strides(value)),
         *((0, 0, 0) if x is None else token_strides(x) for x in (dk, dv)),
         *(mask_strides, 0 if stream_bias is None or stream_bias.shape[0] == 1 else stream_bias.stride(0)),
         *attention.windows(),

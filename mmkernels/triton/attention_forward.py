@@ -29,11 +29,12 @@ from mmkernels.triton.attention import (
     key_range,
     load_tokens,
     masked_scores,
+    number,
     store_tokens,
 )
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, target
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd, target
 
-LENGTHS = ["query_length", "heads", "key_lengths", "share", "window_left", "window_right"]
+LENGTHS = ["query_length", "heads", "share", "window_left", "window_right"]
 RANDOM = ["seed_low", "seed_high", "offset", "threshold"]
 
 
@@ -118,11 +119,11 @@ def _forward(
     key_ends,
     query_length,
     heads,
-    key_lengths,  # of each segment
+    key_lengths,  # of each segment, odd
     share,  # keys of a program
     query_strides,  # batch, head, token
     out_strides,
-    statistics_strides,
+    statistics_strides,  # batch, head, odd
     key_strides,  # of each segment, one after the other
     value_strides,
     mask_strides,  # batch, head, query, key
@@ -169,7 +170,7 @@ def _forward(
     if mask is not None:
         mask += b * mask_strides[0] + h * mask_strides[1]
     for j in tl.static_range(len(keys)):
-        key_length = key_lengths[j]
+        key_length = number(key_lengths[j])
         if key_ends is not None:
             key_length = (tl.load(key_ends + b + 1) - key_base).to(tl.int32)
         if padding[j] is not None:
@@ -205,7 +206,7 @@ def _forward(
         tl.store(log_sums + at + m, total, mask=m < length)
     else:
         out += b * out_strides[0] + h * out_strides[1]
-        statistics = b * statistics_strides[0] + h * statistics_strides[1]
+        statistics = b * number(statistics_strides[0]) + h * number(statistics_strides[1])
         if query_ends is not None:
             out += row * out_strides[2]
             statistics += row
@@ -400,8 +401,8 @@ def attend(
         *(query, target_out, *target_statistics),
         *(tuple(attention.keys), tuple(attention.values), tuple(attention.padding)),
         *(mask, bias, attention.query_ends, attention.key_ends),
-        *(query_length, heads, tuple(k.shape[-2] for k in attention.keys), share),
-        *(token_strides(query), token_strides(out), tuple(stats_strides)),
+        *(query_length, heads, odd([k.shape[-2] for k in attention.keys]), share),
+        *(token_strides(query), token_strides(out), odd(stats_strides)),
         *(segment_strides(attention.keys), segment_strides(attention.values), mask_strides, bias_stride),
         *attention.windows(),
         *attention.randomness(),

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.attention import load_tokens
+from mmkernels.triton.attention import load_tokens, number
 from mmkernels.triton.attention_backward import Queries, _load_statistics, _options, _score_gradients, config
 from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, token_strides
-from mmkernels.triton.launch import Config, ceil_div, launch
+from mmkernels.triton.launch import Config, ceil_div, launch, odd
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *RANDOM, "key_length", "batch", "mask_batch"])
@@ -92,7 +92,7 @@ def _mask_gradient(
         k = load_tokens(k_base, key_strides[2], n, length, D, BLOCK_D)
         v_base = value + b * value_strides[0] + h // GROUP * value_strides[1]
         v = load_tokens(v_base, value_strides[2], n, length, DV, BLOCK_DV)
-        statistics = b * statistics_strides[0] + h * statistics_strides[1]
+        statistics = b * number(statistics_strides[0]) + h * number(statistics_strides[1])
         row_max, log_sum, delta = _load_statistics(
             row_maxes + statistics, log_sums + statistics, deltas + statistics, m, query_length
         )
@@ -141,7 +141,7 @@ def mask_gradient(stream: Queries, deltas: Tensor, attention: Attention) -> Tens
         *(stream.query, stream.grad_out, stream.row_max, stream.log_sum, deltas),
         *(key, value, attention.padding[0], mask, partial),
         *(query_length, key_length, stream.batch, stream.heads, mask.shape[0], mask.shape[1]),
-        *(token_strides(stream.query), token_strides(stream.grad_out), stream.statistics_strides),
+        *(token_strides(stream.query), token_strides(stream.grad_out), odd(stream.statistics_strides)),
         *(token_strides(key), token_strides(value), attention.masks()[2]),
         *attention.windows(),
         *attention.randomness(),

@@ -49,6 +49,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def odd(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Lengths, for a kernel to take as a tuple and to read with `mmkernels.triton.attention.number`.
+
+    ``do_not_specialize`` does not reach into tuples: triton would compile for whether a number there is 1 or a multiple
+    of 16, which 2n + 3 never is.
+    """
+    return tuple(2 * n + 3 for n in numbers)
+
+
 @functools.cache
 def _target_of(device: torch.device) -> GPUTarget:
     with torch.cuda.device(device):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.merge_embeddings import reference
 
 
@@ -21,4 +21,5 @@ merge_embeddings_op = DifferentiableOp(
     reference=reference.merge_embeddings,
     fake=_merge_embeddings_fake,
     cpu=native_backend("merge_embeddings"),
+    triton=TritonKernels(),
 )

@@ -20,14 +20,14 @@ def merge_embeddings(
     a shape that depends on data."""
     rows = torch.cat(list(modals))
     if check:
-        _check_count(rows.shape[0], mask)
+        check_count(rows.shape[0], mask)
     if rows.shape[0] == 0 or text.numel() == 0:
         return text.clone()
     row = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)  # the row that would go to each position
     return torch.where(mask.unsqueeze(-1), rows[row], text)
 
 
-def _check_count(rows: int, mask: Tensor) -> None:
+def check_count(rows: int, mask: Tensor) -> None:
     """Raises on the CPU; elsewhere an assertion on the device, so that nothing waits for it."""
     count = mask.sum()
     if mask.device.type != "cpu":
