@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.merge_attention import reference
 
@@ -19,6 +19,15 @@ def _merge_attention_fake(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> 
     return _in_own_order(outputs[0]), _in_own_order(lses[0])
 
 
+def _triton_supports(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> str | None:
+    first = outputs[0]
+    if len(outputs) > 64:
+        return f"{len(outputs)} parts are more than the 64 that a program takes"
+    if first.shape[-1] > 8192:
+        return f"{first.shape[-1]} features are more than the 8192 that a program holds"
+    return None if lses[0].numel() < 2**31 else f"{lses[0].numel()} rows are counted in 32 bits"
+
+
 merge_attention_op = DifferentiableOp(
     "merge_attention",
     "Tensor[] outputs, Tensor[] lses",
@@ -26,5 +35,6 @@ merge_attention_op = DifferentiableOp(
     reference=reference.merge_attention,
     fake=_merge_attention_fake,
     cpu=native_backend("merge_attention"),
+    triton=TritonKernels(_triton_supports),
     gradient=_in_own_order,
 )
