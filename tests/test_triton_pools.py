@@ -12,6 +12,7 @@ import pytest
 import torch
 from fusion_cases import each_dtype
 from op_contract import check_each_gradient_alone, check_every_element_is_written, check_strides, gradients
+from pool_cases import POOLS, Sizes, call, sources
 from test_merge_attention import make, merged, merged_leaves
 
 import mmkernels as mmk
@@ -66,3 +67,26 @@ def test_what_merge_attention_leaves_to_other_backends() -> None:
         mmk.merge_attention([torch.zeros(2, 4)] * 65, [torch.zeros(2)] * 65)
     with pytest.raises(mmk.UnsupportedError, match="9000 features are more than the 8192"):
         mmk.merge_attention([torch.zeros(2, 9000)], [torch.zeros(2)])
+
+
+SERVED = ("dot product", "bilinear")
+
+
+@pytest.mark.parametrize("pool", SERVED)
+@each_dtype
+def test_attention_pool(pool: str, dtype: torch.dtype) -> None:
+    function, make_parameters = POOLS[pool]
+    for s, stacked in ((Sizes(batch=37, modalities=4, width=70), True), (Sizes(), False)):
+        presence = torch.rand(s.batch, s.modalities) > 0.4
+        xs, parameters = sources(s, dtype, stacked), make_parameters(s, dtype)
+        check_op(function, xs, backend="triton", **parameters, presence=presence)
+
+
+@pytest.mark.parametrize("pool", SERVED)
+def test_attention_pool_in_memory_and_with_partial_gradients(pool: str) -> None:
+    for stacked in (False, True):
+        function, leaves = call(pool, Sizes(), stacked=stacked, presence=torch.rand(9, 3) > 0.3)
+        check_every_element_is_written(function, leaves)
+        check_each_gradient_alone(function, leaves)
+        check_strides(function, leaves)
+        assert same_bits(gradients(function, leaves), gradients(function, leaves))

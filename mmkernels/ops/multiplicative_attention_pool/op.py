@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._pool import pooled_fake
 from mmkernels.ops.multiplicative_attention_pool import reference
 
@@ -20,6 +20,14 @@ def _multiplicative_attention_pool_fake(
     return pooled, pooled.new_empty((batch, count)), projected
 
 
+def _triton_supports(xs: Sequence[Tensor], *_: Any) -> str | None:
+    pooled, _batch, count = pooled_fake(xs)
+    if count > 64:
+        return f"{count} modalities are more than the 64 that a program takes"
+    width = int(pooled.shape[1])
+    return None if width <= 8192 else f"{width} features are more than the 8192 that a program holds"
+
+
 multiplicative_attention_pool_op = DifferentiableOp(
     "multiplicative_attention_pool",
     "Tensor[] xs, Tensor query, Tensor? weight, float scale, Tensor? presence",
@@ -28,5 +36,6 @@ multiplicative_attention_pool_op = DifferentiableOp(
     reference=reference.multiplicative_attention_pool,
     fake=_multiplicative_attention_pool_fake,
     cpu=native_backend("multiplicative_attention_pool"),
+    triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
 )
