@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from environment import DEVICE
 from fusion_cases import each_dtype, leaf
 from torch import Tensor
 
@@ -119,11 +118,14 @@ def test_varlen_cross_attention(dtype: torch.dtype, triton_backend: str) -> None
 
 
 def test_what_falls_through_says_why() -> None:
-    if DEVICE == "cpu":
-        with mmk.use_backend("triton"), pytest.raises(mmk.UnsupportedError, match="a head dim of 257 is more than"):
-            mmk.cross_attention(*(x.detach() for x in qkv(dim=257, key_heads=2)))
-    wide = qkv(dim=136, value_dim=136, key_heads=2, queries=4, keys=4)
+    def attend(dim: int, dtype: torch.dtype, **options: Any) -> Tensor:
+        return mmk.cross_attention(*qkv(dtype, dim=dim, value_dim=dim, key_heads=2, queries=4, keys=4), **options)
+
     with mmk.use_backend("triton"):
-        out = mmk.cross_attention(*wide)
-        with pytest.raises(mmk.UnsupportedError, match="a float32 backward with a head dim of 136"):
+        with pytest.raises(mmk.UnsupportedError, match="a head dim of 257 is more than the 256"):
+            attend(257, torch.bfloat16)
+        with pytest.raises(mmk.UnsupportedError, match="a head dim of 136 is more than the 128"):
+            attend(136, torch.float32)
+        out = attend(72, torch.float32, dropout_p=0.1)
+        with pytest.raises(mmk.UnsupportedError, match=r"a head dim of 72 is more than the 64 .* gradient of dropout"):
             out.sum().backward()

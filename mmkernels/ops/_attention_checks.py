@@ -52,16 +52,12 @@ def check_softcap(op: str, softcap: float) -> None:
         raise checks.value_error(op, "softcap", "a finite number ≥ 0", softcap)
 
 
-def too_wide_for_triton(query: Tensor, value: Tensor, *, backward: bool = False, heavy: bool = False) -> str | None:
-    """Why the registers of a Triton program cannot hold heads so wide; ``heavy`` means dropout or a mask's gradient."""
-    widest = max(query.shape[-1], value.shape[-1])
-    if widest > 256:
-        return f"a head dim of {widest} is more than the 256 that a program holds"
-    if backward and query.dtype == torch.float32:
-        if widest > 128:
-            return f"a float32 backward with a head dim of {widest} takes more registers than there are"
-        if heavy and widest > 64:
-            return (
-                f"float32 dropout or a mask's gradient with a head dim of {widest} takes more registers than there are"
-            )
-    return None
+def too_wide_for_triton(query: Tensor, value: Tensor, *, heavy: bool = False) -> str | None:
+    """Why the registers of a Triton program cannot hold heads so wide; ``heavy``: dropout's or a mask's gradient."""
+    widest, limit = max(query.shape[-1], value.shape[-1]), 256
+    if query.dtype == torch.float32:
+        limit = 64 if heavy else 128
+    if widest <= limit:
+        return None
+    of = "the gradient of dropout or of a mask" if heavy else "attention"
+    return f"a head dim of {widest} is more than the {limit} that a program holds for {of} in {query.dtype}"

@@ -414,12 +414,12 @@ class Queries:
         block = max(triton.next_power_of_2(dv), 16)
         launch(
             _deltas,
-            (batch * self.heads * ceil_div(rows, 16),),
+            (batch * self.heads * ceil_div(rows, 8),),
             *(self.grad_out, self.out, self.grad_log_sum, deltas),
             *(rows, self.heads, token_strides(self.grad_out), token_strides(self.out), odd(log_sum_strides)),
             DV=dv,
             BLOCK_DV=block,
-            config=Config({"BLOCK_M": 16}),
+            config=Config({"BLOCK_M": 8}, num_warps=4 if self.query.dtype == torch.float32 else 2),
         )
         return deltas
 
@@ -429,16 +429,18 @@ def config(x: Tensor, attention: Attention) -> Config:
     heads, for masks and dropout, whose indices and words take registers, and for float32's three products."""
     widest = max(attention.padded_dims()[name] for name in ("BLOCK_D", "BLOCK_DV"))
     heavy = attention.masked or attention.dropout_p > 0
-    nvidia = target(x).backend == "cuda"
+    of = target(x)
+    nvidia = of.backend == "cuda"
     if x.dtype == torch.float32:
-        return Config({"BLOCK_M": 16, "BLOCK_N": 32}, 8 if heavy else 4, 1)
+        return Config({"BLOCK_M": 16, "BLOCK_N": 32 if widest <= 64 else 16}, 8, 1)
     if widest > 128:
         return Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8 if heavy else 4, 1)
-    if heavy:
+    if heavy or (widest > 64 and not nvidia):
         return Config({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1)
     if widest > 64:
-        return Config({"BLOCK_M": 64, "BLOCK_N": 64 if nvidia else 32}, 8, 2 if nvidia else 1)
-    return Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2 if nvidia else 1)
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2)
+    roomy = not nvidia or of.arch >= 90
+    return Config({"BLOCK_M": 64, "BLOCK_N": 64 if roomy else 32}, 4, 2 if nvidia else 1)
 
 
 def _options(attention: Attention, query: Tensor, heads: int) -> dict[str, Any]:

@@ -341,18 +341,18 @@ def config(x: Tensor, attention: Attention, queries: int, slices: int) -> Config
     """Tiles by head dim and dtype: the scores' and the output's sums, and two stages of K and V, fit in registers and
     shared memory of every target. Half of the queries where there would be too few programs for a GPU."""
     widest = max(attention.padded_dims()[name] for name in ("BLOCK_D", "BLOCK_DV"))
-    single, nvidia = x.dtype == torch.float32, target(x).backend == "cuda"
+    of = target(x)
+    single, stages = x.dtype == torch.float32, 2 if of.backend == "cuda" else 1
     if queries <= FEW_QUERIES:
         return Config({"BLOCK_M": 16, "BLOCK_N": 32 if single or widest > 128 else 64}, 4, 2)
     if single:
-        sizes = {"BLOCK_M": 64 if widest <= 64 else 32 if widest <= 128 else 16, "BLOCK_N": 32}
-        return Config(sizes, 8 if widest > 32 else 4, 2)
+        return Config({"BLOCK_M": 32 if widest <= 64 else 16, "BLOCK_N": 32}, 8, stages)
+    if widest > 128:
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, stages)
     few = ceil_div(queries, 128) * slices < _PROGRAMS
-    if widest <= 64:
-        return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 64}, 4 if few else 8, 3 if nvidia else 1)
-    if widest <= 128:
-        return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 64}, 4 if few else 8, 2 if nvidia else 1)
-    return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2 if nvidia else 1)
+    # Words of dropout take registers, and on Blackwell the indices of masks do, too.
+    narrow = attention.dropout_p > 0 or (attention.masked and of.backend == "cuda" and of.arch >= 100)
+    return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 32 if narrow else 64}, 8, 1 if narrow else stages)
 
 
 def attend(

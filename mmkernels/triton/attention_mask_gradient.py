@@ -128,7 +128,7 @@ def mask_gradient(stream: Queries, deltas: Tensor, attention: Attention) -> Tens
     query_length, key_length = stream.longest, key.shape[2]
     chosen = config(stream.query, attention)
     if stream.query.dtype == torch.float32:  # its tile of sums leaves less
-        chosen = Config({"BLOCK_M": 16, "BLOCK_N": 16})
+        chosen = Config({"BLOCK_M": 16, "BLOCK_N": 16}, 8, 1)
     query_blocks = ceil_div(query_length, chosen.constants["BLOCK_M"])
     key_blocks = ceil_div(key_length, chosen.constants["BLOCK_N"])
     one_query, one_key = mask.shape[2] == 1, mask.shape[3] == 1

@@ -92,8 +92,7 @@ def compile_op(op: str, target_name: str) -> list[tuple[Kernel, Resources]]:
             for label, call, leaves in _calls(op, dtype):
                 outputs = [o for o in _tensors(call()) if o.requires_grad]
                 wanted = [x for x in leaves if x.requires_grad]
-                if outputs:
-                    torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
+                torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
                 for launched in compiled:
                     if launched.binary.hash not in seen:
                         seen.add(launched.binary.hash)

@@ -208,7 +208,7 @@ def _triton_backward_supports(
     grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> str | None:
     *_, dropout_p, _, grad_mask = rest
-    return attention_checks.too_wide_for_triton(query, value, backward=True, heavy=dropout_p > 0 or grad_mask[3])
+    return attention_checks.too_wide_for_triton(query, value, heavy=dropout_p > 0 or grad_mask[3])
 
 
 cross_attention_backward_op = Operator(

@@ -41,7 +41,7 @@ def _supports(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str
 def _triton_supports(
     queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *_: Any
 ) -> str | None:
-    return too_wide_for_triton(queries[0], values[0], backward=True)
+    return too_wide_for_triton(queries[0], values[0])
 
 
 joint_attention_op = DifferentiableOp(

@@ -103,9 +103,9 @@ def _backward(
 
 
 def _config(features: int, itemsize: int) -> Config:
-    """8192 elements of 256 threads: whole rows of up to 2048 features, and accesses of 16 bytes."""
+    """4096 elements of 256 threads, accesses of 16 bytes: whole rows of up to 2048 half-precision features."""
     block = min(max(next_power_of_2(features), 16), 4096 // itemsize)
-    return Config({"BLOCK_M": max(8192 // block, 1), "BLOCK_C": block}, num_warps=8, num_stages=1)
+    return Config({"BLOCK_M": max(4096 // block, 1), "BLOCK_C": block}, num_warps=8, num_stages=1)
 
 
 def _grid(config: Config, tokens: int, features: int) -> tuple[int]:

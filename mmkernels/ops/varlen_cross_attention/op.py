@@ -23,7 +23,7 @@ def _varlen_cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *res
 
 
 def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
-    return too_wide_for_triton(query, value, backward=True)
+    return too_wide_for_triton(query, value)
 
 
 varlen_cross_attention_op = DifferentiableOp(
