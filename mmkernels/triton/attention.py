@@ -1,4 +1,4 @@
-"""What the kernels of attention share: tiles of tokens, scores under masks, dropout.
+"""What the kernels of attention share: tiles of tokens, scores under masks and their gradients, dropout.
 
 A tile of scores is [M, N]: M queries of one (batch element, head) by N keys of one segment. Scores are in natural
 units; exponentials are taken as exp2((s − max) · log2 e), the difference first, so that large scores lose nothing.
@@ -12,7 +12,6 @@ import triton.language as tl
 from mmkernels.triton.math import tanh
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -127,3 +126,67 @@ def dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold):
     word = (n % 4)[None, :]
     chosen = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
     return chosen.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def score_gradients(
+    q,  # [M, BLOCK_D]
+    k,  # [N, BLOCK_D]
+    v,  # [N, BLOCK_DV]
+    grad_out,  # [M, BLOCK_DV]
+    row_max,  # [M]
+    log_sum,
+    delta,
+    m,
+    n,
+    query_length,
+    key_length,
+    diagonal,
+    mask,
+    mask_query_stride,
+    mask_key_stride,
+    bias,
+    slice,
+    seed_low,
+    seed_high,
+    offset,
+    threshold,
+    kept_scale,
+    scale,
+    softcap,
+    window_left,
+    window_right,
+    MASKED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """P after dropout, dS and d score / d (scale · q k) of a tile, [M, N] each."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    s, allowed, derivative = masked_scores(
+        s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, bias, softcap,
+        window_left, window_right,
+    )  # fmt: skip
+    if MASKED:
+        usable = has_finite_rows(k) & has_finite_rows(v)
+        s = tl.where(usable[None, :], s, float("nan"))
+    allowed = allowed & (row_max != -float("inf"))[:, None]
+    shift = tl.where(row_max == -float("inf"), 0.0, row_max)
+    p = tl.exp2((s - shift[:, None] - log_sum[:, None]) * LOG2_E)
+    p = tl.where(allowed, p, 0.0)
+    dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    survived = p
+    if DROPOUT:
+        kept = dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold)
+        survived = tl.where(kept, p * kept_scale, 0.0)
+        dp = tl.where(kept, dp * kept_scale, 0.0)
+    ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
+    return survived, ds, derivative
+
+
+@triton.jit
+def load_statistics(row_maxes, log_sums, deltas, m, length):
+    inside = m < length
+    row_max = tl.load(row_maxes + m, mask=inside, other=-float("inf"))
+    log_sum = tl.load(log_sums + m, mask=inside, other=0.0)
+    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)
+    return row_max, log_sum, tl.load(deltas + m, mask=inside, other=0.0)

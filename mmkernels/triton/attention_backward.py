@@ -22,15 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.triton.attention import (
-    LOG2_E,
-    dropout_keep,
     finite,
-    has_finite_rows,
     key_range,
+    load_statistics,
     load_tokens,
-    masked_scores,
     number,
     query_range,
+    score_gradients,
     store_tokens,
 )
 from mmkernels.triton.attention_forward import (
@@ -42,70 +40,6 @@ from mmkernels.triton.attention_forward import (
     token_strides,
 )
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, odd, target
-
-
-@triton.jit
-def _score_gradients(
-    q,  # [M, BLOCK_D]
-    k,  # [N, BLOCK_D]
-    v,  # [N, BLOCK_DV]
-    grad_out,  # [M, BLOCK_DV]
-    row_max,  # [M]
-    log_sum,
-    delta,
-    m,
-    n,
-    query_length,
-    key_length,
-    diagonal,
-    mask,
-    mask_query_stride,
-    mask_key_stride,
-    bias,
-    slice,
-    seed_low,
-    seed_high,
-    offset,
-    threshold,
-    kept_scale,
-    scale,
-    softcap,
-    window_left,
-    window_right,
-    MASKED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """P after dropout, dS and d score / d (scale · q k) of a tile, [M, N] each."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    s, allowed, derivative = masked_scores(
-        s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, bias, softcap,
-        window_left, window_right,
-    )  # fmt: skip
-    if MASKED:
-        usable = has_finite_rows(k) & has_finite_rows(v)
-        s = tl.where(usable[None, :], s, float("nan"))
-    allowed = allowed & (row_max != -float("inf"))[:, None]
-    shift = tl.where(row_max == -float("inf"), 0.0, row_max)
-    p = tl.exp2((s - shift[:, None] - log_sum[:, None]) * LOG2_E)
-    p = tl.where(allowed, p, 0.0)
-    dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
-    survived = p
-    if DROPOUT:
-        kept = dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold)
-        survived = tl.where(kept, p * kept_scale, 0.0)
-        dp = tl.where(kept, dp * kept_scale, 0.0)
-    ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
-    return survived, ds, derivative
-
-
-@triton.jit
-def _load_statistics(row_maxes, log_sums, deltas, m, length):
-    inside = m < length
-    row_max = tl.load(row_maxes + m, mask=inside, other=-float("inf"))
-    log_sum = tl.load(log_sums + m, mask=inside, other=0.0)
-    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)
-    return row_max, log_sum, tl.load(deltas + m, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["query_length", "heads"])
@@ -203,7 +137,7 @@ def _query_gradient(
     g_base = grad_out + b * grad_strides[0] + h * grad_strides[1] + row * grad_strides[2]
     g = load_tokens(g_base, grad_strides[2], m, length, DV, BLOCK_DV)
     statistics = b * number(statistics_strides[0]) + h * number(statistics_strides[1]) + row
-    row_max, log_sum, delta = _load_statistics(
+    row_max, log_sum, delta = load_statistics(
         row_maxes + statistics, log_sums + statistics, deltas + statistics, m, length
     )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -235,7 +169,7 @@ def _query_gradient(
             n = start + tl.arange(0, BLOCK_N)
             k = load_tokens(k_base, key_strides[3 * j + 2], n, key_length, D, BLOCK_D)
             v = load_tokens(v_base, value_strides[3 * j + 2], n, key_length, DV, BLOCK_DV)
-            p, ds, derivative = _score_gradients(
+            p, ds, derivative = score_gradients(
                 q, k, v, g, row_max, log_sum, delta, m, n, length, key_length, diagonal, mask, mask_strides[2],
                 mask_strides[3], bias, slice, seed_low, seed_high, offset, threshold, kept_scale, scale, softcap,
                 window_left, window_right, MASKED, DROPOUT, PRECISION,
@@ -354,10 +288,10 @@ def _key_gradients(
                 m = start + tl.arange(0, BLOCK_M)
                 q = load_tokens(q_base, query_strides[3 * i + 2], m, length, D, BLOCK_D)
                 grad = load_tokens(g_base, grad_strides[3 * i + 2], m, length, DV, BLOCK_DV)
-                row_max, log_sum, delta = _load_statistics(
+                row_max, log_sum, delta = load_statistics(
                     row_maxes[i] + statistics, log_sums[i] + statistics, deltas[i] + statistics, m, length
                 )
-                p, ds, derivative = _score_gradients(
+                p, ds, derivative = score_gradients(
                     q, k, v, grad, row_max, log_sum, delta, m, n, length, key_length, diagonal, mask_of_head,
                     mask_strides[2], mask_strides[3], bias, slice, seed_low, seed_high, offset, threshold,
                     kept_scale, scale, softcap, window_left, window_right, MASKED, DROPOUT, PRECISION,
@@ -443,7 +377,7 @@ def config(x: Tensor, attention: Attention) -> Config:
     return Config({"BLOCK_M": 64, "BLOCK_N": 64 if roomy else 32}, 4, 2 if nvidia else 1)
 
 
-def _options(attention: Attention, query: Tensor, heads: int) -> dict[str, Any]:
+def options(attention: Attention, query: Tensor, heads: int) -> dict[str, Any]:
     return {
         "GROUP": heads // max(attention.keys[0].shape[1], 1),
         "BOTTOM_RIGHT": attention.bottom_right,
@@ -481,7 +415,7 @@ def query_gradient(
         *attention.windows(),
         *attention.randomness(),
         *(attention.scale, attention.softcap or None),
-        **_options(attention, stream.query, stream.heads),
+        **options(attention, stream.query, stream.heads),
         config=chosen,
     )
     if sums is None:
@@ -524,6 +458,6 @@ def key_gradients(
         *attention.windows(),
         *attention.randomness(),
         *(attention.scale, attention.softcap or None),
-        **_options(attention, first.query, first.heads),
+        **options(attention, first.query, first.heads),
         config=chosen,
     )

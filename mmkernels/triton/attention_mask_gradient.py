@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.attention import load_tokens, number
-from mmkernels.triton.attention_backward import Queries, _load_statistics, _options, _score_gradients, config
+from mmkernels.triton.attention import load_statistics, load_tokens, number, score_gradients
+from mmkernels.triton.attention_backward import Queries, config, options
 from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, token_strides
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
 
@@ -93,11 +93,11 @@ def _mask_gradient(
         v_base = value + b * value_strides[0] + h // GROUP * value_strides[1]
         v = load_tokens(v_base, value_strides[2], n, length, DV, BLOCK_DV)
         statistics = b * number(statistics_strides[0]) + h * number(statistics_strides[1])
-        row_max, log_sum, delta = _load_statistics(
+        row_max, log_sum, delta = load_statistics(
             row_maxes + statistics, log_sums + statistics, deltas + statistics, m, query_length
         )
         slice = (b * heads + h).to(tl.int32)
-        _, ds, _ = _score_gradients(
+        _, ds, _ = score_gradients(
             q, k, v, g, row_max, log_sum, delta, m, n, query_length, length, diagonal,
             mask + b * mask_strides[0] + h * mask_strides[1], mask_strides[2], mask_strides[3], None, slice, seed_low,
             seed_high, offset, threshold, kept_scale, scale, softcap, window_left, window_right,
@@ -146,7 +146,7 @@ def mask_gradient(stream: Queries, deltas: Tensor, attention: Attention) -> Tens
         *attention.windows(),
         *attention.randomness(),
         *(attention.scale, attention.softcap or None),
-        **_options(attention, stream.query, stream.heads),
+        **options(attention, stream.query, stream.heads),
         ONE_QUERY=one_query,
         ONE_KEY=one_key,
         config=chosen,
