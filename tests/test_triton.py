@@ -184,7 +184,7 @@ def test_new_lengths_and_batches_compile_nothing(op: str, compile_counts: dict[s
 
 def test_budgets_notice_what_got_worse() -> None:
     kernel = Kernel("op", "1x2", "bfloat16", "forward", "block 64, 4 warps, 1 stages")
-    good = Resources(registers=100, spills=0, shared=4096, dots=8, wide=2, threads=128)
+    good = Resources(registers=100, spills=0, shared=4096, dots=8, wide=2)
     document = render({kernel: {"sm_80": good}})
     assert excesses({kernel: {"sm_80": good}}, document) == []
     worse = {

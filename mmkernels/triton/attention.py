@@ -15,12 +15,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def number(x):
-    """What `mmkernels.triton.launch.odd` was given."""
-    return (x - 3) // 2
-
-
-@triton.jit
 def load_tokens(base, stride, token, length, features, BLOCK_D: tl.constexpr):
     """[tokens, BLOCK_D] of a sequence, zero beyond its end and its features."""
     d = tl.arange(0, BLOCK_D)

@@ -26,7 +26,6 @@ from mmkernels.triton.attention import (
     key_range,
     load_statistics,
     load_tokens,
-    number,
     query_range,
     score_gradients,
     store_tokens,
@@ -40,6 +39,7 @@ from mmkernels.triton.attention_forward import (
     token_strides,
 )
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, odd, target
+from mmkernels.triton.math import number
 
 
 @triton.jit(do_not_specialize=["query_length", "heads"])

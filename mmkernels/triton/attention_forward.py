@@ -29,10 +29,10 @@ from mmkernels.triton.attention import (
     key_range,
     load_tokens,
     masked_scores,
-    number,
     store_tokens,
 )
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd, target
+from mmkernels.triton.math import number
 
 LENGTHS = ["query_length", "heads", "share", "window_left", "window_right"]
 RANDOM = ["seed_low", "seed_high", "offset", "threshold"]

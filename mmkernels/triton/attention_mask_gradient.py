@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.attention import load_statistics, load_tokens, number, score_gradients
+from mmkernels.triton.attention import load_statistics, load_tokens, score_gradients
 from mmkernels.triton.attention_backward import Queries, config, options
 from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, token_strides
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
+from mmkernels.triton.math import number
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, *RANDOM, "key_length", "batch", "mask_batch"])

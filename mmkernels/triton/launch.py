@@ -50,12 +50,17 @@ def next_power_of_2(n: int) -> int:
 
 
 def odd(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Lengths, for a kernel to take as a tuple and to read with `mmkernels.triton.attention.number`.
+    """Lengths, for a kernel to take as a tuple and to read with `mmkernels.triton.math.number`.
 
     ``do_not_specialize`` does not reach into tuples: triton would compile for whether a number there is 1 or a multiple
     of 16, which 2n + 3 never is.
     """
     return tuple(2 * n + 3 for n in numbers)
+
+
+def tiles(config: Config, rows: int, columns: int) -> int:
+    """How many of the config's BLOCK_M x BLOCK_N tiles cover a matrix."""
+    return ceil_div(rows, config.constants["BLOCK_M"]) * ceil_div(columns, config.constants["BLOCK_N"])
 
 
 @functools.cache

@@ -31,20 +31,6 @@ class Resources:
     shared: int  # bytes per program
     dots: int  # tensor-core instructions
     wide: int  # global accesses of 16 bytes per thread
-    threads: int  # per program
-
-    @property
-    def programs(self) -> int:
-        """How many fit on a multiprocessor or compute unit, by registers and shared memory."""
-        return max(min(self._by_registers, self._by_shared), 0)
-
-    @property
-    def _by_registers(self) -> int:
-        return 65536 // (max(self.registers, 1) * self.threads)
-
-    @property
-    def _by_shared(self) -> int:
-        return 227 * 1024 // max(self.shared, 1)
 
 
 def _tool(name: str) -> str:
@@ -70,7 +56,6 @@ def _of_nvidia(binary: Any) -> Resources:
         shared=binary.metadata.shared,
         dots=len(_NVIDIA_DOT.findall(code)),
         wide=len(_NVIDIA_WIDE.findall(code)),
-        threads=32 * binary.metadata.num_warps,
     )
 
 
@@ -89,7 +74,6 @@ def _of_amd(binary: Any) -> Resources:
         shared=binary.metadata.shared,
         dots=len(_AMD_DOT.findall(code)),
         wide=len(_AMD_WIDE.findall(code)),
-        threads=64 * binary.metadata.num_warps,
     )
 
 

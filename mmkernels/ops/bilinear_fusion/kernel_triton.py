@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def forward(
     config = _config(x, rows)
     launch(
         _forward,
-        (ceil_div(rows, config.constants["BLOCK_M"]) * ceil_div(features, config.constants["BLOCK_N"]),),
+        (tiles(config, rows, features),),
         *(x, y, x_weight, y_weight, z, *((p, q) if training else (None, None))),
         *(rows, features, rank, x.shape[1], y.shape[1]),
         *(t.stride(0) for t in (x, y, x_weight, y_weight)),

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 from mmkernels.triton.math import activation, activation_derivative, tanh
 
 
@@ -226,10 +226,6 @@ def _config(x: Tensor, rows: int, columns: int) -> Config:
     return Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3)
 
 
-def _tiles(config: Config, rows: int, columns: int) -> int:
-    return ceil_div(rows, config.constants["BLOCK_M"]) * ceil_div(columns, config.constants["BLOCK_N"])
-
-
 def _as_rows(x: Tensor) -> Tensor:
     """[*, K] as [rows, K], a view where its strides allow one."""
     return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
@@ -270,7 +266,7 @@ def forward(
     config = _config(weight, rows, features)
     launch(
         _forward,
-        (_tiles(config, rows, features),),
+        (tiles(config, rows, features),),
         *(tuple(sources), tuple(x.stride(0) for x in sources), tuple(x.shape[1] for x in sources)),
         *(weight, bias, flags, flat_residual, gate, z if keeps else None, y),
         *(rows, features, weight.stride(0), flag_stride),
@@ -341,7 +337,7 @@ def _dz(
     dbias, dgate = (dy.new_empty((blocks, features), dtype=torch.float32) if n else None for n in (of_bias, of_gate))
     launch(
         _preactivation_gradient,
-        (_tiles(config, rows, features) if dbias is not None or dgate is not None or dz is not dy else 0,),
+        (tiles(config, rows, features) if dbias is not None or dgate is not None or dz is not dy else 0,),
         *(dy, kept, gate, None if dz is dy else dz, dbias, dgate),
         *(rows, features, dy.stride(0), _gate_stride(gate)),
         ACTIVATION=activation,
@@ -357,7 +353,7 @@ def _dx(dz: Tensor, weight: Tensor, flag: Tensor | None, flag_stride: int, x: Te
     config = _config(weight, rows, width)
     launch(
         _input_gradient,
-        (_tiles(config, rows, width),),
+        (tiles(config, rows, width),),
         *(dz, weight, flag, dx),
         *(rows, features, width, dz.stride(0), weight.stride(0), flag_stride),
         PRECISION=dot_precision(weight),
@@ -369,14 +365,14 @@ def _dx(dz: Tensor, weight: Tensor, flag: Tensor | None, flag_stride: int, x: Te
 def _fill_dweight(dz: Tensor, x: Tensor, flag: Tensor | None, flag_stride: int, dweight: Tensor) -> None:
     (rows, width), features = x.shape, dz.shape[1]
     config = _config(x, features, width)
-    tiles, step = _tiles(config, features, width), config.constants["BLOCK_K"]
-    shares = max(min(_PROGRAMS // max(tiles, 1), ceil_div(rows, 8 * step)), 1)
+    count, step = tiles(config, features, width), config.constants["BLOCK_K"]
+    shares = max(min(_PROGRAMS // max(count, 1), ceil_div(rows, 8 * step)), 1)
     share = max(ceil_div(ceil_div(rows, shares), step) * step, step)
     shares = max(ceil_div(rows, share), 1)
     into = dweight if shares == 1 else x.new_empty((shares, features, width), dtype=torch.float32)
     launch(
         _weight_gradient,
-        (tiles, shares),
+        (count, shares),
         *(dz, x, flag, into),
         *(rows, features, width, share, dz.stride(0), x.stride(0), flag_stride, into.stride(-2)),
         PRECISION=dot_precision(x),

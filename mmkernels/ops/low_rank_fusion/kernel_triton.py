@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch
+from mmkernels.triton.launch import Config, dot_precision, launch, tiles
 
 
 @triton.jit
@@ -220,10 +220,6 @@ def _config(x: Tensor, rows: int) -> Config:
     return Config(sizes, num_warps=4 if few else 8, num_stages=3)
 
 
-def _grid(config: Config, rows: int, columns: int) -> int:
-    return ceil_div(rows, config.constants["BLOCK_M"]) * ceil_div(columns, config.constants["BLOCK_N"])
-
-
 def _modalities(xs: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     return tuple(xs), tuple(x.stride(0) for x in xs), tuple(x.shape[1] for x in xs)
 
@@ -236,7 +232,7 @@ def forward(
     config = _config(y, rows)
     launch(
         _forward,
-        (_grid(config, rows, features),),
+        (tiles(config, rows, features),),
         *(*_modalities(xs), tuple(f.contiguous() for f in factors), rank_weights.contiguous(), bias, y),
         *(rows, features, ranks),
         PRECISION=dot_precision(y),
@@ -287,11 +283,11 @@ def _projection_gradients_of(
     projections = tuple(dy.new_empty((ranks, rows, features)) for _ in xs)
     gradients = tuple(torch.empty_like(p) if w else None for p, w in zip(projections, wanted, strict=True))
     config = _config(dy, rows)
-    tiles = _grid(config, rows, features)
-    products = dy.new_empty((ranks, tiles), dtype=torch.float32) if of_ranks else None
+    count = tiles(config, rows, features)
+    products = dy.new_empty((ranks, count), dtype=torch.float32) if of_ranks else None
     launch(
         _projections,
-        (tiles, ranks),
+        (count, ranks),
         *(*_modalities(xs), tuple(factors), projections),
         *(rows, features, ranks),
         PRECISION=dot_precision(dy),
@@ -299,7 +295,7 @@ def _projection_gradients_of(
     )
     launch(
         _projection_gradients,
-        (tiles, ranks),
+        (count, ranks),
         *(dy, rank_weights, projections, gradients, products),
         *(rows, features, dy.stride(0)),
         config=Config({name: config.constants[name] for name in ("BLOCK_M", "BLOCK_N")}),
@@ -313,7 +309,7 @@ def _input_gradient_of(dp: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     config = _config(x, rows)
     launch(
         _input_gradient,
-        (_grid(config, rows, width),),
+        (tiles(config, rows, width),),
         *(dp, factor, dx),
         *(rows, features, width, ranks),
         PRECISION=dot_precision(x),
@@ -328,7 +324,7 @@ def _factor_gradient_of(dp: Tensor, x: Tensor, factor: Tensor) -> Tensor:
     config = _config(x, width + 1)
     launch(
         _factor_gradient,
-        (_grid(config, width + 1, features), ranks),
+        (tiles(config, width + 1, features), ranks),
         *(dp, x, dfactor),
         *(rows, features, width, x.stride(0)),
         PRECISION=dot_precision(x),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mmkernels.ops.merge_embeddings.reference import check_count
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2, odd
+from mmkernels.triton.math import number
 
 
 @triton.jit
@@ -56,7 +57,7 @@ def _forward(
     columns_inside = (c < features)[None, :]
     at = token[:, None] * features + c[None, :]
     for i in tl.static_range(len(modals)):
-        rows = (modal_rows[i] - 3) // 2
+        rows = number(modal_rows[i])
         here = replaced & (row >= 0) & (row < rows)
         kept = kept & (here == 0)
         x = tl.load(modals[i] + row[:, None] * modal_strides[i] + c[None, :], mask=here[:, None] & columns_inside)
@@ -95,7 +96,7 @@ def _backward(
         of_text = tl.where(replaced[:, None], 0.0, g.to(tl.float32)).to(g.dtype)
         tl.store(dtext + at, of_text, mask=inside[:, None] & columns_inside)
     for i in tl.static_range(len(dmodals)):
-        rows = (modal_rows[i] - 3) // 2
+        rows = number(modal_rows[i])
         if dmodals[i] is not None:
             here = replaced & (row >= 0) & (row < rows)
             tl.store(dmodals[i] + row[:, None] * features + c[None, :], g, mask=here[:, None] & columns_inside)
