@@ -168,12 +168,11 @@ def flex(query: Tensor, key: Tensor, value: Tensor, *, shape: Shape) -> Tensor:
     return _compiled_flex()(query, key, value, enable_gqa=bool(shape.kv_heads))
 
 
-def on_a_gpu(shape: Shape, attention: Callable[..., Tensor], plain: bool) -> dict[str, Callable[..., Tensor]]:
-    """torch's kernels one by one, and FlexAttention for attention without any mask."""
+def one_by_one(attention: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """torch's kernels for a GPU."""
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     kernels["efficient"] = SDPBackend.EFFICIENT_ATTENTION
-    others = {name: _with_kernel(kernel, attention) for name, kernel in kernels.items()}
-    return others | {"flex": partial(flex, shape=shape)} if plain else others
+    return {name: _with_kernel(kernel, attention) for name, kernel in kernels.items()}
 
 
 def problem(shape: Shape, training: bool, bias: bool, dtype: torch.dtype) -> Problem:
@@ -187,13 +186,15 @@ def problem(shape: Shape, training: bool, bias: bool, dtype: torch.dtype) -> Pro
     mask = shape.allowed()
     leaves = tuple(torch.randn(size).to(dtype).requires_grad_(training) for size in sizes)
     attention = partial(sdpa, shape=shape, mask=mask)
+    on_a_gpu, plain = leaves[0].is_cuda and not shape.softcap, mask is None and not bias
     return Problem(
         leaves=leaves,
         names=("query", "key", "value", "attn_mask")[: len(sizes)],
         ours=partial(ours, shape=shape, lengths=shape.key_lengths()),
         torch=attention,
         eager=partial(eager, mask=mask, softcap=shape.softcap),
-        others=on_a_gpu(shape, attention, mask is None and not bias) if leaves[0].is_cuda and not shape.softcap else {},
+        others=one_by_one(attention) if on_a_gpu else {},
+        compiling={"flex": partial(flex, shape=shape)} if on_a_gpu and plain else {},
     )
 
 

@@ -167,10 +167,14 @@ def test_other_contenders_have_a_column_and_those_that_fail_a_gap() -> None:
     def fails(a: Tensor, b: Tensor) -> Tensor:
         raise RuntimeError("no such kernel")
 
-    good = case(torch.matmul)
-    contested = replace(good, problem=lambda dtype: replace(good.problem(dtype), others={"mm": torch.mm, "bad": fails}))
+    good, others = case(torch.matmul), {"mm": torch.mm, "bad": fails}
+    contested = replace(
+        good, problem=lambda dtype: replace(good.problem(dtype), others=others, compiling={"slow": torch.mm})
+    )
     row = engine(calls=2).measure("toy", contested, torch.float32)
     assert row.error is None and row.seconds["mm"] > 0 and row.missing["bad"] == "failed: RuntimeError"
+    assert row.missing["slow"] == row.missing["compiled"] == "not asked for"
+    assert engine(compile=True).measure("toy", contested, torch.float32).seconds["slow"] > 0
     assert row.as_json()["speedup_over_mm"] == row.seconds["mm"] / row.seconds["ours"]
     assert "x mm" in report.text_table([row], {"toy": "torch"})
 

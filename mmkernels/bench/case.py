@@ -31,6 +31,8 @@ class Problem:
     eager: Callable[..., Tensor]
     # What else there is for the same result, by name; where one cannot serve the case its column has a gap.
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    # As others, but the first call compiles for seconds, which is paid from the budget's share for that.
+    compiling: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -202,33 +203,35 @@ class Engine:
             "torch": as_run(problem.torch, problem.leaves, grad_out),
         }
         for name, other in problem.others.items():
-            run = as_run(other, problem.leaves, grad_out)
-            try:
-                run()
-            except Exception as failure:  # it does not serve such a case: a gap in its column
-                row.missing[name] = f"failed: {type(failure).__name__}"
+            self._add(contenders, row, name, partial(as_run, other, problem.leaves, grad_out))
+        compiling = {name: partial(as_run, f, problem.leaves, grad_out) for name, f in problem.compiling.items()}
+        for name, make in {"compiled": partial(self.compiled, problem, grad_out), **compiling}.items():
+            if not self.compile:
+                row.missing[name] = "not asked for"
+            elif self.for_compiling <= 0:
+                row.missing[name] = "its share of the budget is spent"
             else:
-                contenders[name] = run
-        if not self.compile:
-            row.missing["compiled"] = "not asked for"
-        elif self.for_compiling <= 0:
-            row.missing["compiled"] = "its share of the budget is spent"
-        else:
-            begin = time.perf_counter()
-            try:
-                contenders["compiled"] = self.compiled(problem, grad_out)
-            except Exception as failure:  # no C++ compiler, an unsupported graph: a gap in the column, not the end
-                row.missing["compiled"] = f"failed: {type(failure).__name__}"
-            self.for_compiling -= time.perf_counter() - begin
+                begin = time.perf_counter()
+                self._add(contenders, row, name, make)
+                self.for_compiling -= time.perf_counter() - begin
         seconds = self.timing_seconds(rows_left)
         slow = {name: taken for name, taken in once.items() if taken > max(seconds, SLOW)}
         others = {name: run for name, run in contenders.items() if name not in slow}
         row.seconds = interleaved(others, self.now, seconds, min_rounds=1, calls=self.calls) | slow
 
     @staticmethod
+    def _add(contenders: dict[str, Run], row: Row, name: str, make: Callable[[], Run]) -> None:
+        """One contender more, called once; where it fails (it cannot serve such a case, say), a gap in its column."""
+        try:
+            run = make()
+            run()
+        except Exception as failure:
+            row.missing[name] = f"failed: {type(failure).__name__}"
+        else:
+            contenders[name] = run
+
+    @staticmethod
     def compiled(problem: Problem, grad_out: Tensor | None) -> Run:
-        """The plain formula under torch.compile, compiled here by its first call."""
+        """The plain formula under torch.compile; its first call compiles."""
         torch._dynamo.reset()  # each shape gets its own static code, never a cached dynamic one
-        run = as_run(torch.compile(problem.eager, dynamic=False), problem.leaves, grad_out)
-        run()
-        return run
+        return as_run(torch.compile(problem.eager, dynamic=False), problem.leaves, grad_out)

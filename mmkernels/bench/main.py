@@ -50,10 +50,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def asked(case: Case, args: argparse.Namespace) -> bool:
-    if case.gpu and args.device == "cpu":
-        return False
-    return (case.quick or not args.quick) and args.shapes in f"{case.group} {case.shape} {case.note}"
+def chosen(cases: Iterable[Case], args: argparse.Namespace) -> list[Case]:
+    """The cases that were asked for; those that keep a GPU busy come first there, and not at all on a CPU."""
+    asked = [case for case in cases if args.shapes in f"{case.group} {case.shape} {case.note}"]
+    asked = [case for case in asked if case.quick or not args.quick]
+    return [case for case in asked if case.gpu and args.device != "cpu"] + [case for case in asked if not case.gpu]
 
 
 def in_turn(queues: Iterable[Sequence[Work]]) -> list[Work]:
@@ -72,7 +73,7 @@ def measure(args: argparse.Namespace, start: float) -> tuple[list[Row], dict[str
     modules = {op: load(folder, op) for op in args.ops or available_ops(folder)}
     work = in_turn(
         in_turn(
-            [(op, case, DTYPES[name]) for case in module.cases() if case.training is training and asked(case, args)]
+            [(op, case, DTYPES[name]) for case in chosen(module.cases(), args) if case.training is training]
             for name in args.dtypes
             for training in (False, True)
         )
