@@ -95,10 +95,13 @@ def measure(args: argparse.Namespace, start: float) -> tuple[list[Row], dict[str
     rows: list[Row] = []
     quiet = 0.1 if sys.stderr.isatty() else 15.0  # a log file needs a line now and then, not ten a second
     with tqdm(total=len(work), unit="row", dynamic_ncols=True, mininterval=quiet) as bar:
-        for i, (op, case, dtype) in enumerate(work):
-            bar.set_description(f"{op} {case.group} {case.shape} {str(dtype)[6:]}", refresh=sys.stderr.isatty())
-            rows.append(engine.measure(op, case, dtype, rows_left=len(work) - i))
-            bar.update()
+        try:
+            for i, (op, case, dtype) in enumerate(work):
+                bar.set_description(f"{op} {case.group} {case.shape} {str(dtype)[6:]}", refresh=sys.stderr.isatty())
+                rows.append(engine.measure(op, case, dtype, rows_left=len(work) - i))
+                bar.update()
+        except KeyboardInterrupt:
+            print(f"Interrupted: {len(rows)} of {len(work)} rows.")
     order = {key: i for i, key in enumerate((op, name) for op in modules for name in args.dtypes)}
     rows.sort(key=lambda row: order[row.op, row.dtype])
     return rows, {op: module.BASELINE for op, module in modules.items()}, ceilings

@@ -15,11 +15,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_tokens(base, stride, token, length, features, BLOCK_D: tl.constexpr):
-    """[tokens, BLOCK_D] of a sequence, zero beyond its end and its features."""
+def load_tokens(base, stride, token, length, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """[tokens, BLOCK_D] of a sequence, zero beyond its end, which WHOLE says no token is, and its D features."""
     d = tl.arange(0, BLOCK_D)
-    inside = (token < length)[:, None] & (d < features)[None, :]
-    return tl.load(base + token.to(tl.int64)[:, None] * stride + d[None, :], mask=inside, other=0.0)
+    at = base + token.to(tl.int64)[:, None] * stride + d[None, :]
+    if D == BLOCK_D:
+        x = tl.load(at) if WHOLE else tl.load(at, mask=(token < length)[:, None], other=0.0)
+    else:
+        x = tl.load(at, mask=(token < length)[:, None] & (d < D)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -44,68 +48,83 @@ def has_finite_rows(x):
 
 
 @triton.jit
-def key_range(first, count, diagonal, length, window_left, window_right, BLOCK: tl.constexpr):
-    """The keys that queries [first, first + count) may attend to, in whole blocks from a block's start."""
-    begin = 0
-    end = length
+def key_range(first, count, diagonal, length, mask, window_left, window_right, BLOCK: tl.constexpr):
+    """The keys [begin, end) that queries [first, first + count) may attend to, in whole blocks from a block's start.
+
+    Up to a block's start in between every query of them may attend to every key.
+    """
+    begin, end, whole = 0, length, length
     if window_left is not None:
         begin = tl.maximum(first + diagonal - window_left, 0) // BLOCK * BLOCK
     if window_right is not None:
         end = tl.minimum(tl.maximum(first + count + diagonal + window_right, 0), length)
-    return begin, end
+        whole = tl.minimum(first + diagonal + window_right + 1, length)
+    whole = tl.maximum(whole // BLOCK * BLOCK, begin)
+    if (window_left is not None) or (mask is not None):
+        whole = begin
+    return begin, whole, end
 
 
 @triton.jit
-def query_range(first, count, diagonal, length, window_left, window_right, BLOCK: tl.constexpr):
-    """The queries that may attend to keys [first, first + count), in whole blocks from a block's start."""
-    begin = 0
-    end = length
+def query_range(first, count, diagonal, length, mask, window_left, window_right, BLOCK: tl.constexpr):
+    """The queries [begin, end) that may attend to keys [first, first + count), in whole blocks from a block's start.
+
+    From a block's start in between on every query may attend to every key of them.
+    """
+    begin, end, whole = 0, length, 0
     if window_right is not None:
         begin = tl.maximum(first - window_right - diagonal, 0) // BLOCK * BLOCK
+        whole = tl.cdiv(tl.maximum(first + count - 1 - window_right - diagonal, 0), BLOCK) * BLOCK
     if window_left is not None:
         end = tl.minimum(tl.maximum(first + count + window_left - diagonal, 0), length)
-    return begin, end
+    if (window_left is not None) or (mask is not None):
+        whole = end
+    return begin, tl.minimum(whole, tl.maximum(end, begin)), end
 
 
 @triton.jit
-def masked_scores(
-    s,  # [M, N], scale · Q Kᵀ
-    m,  # [M], queries
-    n,  # [N], keys
+def allowed_pairs(
+    s,  # a tile of scores
+    m,  # queries, in the shape of a column or a row of the tile
+    n,  # keys, in the other
     query_length,
     key_length,
     diagonal,  # of query i: key i + diagonal
     mask,  # of this batch element and head, bool or float, or None
     mask_query_stride,
     mask_key_stride,
-    bias,  # a finite number, or None
-    softcap,  # or None
     window_left,  # or None
     window_right,
 ):
-    """Scores after softcap, mask and bias, which pairs may attend, and d score / d (scale · q k)."""
+    """Which pairs may attend, and their scores with the mask added."""
+    inside = (m < query_length) & (n < key_length)
+    allowed = inside
+    if window_left is not None:
+        allowed = allowed & (n >= m + diagonal - window_left)
+    if window_right is not None:
+        allowed = allowed & (n <= m + diagonal + window_right)
+    if mask is not None:
+        at = mask + m.to(tl.int64) * mask_query_stride + n.to(tl.int64) * mask_key_stride
+        if mask.dtype.element_ty.is_floating():
+            added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            s = s + added
+            allowed = allowed & (added != -float("inf"))
+        else:
+            allowed = allowed & (tl.load(at, mask=inside, other=0) != 0)
+    return s, allowed
+
+
+@triton.jit
+def capped(s, softcap, bias):
+    """Scores after softcap and bias, and the derivative of the former."""
     derivative = 1.0
     if softcap is not None:
         t = tanh(s / softcap)
         s = t * softcap
         derivative = 1.0 - t * t
-    allowed = (m < query_length)[:, None] & (n < key_length)[None, :]
-    if window_left is not None:
-        allowed = allowed & (n[None, :] >= m[:, None] + diagonal - window_left)
-    if window_right is not None:
-        allowed = allowed & (n[None, :] <= m[:, None] + diagonal + window_right)
-    if mask is not None:
-        at = m.to(tl.int64)[:, None] * mask_query_stride + n.to(tl.int64)[None, :] * mask_key_stride
-        inside = (m < query_length)[:, None] & (n < key_length)[None, :]
-        if mask.dtype.element_ty.is_floating():
-            added = tl.load(mask + at, mask=inside, other=0.0).to(tl.float32)
-            s = s + added
-            allowed = allowed & (added != -float("inf"))
-        else:
-            allowed = allowed & (tl.load(mask + at, mask=inside, other=0) != 0)
     if bias is not None:
         s = s + bias
-    return s, allowed, derivative
+    return s, derivative
 
 
 @triton.jit
@@ -113,25 +132,21 @@ def dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold):
     """Which pairs survive: word n % 4 of Philox for (n // 4, m, slice, offset) is at least the threshold."""
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     high = seed_high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    zero = (m[:, None] + n[None, :]) * 0
-    c0, c1 = zero + (n // 4)[None, :], zero + m[:, None]
-    c2, c3 = zero + slice, zero + offset
-    w0, w1, w2, w3 = tl.philox(low | (high << 32), c0, c1, c2, c3)
-    word = (n % 4)[None, :]
+    zero = (m + n) * 0
+    w0, w1, w2, w3 = tl.philox(low | (high << 32), zero + n // 4, zero + m, zero + slice, zero + offset)
+    word = n % 4
     chosen = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
     return chosen.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def score_gradients(
-    q,  # [M, BLOCK_D]
-    k,  # [N, BLOCK_D]
-    v,  # [N, BLOCK_DV]
-    grad_out,  # [M, BLOCK_DV]
-    row_max,  # [M]
+    s,  # Q Kᵀ of a tile, or its transpose
+    dp,  # dO Vᵀ, likewise
+    row_max,  # of the queries, in the shape of a column or a row of the tile, as load_statistics has them
     log_sum,
     delta,
-    m,
+    m,  # queries and keys, likewise
     n,
     query_length,
     key_length,
@@ -140,6 +155,7 @@ def score_gradients(
     mask_query_stride,
     mask_key_stride,
     bias,
+    usable,  # whether a key and its value are finite, or None
     slice,
     seed_low,
     seed_high,
@@ -150,37 +166,38 @@ def score_gradients(
     softcap,
     window_left,
     window_right,
-    MASKED: tl.constexpr,
+    WHOLE: tl.constexpr,  # every query may attend to every key
     DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """P after dropout, dS and d score / d (scale · q k) of a tile, [M, N] each."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    s, allowed, derivative = masked_scores(
-        s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, bias, softcap,
-        window_left, window_right,
-    )  # fmt: skip
-    if MASKED:
-        usable = has_finite_rows(k) & has_finite_rows(v)
-        s = tl.where(usable[None, :], s, float("nan"))
-    allowed = allowed & (row_max != -float("inf"))[:, None]
-    shift = tl.where(row_max == -float("inf"), 0.0, row_max)
-    p = tl.exp2((s - shift[:, None] - log_sum[:, None]) * LOG2_E)
-    p = tl.where(allowed, p, 0.0)
-    dp = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
+    """P after dropout, dS and d score / d (scale · q k) of a tile."""
+    s, derivative = capped(s * scale, softcap, bias)
+    if not WHOLE:
+        s, allowed = allowed_pairs(
+            s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, window_left,
+            window_right,
+        )  # fmt: skip
+    if usable is not None:
+        s = tl.where(usable, s, float("nan"))
+    p = tl.exp2((s - row_max - log_sum) * LOG2_E)
+    if not WHOLE:
+        p = tl.where(allowed, p, 0.0)
     survived = p
     if DROPOUT:
         kept = dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold)
         survived = tl.where(kept, p * kept_scale, 0.0)
         dp = tl.where(kept, dp * kept_scale, 0.0)
-    ds = tl.where(allowed, p * (dp - delta[:, None]), 0.0)
+    ds = p * (dp - delta)
+    if not WHOLE:
+        ds = tl.where(allowed, ds, 0.0)
     return survived, ds, derivative
 
 
 @triton.jit
 def load_statistics(row_maxes, log_sums, deltas, m, length):
+    """Maximum, logarithm of the sum and Δ of queries; those with nothing to attend to get weights of zero."""
     inside = m < length
     row_max = tl.load(row_maxes + m, mask=inside, other=-float("inf"))
     log_sum = tl.load(log_sums + m, mask=inside, other=0.0)
-    log_sum = tl.where(log_sum == -float("inf"), 0.0, log_sum)
+    nothing = row_max == -float("inf")
+    row_max, log_sum = tl.where(nothing, 0.0, row_max), tl.where(nothing, float("inf"), log_sum)
     return row_max, log_sum, tl.load(deltas + m, mask=inside, other=0.0)

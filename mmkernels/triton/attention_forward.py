@@ -23,12 +23,13 @@ from torch import Tensor
 
 from mmkernels.triton.attention import (
     LOG2_E,
+    allowed_pairs,
+    capped,
     dropout_keep,
     finite,
     has_finite_rows,
     key_range,
     load_tokens,
-    masked_scores,
     store_tokens,
 )
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd, target
@@ -70,6 +71,8 @@ def _attend(
     acc,  # [M, BLOCK_DV]
     D: tl.constexpr,
     DV: tl.constexpr,
+    RISING: tl.constexpr,
+    WHOLE: tl.constexpr,  # every query may attend to every key
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,26 +83,32 @@ def _attend(
     """row_max, total and acc after the keys [begin, end) of a segment."""
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        k = load_tokens(k_base, k_stride, n, key_length, D, BLOCK_D)
-        v = load_tokens(v_base, v_stride, n, key_length, DV, BLOCK_DV)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s, allowed, _ = masked_scores(
-            s, m, n, query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride, bias, softcap,
-            window_left, window_right,
-        )  # fmt: skip
-        if MASKED:  # a value that is not finite reaches the queries that may attend to it and no others
-            usable = has_finite_rows(k) & has_finite_rows(v)
-            s = tl.where(usable[None, :], s, float("nan"))
-            v = finite(v)
-        s = tl.where(allowed, s, -float("inf"))
-        higher = tl.maximum(row_max, tl.max(s, 1))
+        k = load_tokens(k_base, k_stride, n, key_length, D, BLOCK_D, WHOLE)
+        v = load_tokens(v_base, v_stride, n, key_length, DV, BLOCK_DV, WHOLE)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        unit = scale  # what is left to multiply scores with
+        if (softcap is not None) or (bias is not None) or (mask is not None) or (not RISING):
+            s, _ = capped(s * scale, softcap, bias)
+            unit = 1.0
+        if not WHOLE:
+            s, allowed = allowed_pairs(
+                s, m[:, None], n[None, :], query_length, key_length, diagonal, mask, mask_query_stride, mask_key_stride,
+                window_left, window_right,
+            )  # fmt: skip
+            if MASKED:  # a value that is not finite reaches the queries that may attend to it and no others
+                usable = has_finite_rows(k) & has_finite_rows(v)
+                s = tl.where(usable[None, :], s, float("nan"))
+                v = finite(v)
+            s = tl.where(allowed, s, -float("inf"))
+        higher = tl.maximum(row_max, tl.max(s, 1) * unit)
         shift = tl.where(higher == -float("inf"), 0.0, higher)
-        p = tl.exp2((s - shift[:, None]) * LOG2_E)
+        p = tl.exp2((s * unit - shift[:, None]) * LOG2_E)
         rescale = tl.exp2((row_max - shift) * LOG2_E)
         row_max = higher
         total = total * rescale + tl.sum(p, 1)
         if DROPOUT:
-            p = tl.where(dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold), p * kept_scale, 0.0)
+            kept = dropout_keep(seed_low, seed_high, offset, slice, m[:, None], n[None, :], threshold)
+            p = tl.where(kept, p * kept_scale, 0.0)
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return row_max, total, acc
 
@@ -141,6 +150,7 @@ def _forward(
     D: tl.constexpr,
     DV: tl.constexpr,
     BOTTOM_RIGHT: tl.constexpr,
+    RISING: tl.constexpr,  # whether scale is positive
     MASKED: tl.constexpr,
     DROPOUT: tl.constexpr,
     SHARED: tl.constexpr,
@@ -178,25 +188,34 @@ def _forward(
         diagonal = 0
         if BOTTOM_RIGHT:
             diagonal = key_length - length
-        begin, end = key_range(first, BLOCK_M, diagonal, key_length, window_left, window_right, BLOCK_N)
+        begin, whole, end = key_range(first, BLOCK_M, diagonal, key_length, mask, window_left, window_right, BLOCK_N)
         if SHARED:
             begin = tl.maximum(begin, tl.program_id(1) * share)
             end = tl.minimum(end, (tl.program_id(1) + 1) * share)
+            whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(end // BLOCK_N * BLOCK_N, begin))
         if first >= length:
-            end = begin
+            whole, end = begin, begin
         bias = stream_bias
         if stream_bias is not None:
             bias = tl.load(stream_bias + h * bias_stride + j).to(tl.float32)
             if bias == -float("inf"):
-                end = begin
+                whole, end = begin, begin
         k_base = keys[j] + b * key_strides[3 * j] + h // GROUP * key_strides[3 * j + 1]
+        k_base += key_base * key_strides[3 * j + 2]
         v_base = values[j] + b * value_strides[3 * j] + h // GROUP * value_strides[3 * j + 1]
+        v_base += key_base * value_strides[3 * j + 2]
+        if (mask is None) and (window_left is None):
+            row_max, total, acc = _attend(
+                q, k_base, v_base, key_strides[3 * j + 2], value_strides[3 * j + 2], m, begin, whole, length,
+                key_length, diagonal, mask, mask_strides[2], mask_strides[3], bias, slice, seed_low, seed_high, offset,
+                threshold, kept_scale, scale, softcap, window_left, window_right, row_max, total, acc,
+                D, DV, RISING, True, MASKED, DROPOUT, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            )  # fmt: skip
         row_max, total, acc = _attend(
-            q, k_base + key_base * key_strides[3 * j + 2], v_base + key_base * value_strides[3 * j + 2],
-            key_strides[3 * j + 2], value_strides[3 * j + 2], m, begin, end, length, key_length, diagonal,
-            mask, mask_strides[2], mask_strides[3], bias, slice, seed_low, seed_high, offset, threshold, kept_scale,
-            scale, softcap, window_left, window_right, row_max, total, acc,
-            D, DV, MASKED, DROPOUT, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            q, k_base, v_base, key_strides[3 * j + 2], value_strides[3 * j + 2], m, whole, end, length, key_length,
+            diagonal, mask, mask_strides[2], mask_strides[3], bias, slice, seed_low, seed_high, offset, threshold,
+            kept_scale, scale, softcap, window_left, window_right, row_max, total, acc,
+            D, DV, RISING, False, MASKED, DROPOUT, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
 
     if SHARED:
@@ -299,6 +318,17 @@ class Attention:
         """Whether a key may be hidden from one query of a block and not from another."""
         return self.mask is not None or self.window != (-1, -1)
 
+    @property
+    def heavy(self) -> bool:
+        """Whether the indices of masks or the words of dropout take registers."""
+        return self.masked or self.dropout_p > 0
+
+    @property
+    def widest(self) -> int:
+        """The wider head dim, as it is padded."""
+        dims = self.padded_dims()
+        return max(dims["BLOCK_D"], dims["BLOCK_DV"])
+
     def masks(self) -> tuple[Any, ...]:
         """Mask and stream bias, as the kernels take them: pointers, then strides."""
         mask, bias = self.mask, self.stream_bias
@@ -337,22 +367,23 @@ def segment_strides(xs: Sequence[Tensor]) -> Strides:
     return tuple(s for x in xs for s in token_strides(x))
 
 
-def config(x: Tensor, attention: Attention, queries: int, slices: int) -> Config:
-    """Tiles by head dim and dtype: the scores' and the output's sums, and two stages of K and V, fit in registers and
-    shared memory of every target. Half of the queries where there would be too few programs for a GPU."""
-    widest = max(attention.padded_dims()[name] for name in ("BLOCK_D", "BLOCK_DV"))
-    of = target(x)
-    single, stages = x.dtype == torch.float32, 2 if of.backend == "cuda" else 1
+def config(x: Tensor, attention: Attention, queries: int) -> Config:
+    """Tiles by head dim and dtype: the scores' and the output's sums fit in the registers of every target, and the
+    stages of K and V in its shared memory. On Hopper 64 queries of 4 warps, as many as a product of one warp group has,
+    are as fast as 128 of 8 and leave more programs; 64 of 8 take twice as long."""
+    single, nvidia, widest = x.dtype == torch.float32, target(x).backend == "cuda", attention.widest
     if queries <= FEW_QUERIES:
         return Config({"BLOCK_M": 16, "BLOCK_N": 32 if single or widest > 128 else 64}, 4, 2)
     if single:
-        return Config({"BLOCK_M": 32 if widest <= 64 else 16, "BLOCK_N": 32}, 8, stages)
+        return Config({"BLOCK_M": 32 if widest <= 64 else 16, "BLOCK_N": 32}, 8, 2 if nvidia else 1)
+    if not nvidia:
+        return Config({"BLOCK_M": 64 if widest > 128 else 128, "BLOCK_N": 32 if widest > 128 else 64}, 8, 1)
+    ampere = target(x).arch < 90
     if widest > 128:
-        return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 8, stages)
-    few = ceil_div(queries, 128) * slices < _PROGRAMS
-    # Words of dropout take registers, and on Blackwell the indices of masks do, too.
-    narrow = attention.dropout_p > 0 or (attention.masked and of.backend == "cuda" and of.arch >= 100)
-    return Config({"BLOCK_M": 64 if few else 128, "BLOCK_N": 32 if narrow else 64}, 8, 1 if narrow else stages)
+        return Config({"BLOCK_M": 64 if ampere else 128, "BLOCK_N": 32}, 8, 2)
+    if attention.heavy:
+        return Config({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2)
+    return Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2) if ampere else Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)
 
 
 def attend(
@@ -375,7 +406,7 @@ def attend(
     """
     heads = query.shape[1]
     slices = batch * heads
-    chosen = config(query, attention, query_length, slices)
+    chosen = config(query, attention, query_length)
     dims, (mask, bias, mask_strides, bias_stride) = attention.padded_dims(), attention.masks()
     blocks = ceil_div(query_length, chosen.constants["BLOCK_M"])
     longest = max((k.shape[2] for k in attention.keys), default=0) if query.dim() == 4 else 0
@@ -409,6 +440,7 @@ def attend(
         *(attention.scale, attention.softcap or None),
         GROUP=heads // max(attention.keys[0].shape[1], 1),
         BOTTOM_RIGHT=attention.bottom_right,
+        RISING=attention.scale > 0,
         MASKED=attention.masked,
         DROPOUT=attention.dropout_p > 0,
         SHARED=shares > 1,

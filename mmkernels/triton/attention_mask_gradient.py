@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.attention import load_statistics, load_tokens, score_gradients
-from mmkernels.triton.attention_backward import Queries, config, options
+from mmkernels.triton.attention import has_finite_rows, load_statistics, load_tokens, score_gradients
+from mmkernels.triton.attention_backward import Queries, options
 from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, token_strides
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
 from mmkernels.triton.math import number
@@ -98,11 +98,15 @@ def _mask_gradient(
             row_maxes + statistics, log_sums + statistics, deltas + statistics, m, query_length
         )
         slice = (b * heads + h).to(tl.int32)
+        usable = None
+        if MASKED:
+            usable = (has_finite_rows(k) & has_finite_rows(v))[None, :]
         _, ds, _ = score_gradients(
-            q, k, v, g, row_max, log_sum, delta, m, n, query_length, length, diagonal,
-            mask + b * mask_strides[0] + h * mask_strides[1], mask_strides[2], mask_strides[3], None, slice, seed_low,
-            seed_high, offset, threshold, kept_scale, scale, softcap, window_left, window_right,
-            MASKED, DROPOUT, PRECISION,
+            tl.dot(q, tl.trans(k), input_precision=PRECISION), tl.dot(g, tl.trans(v), input_precision=PRECISION),
+            row_max[:, None], log_sum[:, None], delta[:, None], m[:, None], n[None, :], query_length, length, diagonal,
+            mask + b * mask_strides[0] + h * mask_strides[1], mask_strides[2], mask_strides[3], None, usable, slice,
+            seed_low, seed_high, offset, threshold, kept_scale, scale, softcap, window_left, window_right,
+            False, DROPOUT,
         )  # fmt: skip
         acc += ds
     rows, columns = query_length, key_length
@@ -122,14 +126,19 @@ def _mask_gradient(
         tl.store(base + m.to(tl.int64)[:, None] * columns + n[None, :], acc, mask=inside)
 
 
+def config(x: Tensor, attention: Attention) -> Config:
+    """Three tiles of scores fit in the registers of every target."""
+    if x.dtype == torch.float32:
+        return Config({"BLOCK_M": 16, "BLOCK_N": 16}, 8, 1)
+    return Config({"BLOCK_M": 32, "BLOCK_N": 32 if attention.widest <= 128 else 16}, 8, 1)
+
+
 def mask_gradient(stream: Queries, deltas: Tensor, attention: Attention) -> Tensor:
     """dmask, contiguous, of one segment of keys."""
     mask, key, value = attention.mask, attention.keys[0], attention.values[0]
     assert mask is not None
     query_length, key_length = stream.longest, key.shape[2]
     chosen = config(stream.query, attention)
-    if stream.query.dtype == torch.float32:  # its tile of sums leaves less
-        chosen = Config({"BLOCK_M": 16, "BLOCK_N": 16}, 8, 1)
     query_blocks = ceil_div(query_length, chosen.constants["BLOCK_M"])
     key_blocks = ceil_div(key_length, chosen.constants["BLOCK_N"])
     one_query, one_key = mask.shape[2] == 1, mask.shape[3] == 1

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mmkernels._triton import dense
 from mmkernels.ops.cross_attention.op import empty_in_order_of
-from mmkernels.triton.attention_backward import Queries, key_gradients, query_gradient
+from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import Attention, attend
+from mmkernels.triton.attention_key_gradients import key_gradients
 from mmkernels.triton.attention_mask_gradient import mask_gradient
+from mmkernels.triton.attention_query_gradient import query_gradient
 
 
 def _attention(

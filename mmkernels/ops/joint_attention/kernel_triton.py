@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.cross_attention.op import empty_in_order_of
-from mmkernels.triton.attention_backward import Queries, key_gradients, query_gradient
+from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import Attention, attend
+from mmkernels.triton.attention_key_gradients import key_gradients
+from mmkernels.triton.attention_query_gradient import query_gradient
 
 
 def _attention(
