@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_norm_linear import reference
 
 
@@ -54,5 +54,6 @@ concat_norm_linear_op = DifferentiableOp(
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
     cpu=native_backend("concat_norm_linear"),
+    triton=TritonKernels(),
     keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
 )
