@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.gated_concat import reference
 
 
@@ -30,4 +30,5 @@ gated_concat_op = DifferentiableOp(
     reference_saved=_gated_concat_saved,
     fake=_gated_concat_fake,
     cpu=native_backend("gated_concat"),
+    triton=TritonKernels(),
 )
