@@ -52,6 +52,7 @@ def _forward(
     presence_stride,
     residual_stride,
     gate_stride,  # 0 where one gate is for all features
+    y_stride,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -86,7 +87,8 @@ def _forward(
     if residual is not None:
         residual_at = row.to(tl.int64)[:, None] * residual_stride + n[None, :]
         acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+    y_at = row.to(tl.int64)[:, None] * y_stride + n[None, :]
+    tl.store(y + y_at, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -270,7 +272,7 @@ def forward(
         *(tuple(sources), tuple(x.stride(0) for x in sources), tuple(x.shape[1] for x in sources)),
         *(weight, bias, flags, flat_residual, gate, z if keeps else None, y),
         *(rows, features, weight.stride(0), flag_stride),
-        *(0 if flat_residual is None else flat_residual.stride(0), _gate_stride(gate)),
+        *(0 if flat_residual is None else flat_residual.stride(0), _gate_stride(gate), features),
         ACTIVATION=activation,
         PRECISION=dot_precision(weight),
         config=config,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.gated_fusion import reference
 
 
@@ -43,4 +43,5 @@ gated_fusion_op = DifferentiableOp(
     reference_saved=_gated_fusion_saved,
     fake=_gated_fusion_fake,
     cpu=native_backend("gated_fusion"),
+    triton=TritonKernels(),
 )
