@@ -74,7 +74,8 @@ def _backward(
     counts,
     masks,
     dtext,  # [B, L, C] or None
-    dmodals,  # each [T, C], of zeros, or None
+    dmodals,  # each [T, C], of zeros, or anything where not wanted
+    wanted,  # 1 or 0 of each, odd
     tokens,
     length,
     features,
@@ -97,9 +98,8 @@ def _backward(
         tl.store(dtext + at, of_text, mask=inside[:, None] & columns_inside)
     for i in tl.static_range(len(dmodals)):
         rows = number(modal_rows[i])
-        if dmodals[i] is not None:
-            here = replaced & (row >= 0) & (row < rows)
-            tl.store(dmodals[i] + row[:, None] * features + c[None, :], g, mask=here[:, None] & columns_inside)
+        here = replaced & (row >= 0) & (row < rows) & (number(wanted[i]) == 1)
+        tl.store(dmodals[i] + row[:, None] * features + c[None, :], g, mask=here[:, None] & columns_inside)
         row -= rows
 
 
@@ -148,16 +148,16 @@ def backward(
     batch, length, features = text.shape
     of_text, *of_modals = needed[: 1 + len(modals)]
     dtext = text.new_empty(text.shape) if of_text else None
-    dmodals = [m.new_zeros(m.shape) if n else None for m, n in zip(modals, of_modals, strict=True)]
+    dmodals = [m.new_zeros(m.shape if n else 0) for m, n in zip(modals, of_modals, strict=True)]
     config = _config(features, text.element_size())
     launch(
         _backward,
         _grid(config, batch * length, features),
-        *(grad, *_counts(mask), dtext, tuple(dmodals)),
+        *(grad, *_counts(mask), dtext, tuple(dmodals), odd(of_modals)),
         *(batch * length, length, features, *grad.stride()[:2], odd([m.shape[0] for m in modals])),
         config=config,
     )
-    return [text.new_empty(0) if g is None else g for g in (dtext, *dmodals, None)]
+    return [text.new_empty(0) if dtext is None else dtext, *dmodals, text.new_empty(0)]
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
