@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_tokens import reference
 
 
@@ -17,10 +17,16 @@ def _concat_tokens_fake(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor]:
     return (xs[0].new_empty((batch, sum(x.shape[1] for x in xs), features), dtype=rest[-1] or xs[0].dtype),)
 
 
-def _cpu_supports(*args: Any) -> str | None:
+def _native_supports(*args: Any) -> str | None:
     # The backward's arguments end with saved and needed, the forward's with training.
     out_dtype = next((a for a in args if isinstance(a, torch.dtype)), None)
     return "out_dtype float64 is served by the reference alone" if out_dtype == torch.float64 else None
+
+
+def _triton_supports(xs: Sequence[Tensor], *rest: Any) -> str | None:
+    if xs[0].shape[2] > 4096:
+        return f"{xs[0].shape[2]} features are more than the 4096 that a program holds"
+    return f"{len(xs)} sources, more than 32" if len(xs) > 32 else _native_supports(*rest)
 
 
 concat_tokens_op = DifferentiableOp(
@@ -30,5 +36,6 @@ concat_tokens_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,
-    cpu=native_backend("concat_tokens", supports=_cpu_supports),
+    cpu=native_backend("concat_tokens", supports=_native_supports),
+    triton=TritonKernels(_triton_supports),
 )

@@ -2,11 +2,12 @@
 
     y = n · (1 + scale) + shift,   n = x̂ · w + b,   x̂ = (x − mean) · rstd     (rms: mean = 0; no norm: n = x)
 
-Tiling     a program owns a run of tokens of one batch element and holds a token's C features in registers, so that x
-           is read once; the condition of a batch element stays in registers over the run. The backward adds up the
-           gradients of what the tokens share over its run, and torch adds the runs up, in their order.
+Tiling     a program owns a run of tokens of one batch element and holds a token, or several narrow ones, in registers,
+           so that x is read once; the condition of a batch element stays in registers over the run. The backward, which
+           reads it again from the nearest cache, adds up the gradients of what the tokens share over its run, and torch
+           adds the runs up, in their order.
 Precision  float32 from the centred row.
-Limits     C up to 16384, what the registers of one program hold.
+Limits     C up to 4096, what the registers of one program hold.
 """
 
 from __future__ import annotations
@@ -19,21 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
+from mmkernels.triton.launch import Config, ceil_div, launch
+from mmkernels.triton.norm import norm_gradient, normalized, row_config
 
 _LENGTHS = ["length", "run"]
-
-
-@triton.jit
-def _normalized(x, inside, features, eps, NORM: tl.constexpr):
-    """x̂ and rstd of a row in float32; zeros beyond its end."""
-    rstd = 1.0
-    if NORM == "layer":
-        x = tl.where(inside, x - tl.sum(x, 0) / features, 0.0)
-    if NORM is not None:
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / features + eps)
-        x = x * rstd
-    return x, rstd
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -46,7 +36,7 @@ def _forward(
     y_ptr,  # [B, L, C], contiguous
     length,  # L
     features,  # C
-    run,  # tokens per program
+    run,  # tokens per program, a multiple of ROWS
     x_batch,  # strides
     x_token,
     shift_batch,
@@ -56,29 +46,31 @@ def _forward(
     eps,
     NORM: tl.constexpr,
     PER_TOKEN: tl.constexpr,  # whether every token has its own condition
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # features in registers, a power of two
 ):
     runs = tl.cdiv(length, run)
     batch = (tl.program_id(0) // runs).to(tl.int64)
     begin = (tl.program_id(0) % runs) * run
-    c = tl.arange(0, BLOCK)
-    inside = c < features
+    c = tl.arange(0, BLOCK)[None, :]
+    column = c < features
     shift_ptr += batch * shift_batch + c
     scale_ptr += batch * scale_batch + c
     if not PER_TOKEN:
-        shift = tl.load(shift_ptr, mask=inside, other=0.0).to(tl.float32)
-        scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr, mask=column, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr, mask=column, other=0.0).to(tl.float32)
     if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + c, mask=column, other=0.0).to(tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    for t in range(begin, tl.minimum(begin + run, length)):
-        token = tl.cast(t, tl.int64)
+        bias = tl.load(bias_ptr + c, mask=column, other=0.0).to(tl.float32)
+    for first in range(begin, tl.minimum(begin + run, length), ROWS):
+        token = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (token < length) & column
         if PER_TOKEN:
             shift = tl.load(shift_ptr + token * shift_token, mask=inside, other=0.0).to(tl.float32)
             scale = tl.load(scale_ptr + token * scale_token, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + batch * x_batch + token * x_token + c, mask=inside, other=0.0).to(tl.float32)
-        n, _ = _normalized(x, inside, features, eps, NORM)
+        n, _ = normalized(x, inside, features, eps, NORM)
         if weight_ptr is not None:
             n = n * weight
         if bias_ptr is not None:
@@ -111,37 +103,33 @@ def _backward(
     eps,
     NORM: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     runs = tl.cdiv(length, run)
     batch = (tl.program_id(0) // runs).to(tl.int64)
     begin = (tl.program_id(0) % runs) * run
-    c = tl.arange(0, BLOCK)
-    inside = c < features
-    scale_ptr += batch * scale_batch + c
-    if not PER_TOKEN:
-        scale = tl.load(scale_ptr, mask=inside, other=0.0).to(tl.float32)
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-    dshift = tl.zeros([BLOCK], tl.float32)
-    dscale = tl.zeros([BLOCK], tl.float32)
-    dweight = tl.zeros([BLOCK], tl.float32)
-    dbias = tl.zeros([BLOCK], tl.float32)
-    for t in range(begin, tl.minimum(begin + run, length)):
-        token = tl.cast(t, tl.int64)
+    c = tl.arange(0, BLOCK)[None, :]
+    column = c < features
+    dshift = tl.zeros([ROWS, BLOCK], tl.float32)
+    dscale = tl.zeros([ROWS, BLOCK], tl.float32)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(begin, tl.minimum(begin + run, length), ROWS):
+        token = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside = (token < length) & column
         here = (batch * length + token) * features + c
-        if PER_TOKEN:
-            scale = tl.load(scale_ptr + token * scale_token, mask=inside, other=0.0).to(tl.float32)
+        scale_at = scale_ptr + batch * scale_batch + token * scale_token + c
+        scale = tl.load(scale_at, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + batch * g_batch + token * g_token + c, mask=inside, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + batch * x_batch + token * x_token + c, mask=inside, other=0.0).to(tl.float32)
-        x, rstd = _normalized(x, inside, features, eps, NORM)
+        x, rstd = normalized(x, inside, features, eps, NORM)
         n = x
         if weight_ptr is not None:
+            weight = tl.load(weight_ptr + c, mask=column, other=0.0).to(tl.float32)
             n = n * weight
         if bias_ptr is not None:
-            n = n + bias
+            n = n + tl.load(bias_ptr + c, mask=column, other=0.0).to(tl.float32)
         dn = g * (1.0 + scale)
         if PER_TOKEN:
             if dshift_ptr is not None:
@@ -154,37 +142,27 @@ def _backward(
         dweight += dn * x
         dbias += dn
         if dx_ptr is not None:
-            dx = dn
             if weight_ptr is not None:
-                dx = dx * weight
-            if NORM is not None:
-                along = tl.sum(dx * x, 0) / features
-                if NORM == "layer":
-                    dx = dx - tl.sum(dx, 0) / features
-                dx = (dx - x * along) * rstd
+                dn = dn * weight
+            dx = norm_gradient(dn, x, rstd, features, NORM)
             tl.store(dx_ptr + here, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     there = tl.program_id(0).to(tl.int64) * features + c
     if not PER_TOKEN:
         if dshift_ptr is not None:
-            tl.store(dshift_ptr + there, dshift, mask=inside)
+            tl.store(dshift_ptr + there, tl.sum(dshift, 0, keep_dims=True), mask=column)
         if dscale_ptr is not None:
-            tl.store(dscale_ptr + there, dscale, mask=inside)
+            tl.store(dscale_ptr + there, tl.sum(dscale, 0, keep_dims=True), mask=column)
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + there, dweight, mask=inside)
+        tl.store(dweight_ptr + there, tl.sum(dweight, 0, keep_dims=True), mask=column)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + there, dbias, mask=inside)
+        tl.store(dbias_ptr + there, tl.sum(dbias, 0, keep_dims=True), mask=column)
 
 
-def _config(features: int) -> Config:
-    """Eight elements, 16 bytes of a half-precision row, per thread and row: more warps for a wider row."""
-    block = next_power_of_2(features)
-    return Config({"BLOCK": block}, num_warps=min(max(block // 256, 1), 16), num_stages=1)
-
-
-def _run(x: Tensor) -> int:
+def _run(x: Tensor, config: Config) -> int:
     """Tokens per program: enough programs to fill a GPU twice, and few runs for torch to add up."""
     batch, length, _ = x.shape
-    return min(max(ceil_div(batch * length, 2048), 1), 64)
+    rows = config.constants["ROWS"]
+    return min(max(ceil_div(batch * ceil_div(length, rows), 2048), 1), 64) * rows
 
 
 def forward(
@@ -199,7 +177,8 @@ def forward(
 ) -> Tensor:
     y = x.new_empty(x.shape)
     batch, length, features = x.shape
-    run = _run(x)
+    config = row_config(features, length)
+    run = _run(x, config)
     launch(
         _forward,
         (batch * ceil_div(length, run) if features else 0,),
@@ -209,7 +188,7 @@ def forward(
         eps,
         NORM=norm,
         PER_TOKEN=shift.shape[1] != 1,
-        config=_config(features),
+        config=config,
     )
     return y
 
@@ -228,7 +207,8 @@ def backward(
 ) -> list[Tensor]:
     (g,) = grads
     batch, length, features = x.shape
-    run = _run(x)
+    config = row_config(features, length)
+    run = _run(x, config)
     runs = ceil_div(length, run)
     per_token = shift.shape[1] != 1
 
@@ -245,11 +225,12 @@ def backward(
         (batch * runs if features else 0,),
         *(g, x, scale, weight, bias, dx, dshift, dscale, dweight, dbias),
         *(length, features, run),
-        *(*g.stride()[:2], *x.stride()[:2], *scale.stride()[:2]),
+        *(*g.stride()[:2], *x.stride()[:2], scale.stride(0), scale.stride(1) if per_token else 0),
         eps,
         NORM=norm,
         PER_TOKEN=per_token,
-        config=_config(features),
+        config=config,
+        enable_fp_fusion=False,
     )
     if not per_token:
         dshift, dscale = (None if t is None else t.sum(1, keepdim=True).to(x.dtype) for t in (dshift, dscale))
@@ -258,7 +239,13 @@ def backward(
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A call for each of the configurations above."""
+    """A row by itself, narrow ones together, the widest."""
     import mmkernels as mmk
 
+    def wide(features: int) -> Any:
+        weights = dict(norm_weight=new(features), norm_bias=new(features))
+        return mmk.modulated_norm(new(1, 64, features), new(1, features), new(1, features), **weights)
+
     yield "4x1024x1152", lambda: mmk.modulated_norm(new(4, 1024, 1152), new(4, 1152), new(4, 1152))
+    yield "64x196x128", lambda: mmk.modulated_norm(new(64, 196, 128), new(64, 196, 128), new(64, 196, 128))
+    yield "1x64x4096, weights", lambda: wide(4096)

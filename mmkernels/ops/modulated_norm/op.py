@@ -15,7 +15,7 @@ def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor]:
 
 
 def _triton_supports(x: Tensor, *_: Any) -> str | None:
-    return None if x.shape[2] <= 16384 else f"{x.shape[2]} features are more than the 16384 that a program holds"
+    return None if x.shape[2] <= 4096 else f"{x.shape[2]} features are more than the 4096 that a program holds"
 
 
 modulated_norm_op = DifferentiableOp(
