@@ -20,3 +20,4 @@ if os.environ.get("MMKERNELS_BACKEND") == "triton":
     del os.environ["MMKERNELS_BACKEND"]
     os.environ["MMKERNELS_TEST_BACKEND"] = "triton"  # for the processes that pytest starts
 TRITON_ALONE = os.environ.get("MMKERNELS_TEST_BACKEND") == "triton"
+HERE = str(torch.empty(0).device)  # as errors name it: cpu, cuda:0

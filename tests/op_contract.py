@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from agreement import agree
+from environment import DEVICE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -32,7 +34,7 @@ def check_each_gradient_alone(function: Function, leaves: Sequence[Tensor]) -> N
     for i, expected in enumerate(together):
         alone = [x.detach().requires_grad_(i == j) for j, x in enumerate(leaves)]
         out = function(*alone)
-        assert same_bits(torch.autograd.grad(out, [alone[i]], fixed_gradient(out)), [expected]), f"gradient of leaf {i}"
+        assert agree(torch.autograd.grad(out, [alone[i]], fixed_gradient(out)), [expected]), f"gradient of leaf {i}"
 
 
 def check_threads_and_runs_agree(function: Function, leaves: Sequence[Tensor]) -> None:
@@ -63,10 +65,10 @@ def check_strides(function: Function, leaves: Sequence[Tensor]) -> None:
         return x.unsqueeze(-1).expand(*x.shape, 2).contiguous()[..., 0]
 
     for arranged in (with_gaps, strided):
-        assert same_bits(gradients(function, [arranged(x.detach()) for x in leaves]), expected), arranged.__name__
+        assert agree(gradients(function, [arranged(x.detach()) for x in leaves]), expected), arranged.__name__
     leaves = [x.detach().requires_grad_() for x in leaves]
     dense = torch.autograd.grad(function(*leaves), leaves, torch.ones_like(expected[0]))
-    assert same_bits(torch.autograd.grad(function(*leaves).sum(), leaves), dense), "expanded gradient"
+    assert agree(torch.autograd.grad(function(*leaves).sum(), leaves), dense), "expanded gradient"
 
 
 def check_compile(function: Function, make: Callable[[int], list[Tensor]]) -> None:
@@ -74,7 +76,7 @@ def check_compile(function: Function, make: Callable[[int], list[Tensor]]) -> No
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch in (3, 5):
         leaves = make(batch)
-        assert same_bits(gradients(compiled, leaves), gradients(function, leaves))
+        assert agree(gradients(compiled, leaves), gradients(function, leaves))
 
 
 def check_func(function: Function, leaves: Sequence[Tensor]) -> None:
@@ -87,7 +89,7 @@ def check_func(function: Function, leaves: Sequence[Tensor]) -> None:
 
     got = torch.func.grad(loss, argnums=every)(*leaves)
     asked = [x.clone().requires_grad_() for x in leaves]
-    assert same_bits(got, torch.autograd.grad(loss(*asked), asked))
+    assert agree(got, torch.autograd.grad(loss(*asked), asked))
     mapped = [torch.stack([x, 2 * x]) if i == 0 else x for i, x in enumerate(leaves)]
     dims = tuple(0 if i == 0 else None for i in every)
     batched = torch.vmap(torch.func.grad(loss, argnums=every), in_dims=dims)(*mapped)
@@ -106,11 +108,11 @@ def check_second_order(function: Function, leaves: Sequence[Tensor]) -> None:
 
 def check_autocast(function: Function, leaves: Sequence[Tensor]) -> None:
     leaves = [x.detach().requires_grad_() for x in leaves]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = function(*leaves)
     assert out.dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
-    assert same_bits([out], [function(*(x.bfloat16() for x in leaves))])
+    assert agree([out], [function(*(x.bfloat16() for x in leaves))])
 
 
 def check_checkpoint(function: Function, leaves: Sequence[Tensor]) -> None:
@@ -122,7 +124,7 @@ def check_checkpoint(function: Function, leaves: Sequence[Tensor]) -> None:
     expected = run(function)
     assert len(expected) == len(leaves)
     for reentrant in (False, True):
-        assert same_bits(run(lambda *x, r=reentrant: checkpoint(function, *x, use_reentrant=r)), expected)
+        assert agree(run(lambda *x, r=reentrant: checkpoint(function, *x, use_reentrant=r)), expected)
 
 
 def check_export(function: Function, make: Callable[[int], list[Tensor]], batched: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
+from environment import DEVICE, HERE
 from fusion_cases import LAYOUTS, each_dtype, few_dtypes, flat, presence_patterns, spoiled
 from pool_cases import POOLS, Sizes, call, sources
 from torch import Tensor
@@ -271,10 +272,10 @@ def test_only_split_attention_weighs_every_feature_by_itself(backend: str) -> No
 
 
 def test_example_inputs_run(backend: str) -> None:
-    assert mmk.additive_attention_pool(**additive_reference.example_inputs(torch.float16))[0].shape == (8, 64)
-    example = multiplicative_reference.example_inputs(torch.bfloat16)
+    assert mmk.additive_attention_pool(**additive_reference.example_inputs(torch.float16, DEVICE))[0].shape == (8, 64)
+    example = multiplicative_reference.example_inputs(torch.bfloat16, DEVICE)
     assert mmk.multiplicative_attention_pool(**example)[0].shape == (8, 64)
-    assert mmk.split_attention_pool(**split_reference.example_inputs())[1].shape == (8, 2, 64)
+    assert mmk.split_attention_pool(**split_reference.example_inputs(device=DEVICE))[1].shape == (8, 2, 64)
 
 
 x, w, v, q = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(4, 2)
@@ -297,7 +298,7 @@ BAD: list[tuple[Any, type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (additive_pool, ValueError, r"weight: expected shape \(N, 3\); got \(5, 2\)", ([x], qw, v), {}),
     (additive_pool, TypeError, r"weight: expected the dtype .*; got torch.float64", ([x], w.double(), v), {}),
     (additive_pool, ValueError, r"vector: expected shape \(5,\); got \(4,\)", ([x], w, v[1:]), {}),
-    (additive_pool, RuntimeError, r"vector: .* cpu; got meta", ([x], w, meta), {}),
+    (additive_pool, RuntimeError, rf"vector: .* {HERE}; got meta", ([x], w, meta), {}),
     (additive_pool, ValueError, r"bias: expected shape \(5,\); got \(4,\)", ([x], w, v), {"bias": v[1:]}),
     (additive_pool, ValueError, r"query_weight: expected a tensor, as query is", ([x], w, v), {"query": q}),
     (additive_pool, ValueError, r"query: expected a tensor, as query_weight", ([x], w, v), {"query_weight": qw}),

@@ -9,6 +9,7 @@ import op_contract as contract
 import pytest
 import torch
 from conftest import FUZZED, use_implementation
+from environment import HERE
 from fusion_cases import each_dtype
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -122,7 +123,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (TypeError, r"x: expected a torch.Tensor; got list", ([x], y, u, v), {}),
     (TypeError, r"x: expected dtype float32.*; got torch.int64", (x.long(), y, u, v), {}),
     (TypeError, r"y: expected the dtype of x, torch.float32; got torch.float16", (x, y.half(), u, v), {}),
-    (RuntimeError, r"y: expected the device of x, cpu; got meta", (x, meta, u, v), {}),
+    (RuntimeError, rf"y: expected the device of x, {HERE}; got meta", (x, meta, u, v), {}),
     (ValueError, r"y: expected shape \(4, Ky\), the leading dims of x; got \(3, 3\)", (x, y[:3], u, v), {}),
     (ValueError, r"x_weight: expected shape \(rank·N, 2\); got \(6, 3\)", (x, y, v, v), {}),
     (ValueError, r"x_weight: expected a multiple of rank, 4, rows; got 6 rows", (x, y, u, v), {"rank": 4}),

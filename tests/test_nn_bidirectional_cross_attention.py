@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from environment import DEVICE
 from torch import Tensor
 
 from mmkernels.nn import BidirectionalCrossAttention
@@ -79,7 +80,7 @@ def test_parameters_and_their_initialisation() -> None:
 def test_under_autocast_and_compile() -> None:
     module = BidirectionalCrossAttention(16, 8, 16, 2)
     x, y = torch.randn(2, 7, 16), torch.randn(2, 3, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert all(t.isfinite().all() for t in module(x, y))
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, y), module(x, y))

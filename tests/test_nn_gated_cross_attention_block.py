@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from environment import DEVICE
 from torch import Tensor
 
 from mmkernels.nn import GatedCrossAttentionBlock
@@ -99,7 +100,7 @@ def test_under_autocast_and_compile() -> None:
     block = GatedCrossAttentionBlock(8, 2)
     torch.nn.init.ones_(block.attention_gate)
     x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = block(x, context)
     assert out.dtype == torch.float32  # the residual stream keeps its digits
     torch.testing.assert_close(out, block(x, context), rtol=5e-2, atol=5e-2)

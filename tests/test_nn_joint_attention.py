@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from environment import DEVICE
 from torch import Tensor
 
 from mmkernels.nn import JointAttention
@@ -87,7 +88,7 @@ def test_parameters_and_their_initialisation() -> None:
 def test_under_autocast_and_compile() -> None:
     module = JointAttention([16, 8], 2, qk_norm=True)
     streams = [torch.randn(2, 3, 16), torch.randn(2, 5, 8)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         outs = module(streams)
     assert all(y.dtype == torch.bfloat16 for y in outs)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from environment import DEVICE
 from torch import Tensor
 
 import mmkernels as mmk
@@ -73,7 +74,7 @@ def test_new_parameters_are_those_of_the_usual_initialisation() -> None:
 
 def test_autocast_promotes_projections_to_the_embeddings() -> None:
     module = TokenFusionEmbedding(2, 16, in_dims=(4, 4))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         out = module([torch.randn(1, 3, 4), torch.randn(1, 2, 4)])
     assert out.dtype == torch.float32
 
