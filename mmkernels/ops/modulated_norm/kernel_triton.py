@@ -243,8 +243,8 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
     import mmkernels as mmk
 
     def wide(features: int) -> Any:
-        weights = dict(norm_weight=new(features), norm_bias=new(features))
-        return mmk.modulated_norm(new(1, 64, features), new(1, features), new(1, features), **weights)
+        condition = new(1, features), new(1, features)
+        return mmk.modulated_norm(new(1, 64, features), *condition, norm_weight=new(features), norm_bias=new(features))
 
     yield "4x1024x1152", lambda: mmk.modulated_norm(new(4, 1024, 1152), new(4, 1152), new(4, 1152))
     yield "64x196x128", lambda: mmk.modulated_norm(new(64, 196, 128), new(64, 196, 128), new(64, 196, 128))
