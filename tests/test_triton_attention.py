@@ -64,6 +64,17 @@ def test_few_queries_and_empty_sides(queries: int, keys: int, triton_backend: st
         check_op(mmk.cross_attention, *inputs, backend=triton_backend, return_lse=True)
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_queries_that_share_a_key_head(queries: int, triton_backend: str) -> None:
+    mask = torch.rand(2, 1, 1, 90) > 0.4
+    inputs = qkv(heads=8, queries=queries, keys=90, key_heads=2)
+    by_tokens = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    for tensors in (inputs, by_tokens):
+        with poisoned_memory():
+            options = dict(backend=triton_backend, enable_gqa=True, return_lse=True, attn_mask=mask)
+            check_op(mmk.cross_attention, *tensors, **options)
+
+
 def test_hidden_values_that_are_not_finite_reach_nobody(triton_backend: str) -> None:
     query, key, value = (x.detach() for x in qkv(key_heads=2))
     mask = torch.ones(70, 77, dtype=torch.bool)

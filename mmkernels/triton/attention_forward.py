@@ -386,6 +386,19 @@ def config(x: Tensor, attention: Attention, queries: int) -> Config:
     return Config({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2) if ampere else Config({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)
 
 
+def _shares_keys(query: Tensor, attention: Attention, tensors: Sequence[Tensor]) -> bool:
+    """Whether the few queries of the heads that share a key head can stand as those of one head, so that a key is read
+    once for all of them: nothing tells them apart, and in each of the tensors [B, Hq, Lq, …] they lie at one distance.
+    """
+    if query.dim() == 3 or attention.window != (-1, -1) or attention.dropout_p > 0 or attention.stream_bias is not None:
+        return False
+    group, length = query.shape[1] // max(attention.keys[0].shape[1], 1), query.shape[2]
+    mask = attention.mask
+    if not 1 < group * length <= FEW_QUERIES or group == 1 or (mask is not None and mask.shape[1:3] != (1, 1)):
+        return False
+    return length == 1 or all(x.stride(1) == length * x.stride(2) for x in tensors)
+
+
 def attend(
     query: Tensor,
     attention: Attention,
@@ -404,6 +417,12 @@ def attend(
         batch: B.
         query_length: Lq, or the longest member's.
     """
+    if _shares_keys(query, attention, [query, out, *(statistics or ())]):
+        key_heads = attention.keys[0].shape[1]
+        shape = (batch, key_heads, query.shape[1] // key_heads * query_length)
+        query, out = (x.view(*shape, x.shape[3]) for x in (query, out))
+        statistics = statistics and (statistics[0].view(shape), statistics[1].view(shape))
+        query_length = shape[2]
     heads = query.shape[1]
     slices = batch * heads
     chosen = config(query, attention, query_length)

@@ -6,7 +6,8 @@ Tiling     Forward: a program owns a tile of rows and features and walks over th
            W; bias, activation, gate, residual and cast happen on the tile. Tiles of the same rows run together, so that
            these come from the second cache. Backward: dz and the sums over rows in one pass; dx of a source, a program
            owning rows and columns of it; dW, a program owning features and columns of a source and a share of the rows,
-           which torch adds up in their order. A block of rows none of which has a source skips it.
+           which torch adds up in their order. A block of rows none of which has a source skips it. Where nothing is
+           skipped, half-precision dx and dW are torch's products.
 Precision  sums in float32; dz rounded to the inputs' dtype.
 Limits     none.
 """
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target, tiles
 from mmkernels.triton.math import activation, activation_derivative, tanh
 
 
@@ -217,14 +218,17 @@ _PROGRAMS = 264  # two for each multiprocessor of a large GPU
 
 def _config(x: Tensor, rows: int, columns: int) -> Config:
     """128 x 128 tiles where there are enough of them, else 64 x 64, and 16 rows where there are few; float32 takes
-    three products and less of everything."""
+    three products and less of everything. 64 deep from Hopper on, where 32 take half as long again; Ampere's registers
+    would spill."""
     single = x.dtype == torch.float32
     if rows <= 16:
         return Config({"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32 if single else 64}, 4, 3)
     if single:
         return Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 8, 2)
     if ceil_div(rows, 128) * ceil_div(columns, 128) >= _PROGRAMS // 2:
-        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32}, 8, 3)
+        machine = target(x)
+        deep = machine.backend == "cuda" and machine.arch >= 90
+        return Config({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64 if deep else 32}, 8, 3)
     return Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3)
 
 
@@ -349,9 +353,17 @@ def _dz(
     return dz, dbias, dgate
 
 
+def _plain(x: Tensor, flag: Tensor | None) -> bool:
+    """Whether a product of the backward is a plain one of half precision, which torch's library is best at."""
+    return flag is None and x.dtype != torch.float32
+
+
 def _dx(dz: Tensor, weight: Tensor, flag: Tensor | None, flag_stride: int, x: Tensor) -> Tensor:
     rows, (features, width) = dz.shape[0], weight.shape
     dx = x.new_empty(x.shape)
+    if _plain(x, flag):
+        torch.mm(dz, weight, out=dx.view(rows, width))
+        return dx
     config = _config(weight, rows, width)
     launch(
         _input_gradient,
@@ -366,6 +378,9 @@ def _dx(dz: Tensor, weight: Tensor, flag: Tensor | None, flag_stride: int, x: Te
 
 def _fill_dweight(dz: Tensor, x: Tensor, flag: Tensor | None, flag_stride: int, dweight: Tensor) -> None:
     (rows, width), features = x.shape, dz.shape[1]
+    if _plain(x, flag):
+        torch.mm(dz.t(), x, out=dweight)
+        return
     config = _config(x, features, width)
     count, step = tiles(config, features, width), config.constants["BLOCK_K"]
     shares = max(min(_PROGRAMS // max(count, 1), ceil_div(rows, 8 * step)), 1)
@@ -393,6 +408,10 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
         return mmk.concat_linear(xs, new(features, sum(widths)), new(features), **options)
 
     yield "16384x(1024, 1024, 768) to 1024, gelu", lambda: call(16384, (1024, 1024, 768), 1024, activation="gelu")
+    yield (
+        "16384x(1024, 1024) to 1024, presence",
+        lambda: call(16384, (1024, 1024), 1024, presence=new(16384, 2, dtype=torch.bool)),
+    )
     yield "256x(768, 768, 512) to 768, gelu", lambda: call(256, (768, 768, 512), 768, activation="gelu")
     yield (
         "16x(304, 80, 48) to 128, relu, presence",

@@ -16,6 +16,7 @@ Limits     none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -329,6 +330,8 @@ def _fill_dx(
 ) -> None:
     (rows, features), (gates, width) = da.shape, gate_weight.shape
     config = linear._config(gate_weight, rows, width)
+    if rows <= 16:
+        config = replace(config, constants={**config.constants, "BLOCK_K": 32})  # two products at a time
     launch(
         _input_gradient,
         (tiles(config, rows, width),),
