@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import agree
-from fusion_cases import each_dtype
+from fusion_cases import each_dtype, flat, spoiled
 from op_contract import check_each_gradient_alone, check_every_element_is_written, check_strides, gradients
 from pool_cases import POOLS, Sizes, call, sources
 from test_merge_attention import make, merged, merged_leaves
@@ -70,7 +70,7 @@ def test_what_merge_attention_leaves_to_other_backends() -> None:
         mmk.merge_attention([torch.zeros(2, 9000)], [torch.zeros(2)])
 
 
-SERVED = ("dot product", "bilinear")
+SERVED = ("additive", "additive with query", "dot product", "bilinear")
 
 
 @pytest.mark.parametrize("pool", SERVED)
@@ -91,3 +91,28 @@ def test_attention_pool_in_memory_and_with_partial_gradients(pool: str) -> None:
         check_each_gradient_alone(function, leaves)
         check_strides(function, leaves)
         assert same_bits(gradients(function, leaves), gradients(function, leaves))
+
+
+@pytest.mark.parametrize("pool", SERVED)
+def test_attention_pool_does_not_read_an_absent_modality(pool: str) -> None:
+    function, make_parameters = POOLS[pool]
+    s = Sizes()
+    presence = torch.rand(s.batch, s.modalities) > 0.4
+    presence[:, 0], presence[1] = False, False
+    xs, parameters = sources(s), make_parameters(s, torch.float32)
+    results = []
+    for filler in (0.0, math.nan):
+        leaves = spoiled(xs, presence, filler)
+        pooled, weights = function(leaves, **parameters, presence=presence)
+        wanted = flat([leaves, *parameters.values()])
+        results.append([pooled, weights, *torch.autograd.grad(pooled.sin().sum() + weights.sin().sum(), wanted)])
+    assert same_bits(*results)
+    assert all(x.isfinite().all() for x in results[0])
+
+
+@pytest.mark.parametrize("pool", SERVED)
+def test_what_attention_pools_leave_to_other_backends(pool: str) -> None:
+    function, make_parameters = POOLS[pool]
+    s = Sizes(modalities=65)
+    with pytest.raises(mmk.UnsupportedError, match="65 modalities are more than the 64"):
+        function(sources(s), **make_parameters(s, torch.float32))

@@ -107,3 +107,9 @@ def pooled_fake(xs: Sequence[Tensor]) -> tuple[Tensor, int, int]:
     first = xs[0]
     count = first.shape[1] if first.dim() == 3 else len(xs)
     return first.new_empty((first.shape[0], first.shape[-1])), first.shape[0], count
+
+
+def too_many_modalities(xs: Sequence[Tensor], *_: Any) -> str | None:
+    """Why Triton's kernels do not serve a call, or None."""
+    _pooled, _batch, count = pooled_fake(xs)
+    return None if count <= 64 else f"{count} modalities are more than the 64 that a program takes"

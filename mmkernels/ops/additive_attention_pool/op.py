@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
-from mmkernels.ops._pool import pooled_fake
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 
 
@@ -25,5 +25,6 @@ additive_attention_pool_op = DifferentiableOp(
     reference=reference.additive_attention_pool,
     fake=_additive_attention_pool_fake,
     cpu=native_backend("additive_attention_pool"),
+    triton=TritonKernels(too_many_modalities),
     keeps_outputs=lambda *_: True,
 )

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
+from mmkernels.triton.pool import modalities, presence_flags, present
 
 
 @triton.jit(do_not_specialize=["batch", "presence_row", "presence_modality"])
@@ -50,10 +51,7 @@ def _forward(
     total = tl.zeros([ROWS], tl.float32)
     pooled = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(len(x_ptrs)):
-        there = valid
-        if presence_ptr is not None:
-            flag = tl.load(presence_ptr + row * presence_row + i * presence_modality, mask=valid, other=0)
-            there = valid & (flag != 0)
+        there = present(presence_ptr, valid, row, i, presence_row, presence_modality)
         x = tl.load(x_ptrs[i] + row[:, None] * x_row + d[None, :], mask=inside & there[:, None], other=0.0)
         x = x.to(tl.float32)
         energy = tl.where(there, scale * tl.sum(query * x, 1), float("-inf"))
@@ -106,13 +104,10 @@ def _backward(
     query = tl.load(query_ptr + row[:, None] * query_row + d[None, :], mask=inside, other=0.0).to(tl.float32)
     slopes = tl.tuple(())
     weights = tl.tuple(())
-    present = tl.tuple(())
+    presences = tl.tuple(())
     mean = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(len(x_ptrs)):
-        there = valid
-        if presence_ptr is not None:
-            flag = tl.load(presence_ptr + row * presence_row + i * presence_modality, mask=valid, other=0)
-            there = valid & (flag != 0)
+        there = present(presence_ptr, valid, row, i, presence_row, presence_modality)
         weight = tl.load(weights_ptr + row * len(x_ptrs) + i, mask=there, other=0.0).to(tl.float32)
         slope = tl.load(gweights_ptr + row * gweights_row + i, mask=there, other=0.0).to(tl.float32)
         x = tl.load(x_ptrs[i] + row[:, None] * x_row + d[None, :], mask=inside & there[:, None], other=0.0)
@@ -120,10 +115,10 @@ def _backward(
         mean += weight * slope
         slopes += (slope,)
         weights += (weight,)
-        present += (there,)
+        presences += (there,)
     dquery = tl.zeros([ROWS, BLOCK], tl.float32)
     for i in tl.static_range(len(x_ptrs)):
-        there = present[i][:, None]
+        there = presences[i][:, None]
         de = (scale * weights[i] * (slopes[i] - mean))[:, None]
         if dx_ptrs[i] is not None:
             dx = tl.where(there, weights[i][:, None] * g + de * query, 0.0)
@@ -144,27 +139,14 @@ def _config(features: int) -> Config:
     return Config({"ROWS": max(2048 // block, 1), "BLOCK": block}, num_warps=warps, num_stages=1)
 
 
-def _modalities(xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """M of [B, D] with one stride of rows."""
-    views = tuple(xs[0].unbind(1)) if xs[0].dim() == 3 else tuple(xs)
-    return views if all(x.stride(0) == views[0].stride(0) for x in views) else tuple(x.contiguous() for x in views)
-
-
-def _presence(presence: Tensor | None, batch: int, count: int) -> tuple[Tensor | None, int, int]:
-    if presence is None:
-        return None, 0, 0
-    flags = presence.view(torch.uint8).expand(batch, count)
-    return flags, flags.stride(0), flags.stride(1)
-
-
 def forward(
     xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, scale: float, presence: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    views = _modalities(xs)
+    views = modalities(xs)
     batch, features = views[0].shape
     projected = query if weight is None else query @ weight
     pooled, weights = query.new_empty((batch, features)), query.new_empty((batch, len(views)))
-    flags, flag_row, flag_modality = _presence(presence, batch, len(views))
+    flags, flag_row, flag_modality = presence_flags(presence, batch, len(views))
     config = _config(features)
     launch(
         _forward,
@@ -187,7 +169,7 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     g, gweights = grads
-    views = _modalities(xs)
+    views = modalities(xs)
     batch, features = views[0].shape
     projected = query if weight is None else saved[2]
     dxs = [x.new_empty(x.shape) if n else None for x, n in zip(xs, needed, strict=False)]
@@ -197,7 +179,7 @@ def backward(
         parts = [None] * len(views) if dxs[0] is None else dxs[0].unbind(1)
     wants_query, wants_weight = needed[len(xs)], needed[len(xs) + 1]
     dprojected = g.new_empty((batch, features)) if wants_query or wants_weight else None
-    flags, flag_row, flag_modality = _presence(presence, batch, len(views))
+    flags, flag_row, flag_modality = presence_flags(presence, batch, len(views))
     config = _config(features)
     launch(
         _backward,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
-from mmkernels.ops._pool import pooled_fake
+from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.multiplicative_attention_pool import reference
 
 
@@ -21,10 +21,9 @@ def _multiplicative_attention_pool_fake(
 
 
 def _triton_supports(xs: Sequence[Tensor], *_: Any) -> str | None:
-    pooled, _batch, count = pooled_fake(xs)
-    if count > 64:
-        return f"{count} modalities are more than the 64 that a program takes"
-    width = int(pooled.shape[1])
+    if reason := too_many_modalities(xs):
+        return reason
+    width = int(xs[0].shape[-1])
     return None if width <= 8192 else f"{width} features are more than the 8192 that a program holds"
 
 
