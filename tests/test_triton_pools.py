@@ -70,10 +70,7 @@ def test_what_merge_attention_leaves_to_other_backends() -> None:
         mmk.merge_attention([torch.zeros(2, 9000)], [torch.zeros(2)])
 
 
-SERVED = ("additive", "additive with query", "dot product", "bilinear")
-
-
-@pytest.mark.parametrize("pool", SERVED)
+@pytest.mark.parametrize("pool", POOLS)
 @each_dtype
 def test_attention_pool(pool: str, dtype: torch.dtype) -> None:
     function, make_parameters = POOLS[pool]
@@ -83,7 +80,7 @@ def test_attention_pool(pool: str, dtype: torch.dtype) -> None:
         check_op(function, xs, backend="triton", **parameters, presence=presence)
 
 
-@pytest.mark.parametrize("pool", SERVED)
+@pytest.mark.parametrize("pool", POOLS)
 def test_attention_pool_in_memory_and_with_partial_gradients(pool: str) -> None:
     for stacked in (False, True):
         function, leaves = call(pool, Sizes(), stacked=stacked, presence=torch.rand(9, 3) > 0.3)
@@ -93,7 +90,7 @@ def test_attention_pool_in_memory_and_with_partial_gradients(pool: str) -> None:
         assert same_bits(gradients(function, leaves), gradients(function, leaves))
 
 
-@pytest.mark.parametrize("pool", SERVED)
+@pytest.mark.parametrize("pool", POOLS)
 def test_attention_pool_does_not_read_an_absent_modality(pool: str) -> None:
     function, make_parameters = POOLS[pool]
     s = Sizes()
@@ -110,7 +107,7 @@ def test_attention_pool_does_not_read_an_absent_modality(pool: str) -> None:
     assert all(x.isfinite().all() for x in results[0])
 
 
-@pytest.mark.parametrize("pool", SERVED)
+@pytest.mark.parametrize("pool", POOLS)
 def test_what_attention_pools_leave_to_other_backends(pool: str) -> None:
     function, make_parameters = POOLS[pool]
     s = Sizes(modalities=65)

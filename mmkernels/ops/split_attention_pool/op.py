@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
-from mmkernels.ops._pool import pooled_fake
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.split_attention_pool import reference
 
 # Activations whose derivative follows from their value alone.
@@ -38,5 +38,6 @@ split_attention_pool_op = DifferentiableOp(
     reference=reference.split_attention_pool,
     fake=_split_attention_pool_fake,
     cpu=native_backend("split_attention_pool"),
+    triton=TritonKernels(too_many_modalities),
     keeps_outputs=lambda *_: True,
 )
