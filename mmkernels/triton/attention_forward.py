@@ -238,17 +238,19 @@ def _forward(
             tl.store(log_sums + statistics + m, log_sum, mask=m < length)
 
 
-@triton.jit(do_not_specialize=["rows", "heads", "query_length", "shares"])
+@triton.jit(do_not_specialize=["rows", "heads", "tokens", "first", "length", "shares"])
 def _merge(
-    partial,  # [shares, B·Hq·Lq, BLOCK_DV]
-    partial_max,  # [shares, B·Hq·Lq]
+    partial,  # [shares, B·H·tokens, BLOCK_DV]
+    partial_max,  # [shares, B·H·tokens]
     partial_sum,
-    out,  # [B, Hq, Lq, Dv]
-    row_maxes,  # [B·Hq·Lq] or None
+    out,  # [B, H, L, Dv]
+    row_maxes,  # [B·H·L] or None
     log_sums,
     rows,
     heads,
-    query_length,
+    tokens,
+    first,  # where the tokens begin among L
+    length,  # L
     shares,
     out_strides,
     DV: tl.constexpr,
@@ -273,14 +275,15 @@ def _merge(
         acc = acc * rescale[:, None] + weight[:, None] * x
     empty = total == 0.0
     acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
-    slice = r // query_length
-    b, h, m = (slice // heads).to(tl.int64), (slice % heads).to(tl.int64), (r % query_length).to(tl.int64)
+    slice = r // tokens
+    b, h, m = (slice // heads).to(tl.int64), (slice % heads).to(tl.int64), (first + r % tokens).to(tl.int64)
     at = b * out_strides[0] + h * out_strides[1] + m * out_strides[2]
     tl.store(out + at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DV)[None, :])
     if row_maxes is not None:
-        tl.store(row_maxes + r, row_max, mask=inside)
+        at = slice.to(tl.int64) * length + m
+        tl.store(row_maxes + at, row_max, mask=inside)
         log_sum = tl.where(empty, -float("inf"), tl.log(tl.where(empty, 1.0, total)))
-        tl.store(log_sums + r, log_sum, mask=inside)
+        tl.store(log_sums + at, log_sum, mask=inside)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------
@@ -434,13 +437,10 @@ def attend(
         shares = min(_SHARES, ceil_div(_PROGRAMS, slices), max(ceil_div(longest, 4 * chosen.constants["BLOCK_N"]), 1))
     share = ceil_div(ceil_div(longest, shares), chosen.constants["BLOCK_N"]) * chosen.constants["BLOCK_N"]
     rows = slices * query_length
-    target_out, target_statistics = out, statistics or (None, None)
+    target_out, target_statistics = out, list(statistics or (None, None))
     if shares > 1:
-        partials = query.new_empty((shares, rows, dims["BLOCK_DV"] + 2), dtype=torch.float32)
-        flat = partials.view(-1)
-        end = shares * rows * dims["BLOCK_DV"]
-        target_out = flat[:end]
-        target_statistics = (flat[end : end + shares * rows], flat[end + shares * rows :])
+        partials = partial_sums(query, shares, rows, dims["BLOCK_DV"])
+        target_out, *target_statistics = partials
     of_rows = statistics[0] if statistics else None
     stats_strides = (
         (0, 0) if of_rows is None else of_rows.stride()[:2] if of_rows.dim() == 3 else (0, of_rows.stride(0))
@@ -468,12 +468,26 @@ def attend(
         config=chosen,
     )
     if shares > 1:
-        launch(
-            _merge,
-            (ceil_div(rows, 16),),
-            *(target_out, *target_statistics, out, *(statistics or (None, None))),
-            *(rows, heads, query_length, shares, token_strides(out)),
-            DV=dims["DV"],
-            BLOCK_DV=dims["BLOCK_DV"],
-            config=Config({"BLOCK_R": 16}),
-        )
+        merge_shares(partials, out, statistics)
+
+
+def partial_sums(like: Tensor, shares: int, rows: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the sums, maxima and sums of weights that each share has of each row."""
+    flat = like.new_empty(shares * rows * (features + 2), dtype=torch.float32)
+    sums, maxima, weights = flat.split([shares * rows * features, shares * rows, shares * rows])
+    return sums.view(shares, rows, features), maxima, weights
+
+
+def merge_shares(partials: Sequence[Tensor], out: Tensor, statistics: Sequence[Tensor] | None, first: int = 0) -> None:
+    """Fill ``out`` [B, H, L, Dv], and maxima and logarithms of sums [B, H, L], of as many tokens from ``first`` on as
+    there are partial sums of."""
+    (shares, rows, block), (batch, heads, length, dv) = partials[0].shape, out.shape
+    launch(
+        _merge,
+        (ceil_div(rows, 16),),
+        *(*partials, out, *(statistics or (None, None))),
+        *(rows, heads, rows // max(batch * heads, 1), first, length, shares, token_strides(out)),
+        DV=dv,
+        BLOCK_DV=block,
+        config=Config({"BLOCK_R": 16}),
+    )

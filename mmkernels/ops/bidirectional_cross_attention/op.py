@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 
@@ -24,15 +24,21 @@ def _gradient(leaf: Tensor) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
 
 
+def _triton_supports(x_query: Tensor, y_key: Tensor, x_value: Tensor, *_: object) -> str | None:
+    widest, most = max(x_query.shape[3], x_value.shape[3]), 64 if x_query.dtype == torch.float32 else 256
+    return None if widest <= most else f"a head dim of {widest} is more than the {most} that a program holds"
+
+
 bidirectional_cross_attention_op = DifferentiableOp(
     "bidirectional_cross_attention",
     "Tensor x_query, Tensor y_key, Tensor x_value, Tensor y_value, Tensor? x_mask, Tensor? y_mask, float? scale, "
     "float? clamp",
     outputs="Tensor x_out, Tensor y_out",
-    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: the shift of exponents of 2, and log2 of their sum
+    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: the shift of exponents and the logarithm of their sum
     reference=reference.bidirectional_cross_attention,
     fake=_bidirectional_cross_attention_fake,
     cpu=native_backend("bidirectional_cross_attention"),
+    triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
     gradient=_gradient,
 )
