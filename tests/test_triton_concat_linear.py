@@ -65,3 +65,23 @@ def test_gradients_are_the_same_alone_with_any_strides_and_every_time(triton_bac
 
 def test_many_rows_share_the_weights_gradient(triton_backend: str) -> None:
     check_op(mmk.concat_linear, *inputs(1100, (20, 9), 17), backend=triton_backend, activation="relu")
+
+
+@each_dtype
+@pytest.mark.parametrize("widths", [(64, 128), (64, 64, 64, 64)])
+def test_tensor_descriptors(
+    widths: tuple[int, ...], dtype: torch.dtype, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of small tensors, which `pays` would not take."""
+    from mmkernels.ops.concat_linear import kernel_triton, tma_triton
+
+    calls = []
+    monkeypatch.setattr(
+        kernel_triton, "pays", lambda sources, weight: calls.append(1) or tma_triton.describable(sources, weight)
+    )
+    tensors = inputs(70, widths, 48, dtype)
+    options = {"gate": leaf(48, dtype=dtype), "residual": leaf(70, 48, dtype=dtype), "activation": "gelu"}
+    with poisoned_memory():
+        check_op(mmk.concat_linear, *tensors, backend=triton_backend, **options)
+    assert calls and tma_triton.describable(tensors[0], tensors[1])
+    assert not tma_triton.describable([x[:, 1:] for x in tensors[0]], tensors[1])

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.concat_linear.tma_triton import finish, forward_by_descriptors, pays
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target, tiles
 from mmkernels.triton.math import activation, activation_derivative, tanh
 
@@ -76,20 +77,10 @@ def _forward(
             w = tl.load(weight_row + k, mask=n_inside[:, None] & (k < widths[i]), other=0.0)
             acc += tl.dot(a, tl.trans(w), input_precision=PRECISION)
         weight_row += widths[i]
-    inside = (row < rows)[:, None] & n_inside[None, :]
-    at = row.to(tl.int64)[:, None] * features + n[None, :]
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
-    if preactivation is not None:
-        tl.store(preactivation + at, acc.to(preactivation.dtype.element_ty), mask=inside)
-    acc = activation(acc, ACTIVATION)
-    if gate is not None:
-        acc *= tanh(tl.load(gate + n * gate_stride, mask=n_inside, other=0.0).to(tl.float32))[None, :]
-    if residual is not None:
-        residual_at = row.to(tl.int64)[:, None] * residual_stride + n[None, :]
-        acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
-    y_at = row.to(tl.int64)[:, None] * y_stride + n[None, :]
-    tl.store(y + y_at, acc.to(y.dtype.element_ty), mask=inside)
+    finish(
+        acc, bias, residual, gate, preactivation, y, row, n, rows, features, residual_stride, gate_stride, y_stride,
+        ACTIVATION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -269,6 +260,10 @@ def forward(
     rows = sources[0].shape[0]
     flags, flag_stride = _flags(presence, len(xs))
     flat_residual = None if residual is None else _as_rows(residual)
+    if presence is None and pays(sources, weight):
+        kept = z if keeps else None
+        forward_by_descriptors(sources, weight, bias, activation, flat_residual, gate, _gate_stride(gate), kept, y)
+        return y, z
     config = _config(weight, rows, features)
     launch(
         _forward,
