@@ -104,6 +104,15 @@ def _forced_by_environment() -> tuple[str, ...]:
 # The forced backends, innermost last. A context variable is private to each thread and to each asyncio task.
 _forced: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("mmkernels_backend")
 _forced_default = _forced_by_environment()
+_FORCED_AROUND_BACKWARD = "mmkernels_backend"  # torch hands what is kept under it to the threads of a GPU's backward
+
+
+def _forced_names() -> tuple[str, ...]:
+    """The forced backends; in a thread of a backward those around the call of it."""
+    names = _forced.get(_forced_default)
+    if not names and torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls(_FORCED_AROUND_BACKWARD):
+        return torch._C._get_obj_in_tls(_FORCED_AROUND_BACKWARD)
+    return names
 
 
 class use_backend(contextlib.ContextDecorator):
@@ -117,11 +126,16 @@ class use_backend(contextlib.ContextDecorator):
         self.name = _checked_name(name, "use_backend")
 
     def __enter__(self) -> use_backend:
-        _forced.set((*_forced.get(_forced_default), self.name))
+        self._force((*_forced.get(_forced_default), self.name))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _forced.set(_forced.get()[:-1])
+        self._force(_forced.get()[:-1])
+
+    @staticmethod
+    def _force(names: tuple[str, ...]) -> None:
+        _forced.set(names)
+        torch._C._stash_obj_in_tls(_FORCED_AROUND_BACKWARD, names)
 
 
 def forced_backend() -> str | None:
@@ -245,7 +259,7 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """Run on the best backend that serves the call, below autograd."""
-        if names := _forced.get(_forced_default):
+        if names := _forced_names():
             return self._choose_forced(names, args).run(*args)
         for backend in self.backends:
             if backend.supports(*args) is None:

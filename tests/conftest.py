@@ -104,11 +104,11 @@ def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Where all runs on Triton, what its kernels do not serve is skipped, with their reason."""
+    """Where all runs on Triton, and on a GPU, what its kernels do not serve is skipped, with their reason."""
     try:
         return (yield)
     except mmk.UnsupportedError as error:
-        if TRITON_ALONE and "backend 'triton' was forced and cannot serve" in str(error):
+        if (TRITON_ALONE or DEVICE != "cpu") and "backend 'triton' was forced and cannot serve" in str(error):
             pytest.skip(str(error))
         raise
 

@@ -189,7 +189,7 @@ def test_empty_sizes(empty: str, dtype: torch.dtype, backend: str) -> None:
 
 def joined(*leaves: Tensor) -> Tensor:
     """Both outputs of a call with masks and clamp, as one tensor."""
-    x_mask = torch.arange(leaves[0].shape[2]).expand(leaves[0].shape[0], -1) != 1
+    x_mask = torch.arange(leaves[0].shape[2], device=leaves[0].device).expand(leaves[0].shape[0], -1) != 1
     outs = mmk.bidirectional_cross_attention(*leaves, x_mask=x_mask, clamp=1.0)
     return torch.cat([o.flatten(1) for o in outs], 1)
 

@@ -237,7 +237,9 @@ def config(x: Tensor, attention: Attention) -> Config:
     if attention.heavy:
         return Config({"BLOCK_M": 32, "BLOCK_N": 64 if arch >= 90 and widest <= 64 else 32}, 8, 1)
     if widest > 64:
-        return Config({"BLOCK_M": 32, "BLOCK_N": 128 if arch >= 90 else 64}, 8, 1)
+        if arch == 90:
+            return Config({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 2)
+        return Config({"BLOCK_M": 32, "BLOCK_N": 128 if arch > 90 else 64}, 8, 1)
     return Config({"BLOCK_M": 64 if arch >= 90 else 32, "BLOCK_N": 64}, 4, 1 if arch == 90 else 2)
 
 
