@@ -66,8 +66,8 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(PYTEST) -s -p no:cacheprovider $(OP_TESTS) $(SANITIZE_TESTS) $(ARGS)
 
-# One report of all that a GPU can say, in 9 minutes with the build: the tests, Triton's first, are stopped after
-# GPU_TESTS seconds, and the benchmark has GPU_BENCH.
+# One report of all that a GPU can say, in 9 minutes with the build: the tests, Triton's first and the fuzzers with few
+# cases each, are stopped after GPU_TESTS seconds, and the benchmark has GPU_BENCH.
 GPU_TESTS ?= 240
 GPU_BENCH ?= 150
 GPU_REPORT = docs/gpu/$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').md
@@ -76,9 +76,9 @@ gpu: $(INSTALLED)
 	@$(MAKE) --no-print-directory build
 	$(PY) -m mmkernels info
 	@mkdir -p bench_results
-	-MMKERNELS_TEST_DEVICE=cuda timeout --signal=INT --kill-after=20 $(GPU_TESTS) \
-	$(PYTEST) -n 8 tests/test_triton*.py tests $(ARGS) >bench_results/gpu_tests.txt 2>&1
-	-$(PY) -m mmkernels bench --device cuda --budget $(GPU_BENCH) --report $(GPU_REPORT)
+	-MMKERNELS_TEST_DEVICE=cuda MMKERNELS_FUZZ_EXAMPLES=20 timeout --signal=INT --kill-after=20 $(GPU_TESTS) \
+	$(PYTEST) -n auto tests/test_triton*.py tests $(ARGS) >bench_results/gpu_tests.txt 2>&1
+	-$(PY) -W ignore -m mmkernels bench --device cuda --budget $(GPU_BENCH) --report $(GPU_REPORT)
 	@tail -n 40 bench_results/gpu_tests.txt
 	@tail -n 1 bench_results/gpu_tests.txt >>$(GPU_REPORT)
 
