@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
@@ -104,14 +106,30 @@ def _forced_by_environment() -> tuple[str, ...]:
 # The forced backends, innermost last. A context variable is private to each thread and to each asyncio task.
 _forced: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("mmkernels_backend")
 _forced_default = _forced_by_environment()
-_FORCED_AROUND_BACKWARD = "mmkernels_backend"  # torch hands what is kept under it to the threads of a GPU's backward
+_FORCED_AROUND_BACKWARD = "mmkernels_backend"
+
+
+class _AroundBackward(threading.local):
+    """The names again, where the threads that torch runs a GPU's backward in find those of the thread that called it.
+
+    Torch hands them what a thread keeps under a key. Up to 2.11 it takes the reference that it is given for its own, so
+    it gets one, once for each thread.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[tuple[str, ...]] = [()]
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.names))
+        torch._C._stash_obj_in_tls(_FORCED_AROUND_BACKWARD, self.names)
+
+
+_around_backward = _AroundBackward()
 
 
 def _forced_names() -> tuple[str, ...]:
     """The forced backends; in a thread of a backward those around the call of it."""
     names = _forced.get(_forced_default)
     if not names and torch._C._current_graph_task_id() != -1 and torch._C._is_key_in_tls(_FORCED_AROUND_BACKWARD):
-        return torch._C._get_obj_in_tls(_FORCED_AROUND_BACKWARD)
+        return torch._C._get_obj_in_tls(_FORCED_AROUND_BACKWARD)[0]
     return names
 
 
@@ -135,7 +153,7 @@ class use_backend(contextlib.ContextDecorator):
     @staticmethod
     def _force(names: tuple[str, ...]) -> None:
         _forced.set(names)
-        torch._C._stash_obj_in_tls(_FORCED_AROUND_BACKWARD, names)
+        _around_backward.names[0] = names
 
 
 def forced_backend() -> str | None:
