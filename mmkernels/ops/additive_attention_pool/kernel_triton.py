@@ -298,10 +298,11 @@ def _weight_gradient(
 _TILES = Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8)  # of the passes without a product
 
 
-def _row_config(features: int) -> Config:
-    """Eight elements per thread of every tile."""
+def _row_config(features: int, itemsize: int) -> Config:
+    """Eight elements per thread of every tile, which float32 has half as many of."""
     block = min(max(next_power_of_2(features), 32), 512)
-    return Config({"BLOCK_M": 1024 // block, "BLOCK_N": block}, num_stages=1)
+    halves = itemsize == 2
+    return Config({"BLOCK_M": (1024 if halves else 512) // block, "BLOCK_N": block}, 4 if halves else 2, 1)
 
 
 def _weight_config(x: Tensor, hidden: int) -> Config:
@@ -371,7 +372,7 @@ def backward(
     of_xs, (of_weight, of_vector, of_bias, of_query, of_query_weight, _) = needed[: len(xs)], needed[len(xs) :]
     flags, *flag_strides = presence_flags(presence, batch, count)
     denergies = g.new_empty((batch, count), dtype=torch.float32)
-    config = _row_config(features)
+    config = _row_config(features, xs[0].element_size())
     launch(
         _energy_gradients,
         (ceil_div(batch, config.constants["BLOCK_M"]),),
