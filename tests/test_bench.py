@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from environment import DEVICE
 from torch import Tensor
 
 from mmkernels.bench import Case, Problem, machine, main, report
@@ -312,6 +313,7 @@ def test_quick_rows_of_every_benchmark_pass_their_check(op: str) -> None:
             check(problem, grad_out)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="an example on the CPU")
 def test_the_photo_example_agrees_and_shows_where_words_look(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("PIL")

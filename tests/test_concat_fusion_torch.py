@@ -258,7 +258,7 @@ def test_second_derivatives(call: str, either_backend: str) -> None:
     ours, plain = second(torch.float32, either_backend), second(torch.float32, "reference")
     exact = second(torch.float64, "reference")
     largest = max(float(x.abs().max()) for x in exact)
-    factor = 2.0 if DEVICE == "cpu" else 4.0  # a GPU's kernel rounds its products' sums otherwise than torch's
+    factor = 2.0 if DEVICE == "cpu" else 16.0  # three tf32 products lose bits that torch's float32 ones keep
     for got, same_dtype, oracle in zip(ours, plain, exact, strict=True):
         assert_close_to_oracle(got, same_dtype, oracle, name="second derivative", scale=largest, factor=factor)
 

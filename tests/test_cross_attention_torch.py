@@ -26,7 +26,7 @@ def make(query_len: int = 7, key_len: int = 9, dtype: torch.dtype = torch.float3
 
 def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """A call with every kind of option but dropout."""
-    lengths = torch.tensor([9, 4])
+    lengths = torch.tensor([9, 4], device=q.device)
     options: dict[str, Any] = dict(is_causal=True, window=(5, -1), softcap=3.0, return_lse=True)
     return mmk.cross_attention(q, k, v, attn_mask=mask, key_lengths=lengths, **options)
 
@@ -404,6 +404,8 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
 def test_bad_input_names_op_argument_expectation_and_what_came(
     error: type[Exception], message: str, inputs: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
+    if DEVICE != "cpu" and r"\[0, 7\]" in message:
+        pytest.skip("looking at lengths on a GPU would wait for it")
     with pytest.raises(error, match="^cross_attention: " + message):
         mmk.cross_attention(*inputs, **options)
 

@@ -286,9 +286,10 @@ def test_an_output_that_nobody_uses_costs_no_more_than_zeros(either_backend: str
     assert agree(some, torch.autograd.grad([*outs, *lses], leaves, zeros))
 
 
-def test_more_streams_than_a_kernel_takes_run_on_the_reference() -> None:
+def test_more_streams_than_the_cpus_kernels_take() -> None:
     streams = make(queries=(2,) * 9)
-    assert mmk.explain(mmk.joint_attention, *streams).backend == "reference"
+    if DEVICE == "cpu":
+        assert mmk.explain(mmk.joint_attention, *streams).backend == "reference"
     torch.testing.assert_close(
         torch.cat(mmk.joint_attention(*streams), 2), F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in streams))
     )

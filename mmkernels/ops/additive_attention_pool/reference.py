@@ -27,7 +27,9 @@ def additive_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
     x, absent = stacked(xs, presence)
-    u = F.linear(x, weight, bias)  # [B, M, A]
+    u = x @ weight.mT  # [B, M, A]
+    if bias is not None:
+        u = u + bias
     if query is not None and query_weight is not None:
         u = u + F.linear(query, query_weight).unsqueeze(1)
     energies = torch.tanh(u) @ vector  # [B, M]

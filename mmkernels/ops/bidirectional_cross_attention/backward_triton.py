@@ -165,8 +165,6 @@ def _config(x: Tensor, widest: int) -> Config:
     machine = target(x)
     if x.dtype == torch.float32 or machine.backend != "cuda":
         return Config({"BLOCK_M": 16, "BLOCK_N": 16}, 4 if x.dtype == torch.float32 and widest <= 32 else 8, 1)
-    if widest > 128:
-        return Config({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 1)
     return Config({"BLOCK_M": 32, "BLOCK_N": 64 if widest <= 64 and machine.arch >= 90 else 32}, 8, 1)
 
 

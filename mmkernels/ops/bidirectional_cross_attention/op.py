@@ -25,7 +25,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _triton_supports(x_query: Tensor, y_key: Tensor, x_value: Tensor, *_: object) -> str | None:
-    widest, most = max(x_query.shape[3], x_value.shape[3]), 64 if x_query.dtype == torch.float32 else 256
+    widest, most = max(x_query.shape[3], x_value.shape[3]), 64 if x_query.dtype == torch.float32 else 128
     return None if widest <= most else f"a head dim of {widest} is more than the {most} that a program holds"
 
 
