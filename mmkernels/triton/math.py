@@ -1,4 +1,4 @@
-"""Functions of numbers: tanh, the activations and their derivatives, in float32."""
+"""Numbers and elements of tuples; tanh, the activations and their derivatives, in float32."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ _CUBIC = tl.constexpr(0.044715)
 def number(x):
     """What `mmkernels.triton.launch.odd` was given."""
     return (x - 3) // 2
+
+
+@triton.jit
+def pick(xs, i):
+    """xs[i] of a tuple of pointers or numbers, where i is known only as the kernel runs."""
+    x = xs[0]
+    for j in tl.static_range(1, len(xs)):
+        x = tl.where(i == j, xs[j], x)
+    return x
 
 
 @triton.jit

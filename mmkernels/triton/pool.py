@@ -13,15 +13,6 @@ from mmkernels.triton.launch import odd
 
 
 @triton.jit
-def pick(xs, i):
-    """xs[i] of a tuple of pointers or numbers, where i is known only as the kernel runs."""
-    x = xs[0]
-    for j in tl.static_range(1, len(xs)):
-        x = tl.where(i == j, xs[j], x)
-    return x
-
-
-@triton.jit
 def present(presence, inside, row, i, row_stride, modality_stride):
     """Which rows have modality i; all inside where there are no flags."""
     if presence is not None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from mmkernels.ops.concat_linear import kernel_triton as linear
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
-from mmkernels.triton.math import number, tanh
-from mmkernels.triton.pool import modalities, needed_modalities, pick, presence_flags, present
+from mmkernels.triton.math import number, pick, tanh
+from mmkernels.triton.pool import modalities, needed_modalities, presence_flags, present
 
 
 @triton.jit(do_not_specialize=["batch", "presence_row", "presence_modality"])

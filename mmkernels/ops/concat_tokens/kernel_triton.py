@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
-from mmkernels.triton.math import number
+from mmkernels.triton.math import number, pick
 from mmkernels.triton.norm import norm_gradient, normalized, row_config
 
 _LENGTHS = ["batch", "total", "run", "share"]
@@ -45,15 +45,6 @@ def _source(lengths, run):
         sequence += number(lengths[i])
         programs += tl.cdiv(number(lengths[i]), run)
     return source, start, begin
-
-
-@triton.jit
-def _of(source, values):
-    """values[source]; what is known of all their divisors is known of it."""
-    value = values[0]
-    for i in tl.static_range(1, len(values)):
-        value = tl.where(source == i, values[i], value)
-    return value
 
 
 @triton.jit
@@ -97,12 +88,12 @@ def _forward(
     c = tl.arange(0, BLOCK)[None, :]
     column = c < features
     source, start, begin = _source(lengths, run)
-    length = number(_of(source, lengths))
-    x_ptr = _of(source, x_ptrs) + c
-    x_batch = _of(source, x_batches)
-    x_token = _of(source, x_tokens)
-    position_ptr = _of(source, position_ptrs) + c
-    position_token = _of(source, position_tokens)
+    length = number(pick(lengths, source))
+    x_ptr = pick(x_ptrs, source) + c
+    x_batch = pick(x_batches, source)
+    x_token = pick(x_tokens, source)
+    position_ptr = pick(position_ptrs, source) + c
+    position_token = pick(position_tokens, source)
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + c, mask=column, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -115,7 +106,7 @@ def _forward(
         out_at = out_ptr + (start + row) * features + c
         if TYPED or POSITIONED:
             position_at = position_ptr + row * position_token
-            known = inside & (number(_of(source, positioned)) == 1)
+            known = inside & (number(pick(positioned, source)) == 1)
             embedding = _embedding(type_ptr + source * type_source + c, position_at, column, known, TYPED, POSITIONED)
         for b in range(b_first, tl.minimum(b_first + share, batch)):
             element = tl.cast(b, tl.int64)
@@ -166,12 +157,12 @@ def _backward(
     c = tl.arange(0, BLOCK)[None, :]
     column = c < features
     source, start, begin = _source(lengths, run)
-    length = number(_of(source, lengths))
-    x_ptr = _of(source, x_ptrs) + c
-    x_batch = _of(source, x_batches)
-    x_token = _of(source, x_tokens)
-    position_ptr = _of(source, position_ptrs) + c
-    position_token = _of(source, position_tokens)
+    length = number(pick(lengths, source))
+    x_ptr = pick(x_ptrs, source) + c
+    x_batch = pick(x_batches, source)
+    x_token = pick(x_tokens, source)
+    position_ptr = pick(position_ptrs, source) + c
+    position_token = pick(position_tokens, source)
     dtype = tl.zeros([ROWS, BLOCK], tl.float32)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -181,11 +172,11 @@ def _backward(
         inside = (row < length) & column
         g_at = g_ptr + (start + row) * g_token + c
         x_at = x_ptr + row * x_token
-        dx_at = _of(source, dx_ptrs) + row * features + c
-        written = inside & (number(_of(source, wanted)) == 1)
+        dx_at = pick(dx_ptrs, source) + row * features + c
+        written = inside & (number(pick(wanted, source)) == 1)
         if TYPED or POSITIONED:
             position_at = position_ptr + row * position_token
-            known = inside & (number(_of(source, positioned)) == 1)
+            known = inside & (number(pick(positioned, source)) == 1)
             embedding = _embedding(type_ptr + source * type_source + c, position_at, column, known, TYPED, POSITIONED)
         dposition = tl.zeros([ROWS, BLOCK], tl.float32)
         for b in range(b_first, tl.minimum(b_first + share, batch)):

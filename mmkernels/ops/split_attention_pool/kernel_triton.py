@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mmkernels.ops.concat_linear import kernel_triton as linear
 from mmkernels.triton.launch import Config, launch, tiles
-from mmkernels.triton.math import number
-from mmkernels.triton.pool import modalities, needed_modalities, pick, presence_flags, present
+from mmkernels.triton.math import number, pick
+from mmkernels.triton.pool import modalities, needed_modalities, presence_flags, present
 
 
 @triton.jit
