@@ -85,3 +85,4 @@ def test_tensor_descriptors(
         check_op(mmk.concat_linear, *tensors, backend=triton_backend, **options)
     assert calls and tma_triton.describable(tensors[0], tensors[1])
     assert not tma_triton.describable([x[:, 1:] for x in tensors[0]], tensors[1])
+    assert not tma_triton.describable([x[:1].expand_as(x) for x in tensors[0]], tensors[1])

@@ -356,9 +356,13 @@ class Attention:
         return low, high, at, least, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
 
     def padded_dims(self) -> dict[str, int]:
-        d, dv = self.head_dims
-        sizes = {"BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
-        return {"D": d, "DV": dv, **sizes}
+        return padded_dims(*self.head_dims)
+
+
+def padded_dims(d: int, dv: int) -> dict[str, int]:
+    """Constants of a kernel: the head dims, and the powers of two that hold them."""
+    sizes = {"BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
+    return {"D": d, "DV": dv, **sizes}
 
 
 def token_strides(x: Tensor) -> Strides:

@@ -224,8 +224,8 @@ def _key_gradients(
 
 
 def config(x: Tensor, attention: Attention) -> Config:
-    """Two sums as wide as a head and two tiles of scores fit in the registers of every target. On Hopper 64 x 64 takes
-    9 % longer than 32 x 128, whose registers spill."""
+    """Two sums as wide as a head and two tiles of scores fit in the registers of every target. On Hopper what spills is
+    5 to 9 % faster: 32 x 128 of 64 features, 64 x 128 of 128."""
     single, nvidia, widest = x.dtype == torch.float32, target(x).backend == "cuda", attention.widest
     if single:
         return Config({"BLOCK_M": 16, "BLOCK_N": 16}, 8, 1)

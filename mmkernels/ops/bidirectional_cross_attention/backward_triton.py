@@ -24,7 +24,6 @@ from mmkernels.ops.bidirectional_cross_attention.forward_triton import (
     LENGTHS,
     cleaned,
     load_side,
-    padded_dims,
     real_tokens,
     scores,
     walk,
@@ -32,7 +31,7 @@ from mmkernels.ops.bidirectional_cross_attention.forward_triton import (
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_statistics, store_tokens
 from mmkernels.triton.attention_backward import Queries
-from mmkernels.triton.attention_forward import token_strides
+from mmkernels.triton.attention_forward import padded_dims, token_strides
 from mmkernels.triton.launch import Config, dot_precision, launch, target
 
 
@@ -216,7 +215,7 @@ def _pull(x: _Side, y: _Side, scale: float, clamp: float | None) -> None:
             g.zero_()
         return
     slices = batch * heads
-    dims = padded_dims(query, x_value)
+    dims = padded_dims(query.shape[3], x_value.shape[3])
     blocks = (dims["BLOCK_D"], dims["BLOCK_DV"])
     config = _config(query, max(blocks))
     plan = walk(x_length, y_length, slices, sum(blocks), config)

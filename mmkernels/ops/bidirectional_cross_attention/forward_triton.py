@@ -25,8 +25,8 @@ from torch import Tensor
 from mmkernels._triton import dense
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_tokens, store_tokens
-from mmkernels.triton.attention_forward import merge_shares, partial_sums, token_strides
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, target
+from mmkernels.triton.attention_forward import merge_shares, padded_dims, partial_sums, token_strides
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target
 
 LENGTHS = ["x_length", "y_length", "heads", "wave_first", "wave_length", "strip"]
 
@@ -191,11 +191,6 @@ def cleaned(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask[:, None, :, None], x, x.nan_to_num(0, 0, 0))
 
 
-def padded_dims(query: Tensor, value: Tensor) -> dict[str, int]:
-    d, dv = query.shape[-1], value.shape[-1]
-    return {"D": d, "DV": dv, "BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
-
-
 def _config(x: Tensor, widest: int) -> Config:
     """Two sums as wide as a head and two tiles of exponentials fit in the registers of every target."""
     if x.dtype == torch.float32:
@@ -246,10 +241,9 @@ def _attend(x: _Side, y: _Side, scale: float, clamp: float | None, training: boo
         x_out.zero_()
         x_stats.fill_(-torch.inf)
         return
-    dims = padded_dims(query, x_value)
+    dims = padded_dims(query.shape[3], x_value.shape[3])
     config = _config(query, max(dims["BLOCK_D"], dims["BLOCK_DV"]))
     plan = walk(x_length, y_length, slices, dims["BLOCK_DV"] + 2, config)
-
     columns = partial_sums(query, plan.strips, slices * y_length, dims["BLOCK_DV"])
     whole, statistics = plan.y_blocks == 1, (x_stats[0], x_stats[1]) if training else None
     for first, length in plan.waves():

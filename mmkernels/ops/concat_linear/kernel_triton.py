@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.concat_linear.tma_triton import finish, forward_by_descriptors, pays
+from mmkernels.ops.concat_linear.tma_triton import forward_by_descriptors, pays
+from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target, tiles
 from mmkernels.triton.math import activation, activation_derivative, tanh
 

@@ -12,45 +12,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, launch, target, tiles
-from mmkernels.triton.math import activation, tanh
 
 SOURCES = 4  # descriptors are arguments by themselves: triton 3.6 takes none in a tuple
-
-
-@triton.jit
-def finish(
-    acc,  # [BLOCK_M, BLOCK_N] float32
-    bias,
-    residual,
-    gate,
-    preactivation,
-    y,
-    row,
-    n,
-    rows,
-    features,
-    residual_stride,
-    gate_stride,
-    y_stride,
-    ACTIVATION: tl.constexpr,
-):
-    """Bias, activation, gate and residual of a tile, and its stores."""
-    n_inside = n < features
-    inside = (row < rows)[:, None] & n_inside[None, :]
-    at = row.to(tl.int64)[:, None] * features + n[None, :]
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n_inside, other=0.0).to(tl.float32)[None, :]
-    if preactivation is not None:
-        tl.store(preactivation + at, acc.to(preactivation.dtype.element_ty), mask=inside)
-    acc = activation(acc, ACTIVATION)
-    if gate is not None:
-        acc *= tanh(tl.load(gate + n * gate_stride, mask=n_inside, other=0.0).to(tl.float32))[None, :]
-    if residual is not None:
-        residual_at = row.to(tl.int64)[:, None] * residual_stride + n[None, :]
-        acc += tl.load(residual + residual_at, mask=inside, other=0.0).to(tl.float32)
-    y_at = row.to(tl.int64)[:, None] * y_stride + n[None, :]
-    tl.store(y + y_at, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -113,18 +78,19 @@ def pays(sources: Sequence[Tensor], weight: Tensor) -> bool:
 
 
 def describable(sources: Sequence[Tensor], weight: Tensor) -> bool:
-    """Whether all begin, and go from row to row, at multiples of 16 bytes, and each source is a whole number of blocks
-    wide."""
-    block = _CONFIG.constants["BLOCK_K"]
-    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (*sources, weight))
-    return aligned and all(x.shape[1] > 0 and x.shape[1] % block == 0 for x in sources)
+    """Whether all begin, and go from row to row, at multiples of 16 bytes, none is one row that is expanded, and each
+    source is a whole number of blocks wide."""
+    block, tensors = _CONFIG.constants["BLOCK_K"], (*sources, weight)
+    aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in tensors)
+    apart = all(t.stride(0) >= t.shape[1] for t in tensors)
+    return aligned and apart and all(x.shape[1] > 0 and x.shape[1] % block == 0 for x in sources)
 
 
 def forward_by_descriptors(
     sources: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    activation_name: str | None,
+    activation: str | None,
     residual: Tensor | None,
     gate: Tensor | None,
     gate_stride: int,
@@ -141,6 +107,6 @@ def forward_by_descriptors(
         *(*descriptors, *[None] * (SOURCES - len(sources)), TensorDescriptor.from_tensor(weight, [n, k])),
         *(tuple(x.shape[1] for x in sources), bias, residual, gate, z, y),
         *(rows, features, 0 if residual is None else residual.stride(0), gate_stride),
-        ACTIVATION=activation_name,
+        ACTIVATION=activation,
         config=_CONFIG,
     )

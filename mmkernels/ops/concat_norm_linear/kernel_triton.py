@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.concat_linear.kernel_triton import _as_rows, _config, _dz
+from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
-from mmkernels.triton.math import activation
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -124,13 +124,7 @@ def _forward(
         norm_weight += widths[i]
         if norm_bias is not None:
             norm_bias += widths[i]
-    inside = row_inside & f_inside[None, :]
-    at = row.to(tl.int64)[:, None] * features + f[None, :]
-    if bias is not None:
-        acc += tl.load(bias + f, mask=f_inside, other=0.0).to(tl.float32)[None, :]
-    if preactivation is not None:
-        tl.store(preactivation + at, acc.to(preactivation.dtype.element_ty), mask=inside)
-    tl.store(y + at, activation(acc, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+    finish(acc, bias, None, None, preactivation, y, row, f, rows, features, 0, 0, features, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=["rows"])

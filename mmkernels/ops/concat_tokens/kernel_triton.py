@@ -220,23 +220,25 @@ def _split(xs: Sequence[Tensor], config: Config, least: int) -> tuple[int, int, 
     return run, share, [ceil_div(x.shape[1], run) for x in xs], ceil_div(xs[0].shape[0], share)
 
 
-def _positions(xs: Sequence[Tensor], positions: Sequence[Tensor], sources: Sequence[int]) -> tuple[Tensor, ...]:
-    """A position embedding for every source, x where it has none."""
-    of = dict(zip(sources, positions, strict=True))
-    return tuple(of.get(i, x) for i, x in enumerate(xs))
-
-
-def _flags(xs: Sequence[Tensor], sources: Sequence[int]) -> tuple[int, ...]:
-    return odd([i in sources for i in range(len(xs))])
-
-
-def _strides(xs: Sequence[Tensor], positions: Sequence[Tensor], types: Tensor) -> tuple[Any, ...]:
-    return (
+def _sources(
+    xs: Sequence[Tensor],
+    type_embedding: Tensor | None,
+    position_embeddings: Sequence[Tensor],
+    position_sources: Sequence[int],
+) -> tuple[tuple[Any, ...], tuple[Any, ...], dict[str, Any]]:
+    """Sources and embeddings as the kernels take them: tensors, x for the embeddings that are not there; strides and
+    which sources have a position embedding; constants."""
+    of = dict(zip(position_sources, position_embeddings, strict=True))
+    positions = tuple(of.get(i, x) for i, x in enumerate(xs))
+    types = xs[0] if type_embedding is None else type_embedding
+    strides = (
         tuple(x.stride(0) for x in xs),
         tuple(x.stride(1) for x in xs),
         tuple(p.stride(-2) for p in positions),
         types.stride(0),
     )
+    constants = {"TYPED": type_embedding is not None, "POSITIONED": bool(of)}
+    return (tuple(xs), positions, types), (*strides, odd([i in of for i in range(len(xs))])), constants
 
 
 def _config(xs: Sequence[Tensor]) -> Config:
@@ -260,17 +262,14 @@ def forward(
     out = xs[0].new_empty((batch, sum(lengths), features), dtype=out_dtype)
     config = _config(xs)
     run, share, programs, shares = _split(xs, config, 1)
-    positions = _positions(xs, position_embeddings, position_sources)
-    types = xs[0] if type_embedding is None else type_embedding
+    tensors, strides, constants = _sources(xs, type_embedding, position_embeddings, position_sources)
     launch(
         _forward,
         (sum(programs), shares if features else 0),
-        *(tuple(xs), positions, types, norm_weight, norm_bias, out),
-        *(odd(lengths), *_strides(xs, positions, types), _flags(xs, position_sources)),
+        *(*tensors, norm_weight, norm_bias, out, odd(lengths), *strides),
         *(batch, sum(lengths), features, run, share, eps),
         NORM=norm,
-        TYPED=type_embedding is not None,
-        POSITIONED=len(position_sources) > 0,
+        **constants,
         config=config,
     )
     return out
@@ -297,8 +296,7 @@ def backward(
     needs_type, *needs_position, needs_weight, needs_bias = needs_rest
     config = _config(xs)
     run, share, programs, shares = _split(xs, config, 4 if position_embeddings else 1)
-    positions = _positions(xs, position_embeddings, position_sources)
-    types = xs[0] if type_embedding is None else type_embedding
+    tensors, strides, constants = _sources(xs, type_embedding, position_embeddings, position_sources)
     dxs = [x.new_empty(x.shape) if n else None for x, n in zip(xs, needs_x, strict=True)]
     written = tuple(x if dx is None else dx for x, dx in zip(xs, dxs, strict=True))
 
@@ -310,12 +308,11 @@ def backward(
     launch(
         _backward,
         (sum(programs), shares if features else 0),
-        *(g, tuple(xs), positions, types, norm_weight, written, dposition, dtype, dweight, dbias),
-        *(odd(lengths), *g.stride()[:2], *_strides(xs, positions, types), _flags(xs, position_sources)),
+        *(g, *tensors, norm_weight, written, dposition, dtype, dweight, dbias),
+        *(odd(lengths), *g.stride()[:2], *strides),
         *(odd(needs_x), batch, total, features, run, share, eps),
         NORM=norm,
-        TYPED=type_embedding is not None,
-        POSITIONED=len(position_sources) > 0,
+        **constants,
         config=config,
         enable_fp_fusion=False,
     )
