@@ -361,7 +361,7 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
             return absent
         tensor = args[first][0] if isinstance(args[first], (list, tuple)) else args[first]
         if not tensor.is_cpu:
-            return f"the inputs are on {tensor.device}"
+            return _triton.inputs_are_on(tensor.device)
         if tensor.dtype not in _CPU_DTYPES:
             return f"{tensor.dtype} is served by the reference alone"
         return None if kernels.supports is None else kernels.supports(*args[first:])

@@ -43,6 +43,12 @@ def status() -> str | None:
     return "torch sees no GPU; with TRITON_INTERPRET=1 the kernels run on CPU tensors"
 
 
+@functools.cache
+def inputs_are_on(device: torch.device) -> str:
+    """The reason of a backend for other devices."""
+    return f"the inputs are on {device}"
+
+
 def _device_reason(tensor: Tensor) -> str | None:
     if tensor.is_cuda:
         return "TRITON_INTERPRET=1 is set" if interpreting() else None
@@ -50,7 +56,7 @@ def _device_reason(tensor: Tensor) -> str | None:
         return None if is_forced("triton") else "the interpreter serves CPU tensors only where it is forced to"
     if tensor.is_meta and compile_target is not None:
         return None
-    return f"the inputs are on {tensor.device}"
+    return inputs_are_on(tensor.device)
 
 
 def triton_backend(
@@ -69,7 +75,10 @@ def triton_backend(
         supports: the arguments -> why the kernels cannot serve them, or None.
         any_strides: the function takes floating tensors as they come.
     """
-    module = f"mmkernels.ops.{op}.kernel_triton"
+    @functools.cache
+    def kernels() -> Callable[..., Any]:
+        loaded: Callable[..., Any] = getattr(importlib.import_module(f"mmkernels.ops.{op}.kernel_triton"), function)
+        return loaded
 
     def why_not(*args: Any) -> str | None:
         if reason := absent():
@@ -82,8 +91,7 @@ def triton_backend(
         return None if supports is None else supports(*args)
 
     def run(*args: Any) -> Any:
-        kernels = getattr(importlib.import_module(module), function)
-        return kernels(*args) if any_strides else kernels(*(dense(x) for x in args))
+        return kernels()(*args) if any_strides else kernels()(*map(dense, args))
 
     return Backend("triton", run, why_not)
 
@@ -91,6 +99,6 @@ def triton_backend(
 def dense(x: Any) -> Any:
     """Floating tensors, in lists or not, with a last dim that is contiguous; copies only those that are not."""
     if isinstance(x, Tensor):
-        fits = not x.is_floating_point() or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1
+        fits = x.is_contiguous() or not x.is_floating_point() or x.stride(-1) == 1 or x.shape[-1] <= 1
         return x if fits else x.contiguous()
-    return [dense(t) for t in x] if isinstance(x, (list, tuple)) else x
+    return list(map(dense, x)) if isinstance(x, (list, tuple)) else x

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,67 @@ def test_autotuning_takes_the_fastest_that_fits_and_remembers_it(monkeypatch: py
     assert ran == [256, 32, 64, 128]
     warps = {c.num_warps for c in launching._candidates(configs[:1])}
     assert len(warps) > 1 and all(c.constants == {"N": 256} for c in launching._candidates(configs[:1]))
+
+
+class _CompiledOnce:
+    """A kernel ``k(x, n, scale, KIND, BLOCK)`` that notes who launches it, and how."""
+
+    arg_names = ("x", "n", "scale", "KIND", "BLOCK")
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_and_launch(*args: Any, **options: Any) -> _CompiledOnce:
+            self.launches.append(("triton", grid, args, options))
+            return self
+
+        return compile_and_launch
+
+    def run(self, *args: Any) -> None:
+        self.launches.append(("directly", *args))
+
+
+def test_what_was_compiled_is_launched_directly_and_other_arguments_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = triton.compiler.make_backend(launching.GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(launching, "_backend", lambda device: backend)
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=str)))
+    monkeypatch.setattr(launching, "_launchers", {})
+    kernel, x = _CompiledOnce(), torch.zeros(64)
+
+    def launched(
+        x: Any = x, n: int = 33, grid: tuple[int, ...] = (3,), kind: str | None = "gelu", block: int = 8
+    ) -> tuple[Any, ...]:
+        config = Config({"BLOCK": block}, num_warps=2, num_stages=1)
+        launching._launch_again(5, kernel, grid, (x, (n, 1), 0.5), config, {"KIND": kind})
+        return kernel.launches[-1]
+
+    options = {"KIND": "gelu", "BLOCK": 8, "num_warps": 2, "num_stages": 1}
+    assert launched() == ("triton", (3,), (x, (33, 1), 0.5), options)
+    direct = ("directly", 3, 1, 1, "5", "function", "metadata", None, None, None, x, (33, 1), 0.5, "gelu", 8)
+    assert launched() == direct
+    assert launched(grid=(7, 2))[:4] == ("directly", 7, 2, 1)
+    assert launched(n=35)[11] == (35, 1)
+    assert launched(x[16:])[0] == "directly"
+    for other in (
+        {"x": x[1:]},  # not on 16 bytes
+        {"x": x.half()},
+        {"x": None},
+        {"n": 48},
+        {"n": 2**40 + 1},
+        {"kind": None},
+        {"block": 16},
+    ):
+        assert launched(**other)[0] == "triton", other
+        assert launched(**other)[0] == "directly", other
+    hook = lambda metadata: None  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert launched()[0] == "triton"
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert launched() == direct
 
 
 def test_powers_of_two() -> None:

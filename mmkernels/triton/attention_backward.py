@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mmkernels.triton.attention import load_tokens
 from mmkernels.triton.attention_forward import Attention, Strides, token_strides
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, odd
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd
 from mmkernels.triton.math import number
 
 
@@ -88,7 +88,7 @@ class Queries:
             strides = self.grad_log_sum.stride()
             log_sum_strides = (0, *strides) if packed else tuple(strides)
         dv = self.out.shape[-1]
-        block = max(triton.next_power_of_2(dv), 16)
+        block = max(next_power_of_2(dv), 16)
         launch(
             _deltas,
             (batch * self.heads * ceil_div(rows, 8),),

@@ -12,7 +12,8 @@ Limits     head dims up to 256.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -355,11 +356,12 @@ class Attention:
         low, high, at, least = (w - 2**32 if w >= 2**31 else w for w in words)
         return low, high, at, least, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
 
-    def padded_dims(self) -> dict[str, int]:
+    def padded_dims(self) -> Mapping[str, int]:
         return padded_dims(*self.head_dims)
 
 
-def padded_dims(d: int, dv: int) -> dict[str, int]:
+@functools.cache
+def padded_dims(d: int, dv: int) -> Mapping[str, int]:
     """Constants of a kernel: the head dims, and the powers of two that hold them."""
     sizes = {"BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
     return {"D": d, "DV": dv, **sizes}
@@ -367,11 +369,12 @@ def padded_dims(d: int, dv: int) -> dict[str, int]:
 
 def token_strides(x: Tensor) -> Strides:
     """Of batch, head and token; a packed tensor [rows, H, D] has no batch."""
-    return tuple(x.stride()[:3]) if x.dim() == 4 else (0, x.stride(1), x.stride(0))
+    strides = x.stride()
+    return strides[:3] if len(strides) == 4 else (0, strides[1], strides[0])
 
 
 def segment_strides(xs: Sequence[Tensor]) -> Strides:
-    return tuple(s for x in xs for s in token_strides(x))
+    return token_strides(xs[0]) if len(xs) == 1 else tuple(s for x in xs for s in token_strides(x))
 
 
 def config(x: Tensor, attention: Attention, queries: int) -> Config:

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
 from mmkernels import _triton
 from mmkernels.triton.interpreter import fix_triton_interpreter
@@ -55,7 +56,7 @@ def odd(numbers: Sequence[int]) -> tuple[int, ...]:
     ``do_not_specialize`` does not reach into tuples: triton would compile for whether a number there is 1 or a multiple
     of 16, which 2n + 3 never is.
     """
-    return tuple(2 * n + 3 for n in numbers)
+    return tuple([2 * n + 3 for n in numbers])
 
 
 def tiles(config: Config, rows: int, columns: int) -> int:
@@ -105,22 +106,105 @@ def launch(
         constants: its constants that have nothing to do with speed.
     """
     configs = [config] if isinstance(config, Config) else list(config)
-    first = next(t for a in args for t in (a if isinstance(a, tuple) else (a,)) if isinstance(t, Tensor))
+    device = _device_of(args)
+    if device < 0:
+        _run(kernel, grid, args, configs[0], constants, _interpret_or_compile)
+    elif device == torch.cuda.current_device():
+        _run_on_device(device, kernel, grid, args, configs, constants)
+    else:
+        with torch.cuda.device(device):
+            _run_on_device(device, kernel, grid, args, configs, constants)
 
-    def run(chosen: Config) -> None:
-        size = grid(chosen.constants) if callable(grid) else grid
-        if 0 not in size:
-            options = {**constants, **chosen.constants, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-            if _triton.compile_target is None:
-                kernel[size](*args, **options)
-            else:
-                _compiled.append(Compiled(kernel.__name__, chosen, kernel.warmup(*args, grid=size, **options)))
 
-    if not first.is_cuda:
-        run(configs[0])
+def _device_of(args: Sequence[Any]) -> int:
+    """The index of the first tensor's device; -1 for one that is on no GPU."""
+    for arg in args:
+        for x in arg if isinstance(arg, tuple) else (arg,):
+            if isinstance(x, Tensor):
+                return x.get_device() if x.is_cuda else -1
+    raise ValueError("launch: expected a tensor among the arguments of a kernel")
+
+
+def _run(
+    kernel: Any,
+    grid: Grid | Callable[[Mapping[str, int]], Grid],
+    args: Sequence[Any],
+    config: Config,
+    constants: Mapping[str, Any],
+    run: Callable[..., None],
+) -> None:
+    size = grid(config.constants) if callable(grid) else grid
+    if 0 not in size:
+        run(kernel, size, args, config, constants)
+
+
+def _options(config: Config, constants: Mapping[str, Any]) -> dict[str, Any]:
+    return {**constants, **config.constants, "num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+def _interpret_or_compile(
+    kernel: Any, grid: Grid, args: Sequence[Any], config: Config, constants: Mapping[str, Any]
+) -> None:
+    options = _options(config, constants)
+    if _triton.compile_target is None:
+        kernel[grid](*args, **options)
+    else:
+        _compiled.append(Compiled(kernel.__name__, config, kernel.warmup(*args, grid=grid, **options)))
+
+
+def _run_on_device(
+    device: int,
+    kernel: Any,
+    grid: Grid | Callable[[Mapping[str, int]], Grid],
+    args: Sequence[Any],
+    configs: Sequence[Config],
+    constants: Mapping[str, Any],
+) -> None:
+    run = functools.partial(_launch_again, device)
+    config = configs[0]
+    if _AUTOTUNE:
+        config = _raced(kernel, args, constants, configs, lambda c: _run(kernel, grid, args, c, constants, run))
+    _run(kernel, grid, args, config, constants, run)
+
+
+# --- launching again what was compiled --------------------------------------------------------------------------------
+# What triton does on the way to a kernel that it has compiled takes the host longer than a small kernel takes the GPU.
+
+_specialized = getattr(triton.runtime.jit, "native_specialize_impl", None)  # types, and what triton compiles for
+_launchers: dict[Any, tuple[Any, ...]] = {}
+
+
+@functools.cache
+def _backend(device: int) -> Any:
+    return make_backend(_target_of(torch.device("cuda", device)))
+
+
+def _launch_again(
+    device: int, kernel: Any, grid: Grid, args: Sequence[Any], config: Config, constants: Mapping[str, Any]
+) -> None:
+    """Launch by way of triton where it may have to compile or a profiler listens, else directly."""
+    if _specialized is None or _is_listening():
+        kernel[grid](*args, **_options(config, constants))
         return
-    with torch.cuda.device(first.device):
-        run(_raced(kernel, args, constants, _candidates(configs), run) if _autotuning() else configs[0])
+    signature = _specialized(_backend(device), tuple(args), False, True, True)
+    key = (id(kernel), device, *constants.items(), config.num_warps, config.num_stages, *config.constants.items())
+    found = _launchers.get((key, signature))
+    if found is None:
+        options = _options(config, constants)
+        compiled = kernel[grid](*args, **options)
+        last = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _launchers[key, signature] = (compiled.run, compiled.function, compiled.packed_metadata, last)
+        return
+    run, function, metadata, last = found
+    x, y, z = (*grid, 1, 1)[:3]
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    run(x, y, z, stream, function, metadata, None, None, None, *args, *last)
+
+
+def _is_listening() -> bool:
+    """Whether anything asked triton to be told of launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 # --- autotuning -------------------------------------------------------------------------------------------------------
@@ -128,8 +212,7 @@ def launch(
 _winners: dict[Any, Config] = {}
 
 
-def _autotuning() -> bool:
-    return os.environ.get("MMKERNELS_AUTOTUNE", "0") not in ("", "0")
+_AUTOTUNE = os.environ.get("MMKERNELS_AUTOTUNE", "0") not in ("", "0")
 
 
 def _candidates(configs: Sequence[Config]) -> Sequence[Config]:
@@ -158,7 +241,7 @@ def _raced(
     )
     key = (kernel.__name__, sizes, tuple(constants.items()))
     if key not in _winners:
-        _winners[key] = min(configs, key=milliseconds)
+        _winners[key] = min(_candidates(configs), key=milliseconds)
     return _winners[key]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import Backend, Operator, forced_backend, native_op, reference_backend, use_backend
-from mmkernels._triton import triton_backend
+from mmkernels._triton import inputs_are_on, triton_backend
 from mmkernels.ops import _attention_checks as attention_checks
 from mmkernels.ops.cross_attention import reference
 
@@ -34,9 +34,10 @@ Tensors = tuple[Tensor, ...]
 
 def empty_in_order_of(like: Tensor, shape: Sequence[int]) -> Tensor:
     """A dense tensor whose leading dims lie in memory in the order of ``like``'s, the last dim innermost."""
+    strides_of_like = like.stride()
     order = list(range(len(shape) - 1))
-    if like.stride(-1) == 1 or like.shape[-1] <= 1:
-        order.sort(key=lambda dim: like.stride(dim), reverse=True)
+    if strides_of_like[-1] == 1 or like.shape[-1] <= 1:
+        order.sort(key=strides_of_like.__getitem__, reverse=True)
     strides, step = [1] * len(shape), shape[-1]
     for dim in reversed(order):
         strides[dim] = step
@@ -89,7 +90,7 @@ def _cpu_supports(query: Tensor, *_: Any) -> str | None:
     if _cpu_absent is not None:
         return _cpu_absent
     if not query.is_cpu:
-        return f"query is on {query.device}"
+        return inputs_are_on(query.device)
     if query.dtype not in _CPU_DTYPES:
         return f"{query.dtype} is served by the reference alone"
     return None
