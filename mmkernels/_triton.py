@@ -75,6 +75,7 @@ def triton_backend(
         supports: the arguments -> why the kernels cannot serve them, or None.
         any_strides: the function takes floating tensors as they come.
     """
+
     @functools.cache
     def kernels() -> Callable[..., Any]:
         loaded: Callable[..., Any] = getattr(importlib.import_module(f"mmkernels.ops.{op}.kernel_triton"), function)

@@ -11,7 +11,11 @@ from fusion_cases import each_dtype, leaf
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels import _triton
 from mmkernels.testing import check_op, poisoned_memory
+
+if _triton.absent() is None:
+    from mmkernels.triton import attention_forward, attention_forward_tma
 
 
 def qkv(
@@ -127,6 +131,42 @@ def test_varlen_cross_attention(dtype: torch.dtype, triton_backend: str) -> None
             mmk.varlen_cross_attention, query, key, value, *ends, 38, 49, backend=triton_backend, is_causal=True,
             return_lse=dtype == torch.float32,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dim", "queries", "keys"), [(64, 70, 300), (128, 130, 77)])
+def test_tensor_descriptors(
+    dim: int, queries: int, keys: int, dtype: torch.dtype, triton_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = dict(heads=4, key_heads=2, queries=queries, keys=keys, dim=dim, value_dim=dim)
+    inputs = qkv(dtype, **sizes)
+    by_tokens = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+    expected = mmk.cross_attention(*inputs, enable_gqa=True, return_lse=True)
+    calls: list[int] = []
+    monkeypatch.setattr(attention_forward_tma, "_LEAST_FLOPS", 0)
+    through = attention_forward_tma.attend_by_descriptors
+    monkeypatch.setattr(attention_forward, "attend_by_descriptors", lambda *args: calls.append(1) or through(*args))
+    for tensors in (inputs, by_tokens):
+        with poisoned_memory():
+            check_op(mmk.cross_attention, *tensors, backend=triton_backend, enable_gqa=True, return_lse=True)
+    assert calls, "served by the other kernel"
+    for got, exact in zip(mmk.cross_attention(*inputs, enable_gqa=True, return_lse=True), expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=2**-7, atol=2**-9)
+    streams = [[leaf(1, 2, n, dim, dtype=dtype) for n in (33, 150)] for _ in range(3)]
+    calls.clear()
+    with poisoned_memory():
+        check_op(mmk.joint_attention, *streams, backend=triton_backend)
+    assert calls
+
+
+def test_what_has_no_tensor_descriptor() -> None:
+    x = torch.zeros(2, 3, 32, 64, dtype=torch.bfloat16)
+    assert attention_forward_tma.describable(x)
+    assert attention_forward_tma.describable(x.transpose(1, 2))
+    assert attention_forward_tma.describable(x[:1, :, :1])
+    assert not attention_forward_tma.describable(x[:1].expand(2, 3, 32, 64))
+    assert not attention_forward_tma.describable(x[..., 1:])
+    assert not attention_forward_tma.describable(x[:, :, :0])
 
 
 def test_what_falls_through_says_why() -> None:

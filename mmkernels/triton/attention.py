@@ -128,6 +128,16 @@ def capped(s, softcap, bias):
 
 
 @triton.jit
+def online_softmax(s, unit, row_max, total):
+    """Weights of a tile of scores s · unit, what to multiply earlier sums with, and the maximum and sum so far."""
+    higher = tl.maximum(row_max, tl.max(s, 1) * unit)
+    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    p = tl.exp2((s * unit - shift[:, None]) * LOG2_E)
+    rescale = tl.exp2((row_max - shift) * LOG2_E)
+    return p, rescale, higher, total * rescale + tl.sum(p, 1)
+
+
+@triton.jit
 def dropout_keep(seed_low, seed_high, offset, slice, m, n, threshold):
     """Which pairs survive: word n % 4 of Philox for (n // 4, m, slice, offset) is at least the threshold."""
     low = seed_low.to(tl.uint32, bitcast=True).to(tl.uint64)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.triton.attention import load_tokens
-from mmkernels.triton.attention_forward import Attention, Strides, token_strides
+from mmkernels.triton.attention_inputs import Attention, Strides, token_strides
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd
 from mmkernels.triton.math import number
 

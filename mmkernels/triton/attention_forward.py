@@ -12,10 +12,7 @@ Limits     head dims up to 256.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -31,9 +28,12 @@ from mmkernels.triton.attention import (
     has_finite_rows,
     key_range,
     load_tokens,
+    online_softmax,
     store_tokens,
 )
-from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, odd, target
+from mmkernels.triton.attention_forward_tma import attend_by_descriptors, pays
+from mmkernels.triton.attention_inputs import Attention, segment_strides, token_strides
+from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, odd, target
 from mmkernels.triton.math import number
 
 LENGTHS = ["query_length", "heads", "share", "window_left", "window_right"]
@@ -101,12 +101,7 @@ def _attend(
                 s = tl.where(usable[None, :], s, float("nan"))
                 v = finite(v)
             s = tl.where(allowed, s, -float("inf"))
-        higher = tl.maximum(row_max, tl.max(s, 1) * unit)
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        p = tl.exp2((s * unit - shift[:, None]) * LOG2_E)
-        rescale = tl.exp2((row_max - shift) * LOG2_E)
-        row_max = higher
-        total = total * rescale + tl.sum(p, 1)
+        p, rescale, row_max, total = online_softmax(s, unit, row_max, total)
         if DROPOUT:
             kept = dropout_keep(seed_low, seed_high, offset, slice, m[:, None], n[None, :], threshold)
             p = tl.where(kept, p * kept_scale, 0.0)
@@ -289,92 +284,9 @@ def _merge(
 
 # --- launches ---------------------------------------------------------------------------------------------------------
 
-Strides = tuple[int, ...]
 FEW_QUERIES = 16  # with no more, keys are shared among programs
 _SHARES = 64  # at most
 _PROGRAMS = 264  # two for each multiprocessor of a large GPU
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What queries attend to, and how: everything but the queries."""
-
-    keys: Sequence[Tensor]  # segments, [B, Hkv, Lk, D] each, or packed [rows, Hkv, D]
-    values: Sequence[Tensor]
-    padding: Sequence[Tensor | None]  # [B] of each
-    scale: float
-    softcap: float = 0.0
-    mask: Tensor | None = None  # [1|B, 1|Hq, 1|Lq, 1|Lk]
-    stream_bias: Tensor | None = None  # [H or 1, segments]
-    window: tuple[int, int] = (-1, -1)
-    bottom_right: bool = False
-    dropout_p: float = 0.0
-    rng_state: Tensor | None = None  # [2], on the CPU
-    query_ends: Tensor | None = None  # [B + 1] of packed sequences
-    key_ends: Tensor | None = None
-
-    @property
-    def head_dims(self) -> tuple[int, int]:
-        return self.keys[0].shape[-1], self.values[0].shape[-1]
-
-    @property
-    def masked(self) -> bool:
-        """Whether a key may be hidden from one query of a block and not from another."""
-        return self.mask is not None or self.window != (-1, -1)
-
-    @property
-    def heavy(self) -> bool:
-        """Whether the indices of masks or the words of dropout take registers."""
-        return self.masked or self.dropout_p > 0
-
-    @property
-    def widest(self) -> int:
-        """The wider head dim, as it is padded."""
-        dims = self.padded_dims()
-        return max(dims["BLOCK_D"], dims["BLOCK_DV"])
-
-    def masks(self) -> tuple[Any, ...]:
-        """Mask and stream bias, as the kernels take them: pointers, then strides."""
-        mask, bias = self.mask, self.stream_bias
-        mask_strides: Strides = (0,) * 4
-        if mask is not None:
-            mask_strides = tuple(s if n > 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True))
-        bias_stride = 0 if bias is None or bias.shape[0] == 1 else bias.stride(0)
-        return mask, bias, mask_strides, bias_stride
-
-    def windows(self) -> tuple[int | None, int | None]:
-        left, right = self.window
-        return left if left >= 0 else None, right if right >= 0 else None
-
-    def randomness(self) -> tuple[int, int, int, int, float]:
-        """Seed, offset and threshold as signed words, and what a survivor is multiplied by."""
-        if self.rng_state is None or self.dropout_p == 0:
-            return 0, 0, 0, 0, 1.0
-        seed, offset = self.rng_state.tolist()
-        threshold = min(int(self.dropout_p * 2**32), 2**32 - 1)
-        words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, offset & 0xFFFFFFFF, threshold)
-        low, high, at, least = (w - 2**32 if w >= 2**31 else w for w in words)
-        return low, high, at, least, 1 / (1 - self.dropout_p) if self.dropout_p < 1 else 0.0
-
-    def padded_dims(self) -> Mapping[str, int]:
-        return padded_dims(*self.head_dims)
-
-
-@functools.cache
-def padded_dims(d: int, dv: int) -> Mapping[str, int]:
-    """Constants of a kernel: the head dims, and the powers of two that hold them."""
-    sizes = {"BLOCK_D": max(next_power_of_2(d), 16), "BLOCK_DV": max(next_power_of_2(dv), 16)}
-    return {"D": d, "DV": dv, **sizes}
-
-
-def token_strides(x: Tensor) -> Strides:
-    """Of batch, head and token; a packed tensor [rows, H, D] has no batch."""
-    strides = x.stride()
-    return strides[:3] if len(strides) == 4 else (0, strides[1], strides[0])
-
-
-def segment_strides(xs: Sequence[Tensor]) -> Strides:
-    return token_strides(xs[0]) if len(xs) == 1 else tuple(s for x in xs for s in token_strides(x))
 
 
 def config(x: Tensor, attention: Attention, queries: int) -> Config:
@@ -433,6 +345,9 @@ def attend(
         query, out = (x.view(*shape, x.shape[3]) for x in (query, out))
         statistics = statistics and (statistics[0].view(shape), statistics[1].view(shape))
         query_length = shape[2]
+    if pays(query, attention):
+        attend_by_descriptors(query, attention, out, statistics)
+        return
     heads = query.shape[1]
     slices = batch * heads
     chosen = config(query, attention, query_length)

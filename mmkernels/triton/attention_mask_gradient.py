@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mmkernels.triton.attention import has_finite_rows, load_statistics, load_tokens, score_gradients
 from mmkernels.triton.attention_backward import Queries, options
-from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, token_strides
+from mmkernels.triton.attention_forward import LENGTHS, RANDOM
+from mmkernels.triton.attention_inputs import Attention, token_strides
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
 from mmkernels.triton.math import number
 

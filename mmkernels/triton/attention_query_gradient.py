@@ -23,7 +23,8 @@ from mmkernels.triton.attention import (
     store_tokens,
 )
 from mmkernels.triton.attention_backward import Queries, options
-from mmkernels.triton.attention_forward import LENGTHS, RANDOM, Attention, segment_strides, token_strides
+from mmkernels.triton.attention_forward import LENGTHS, RANDOM
+from mmkernels.triton.attention_inputs import Attention, segment_strides, token_strides
 from mmkernels.triton.launch import Config, ceil_div, launch, odd, target
 from mmkernels.triton.math import number
 

@@ -31,7 +31,7 @@ from mmkernels.ops.bidirectional_cross_attention.forward_triton import (
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_statistics, store_tokens
 from mmkernels.triton.attention_backward import Queries
-from mmkernels.triton.attention_forward import padded_dims, token_strides
+from mmkernels.triton.attention_inputs import padded_dims, token_strides
 from mmkernels.triton.launch import Config, dot_precision, launch, target
 
 

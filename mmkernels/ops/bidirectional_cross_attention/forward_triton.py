@@ -25,7 +25,8 @@ from torch import Tensor
 from mmkernels._triton import dense
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_tokens, store_tokens
-from mmkernels.triton.attention_forward import merge_shares, padded_dims, partial_sums, token_strides
+from mmkernels.triton.attention_forward import merge_shares, partial_sums
+from mmkernels.triton.attention_inputs import padded_dims, token_strides
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target
 
 LENGTHS = ["x_length", "y_length", "heads", "wave_first", "wave_length", "strip"]

@@ -11,7 +11,8 @@ from torch import Tensor
 from mmkernels._triton import dense
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention_backward import Queries
-from mmkernels.triton.attention_forward import Attention, attend
+from mmkernels.triton.attention_forward import attend
+from mmkernels.triton.attention_inputs import Attention
 from mmkernels.triton.attention_key_gradients import key_gradients
 from mmkernels.triton.attention_mask_gradient import mask_gradient
 from mmkernels.triton.attention_query_gradient import query_gradient
@@ -98,6 +99,7 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
     yield "2x16 4096x77 d64", lambda: call(2, 16, 4096, 77, 64)
     yield "1x8 1024x77 d64", lambda: call(1, 8, 1024, 77, 64)
     yield "2x16 4096x4096 d128", lambda: call(2, 16, 4096, 4096, 128)
+    yield "2x16 4096x4096 d64", lambda: call(2, 16, 4096, 4096, 64)
     yield "1x8 1024x1601 d128", lambda: call(1, 8, 1024, 1601, 128)
     yield "2x8 1024x512 d256", lambda: call(2, 8, 1024, 512, 256)
     yield "2x16 1x4096 d128", lambda: call(2, 16, 1, 4096, 128)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention_backward import Queries
-from mmkernels.triton.attention_forward import Attention, attend
+from mmkernels.triton.attention_forward import attend
+from mmkernels.triton.attention_inputs import Attention
 from mmkernels.triton.attention_key_gradients import key_gradients
 from mmkernels.triton.attention_query_gradient import query_gradient
 
