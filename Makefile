@@ -16,7 +16,7 @@ endif
 export MMKERNELS_TEST_ISA = 1
 COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
-CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help bench test build fuzz interpret kernels sanitize gpu lint types format clean
 

@@ -2,10 +2,12 @@
 
 MMKERNELS_REQUIRE_NATIVE=1  fail where the library cannot be built, instead of installing the pure Python package
 MMKERNELS_BUILD_NATIVE=0    install the pure Python package without trying
-MMKERNELS_TEST_ISA=1        add the widest ISA's code with emulated intrinsics, for tests on machines without it
+MMKERNELS_BUILD_CUDA=0      leave out the CUDA kernels even where there is nvcc
+MMKERNELS_TEST_ISA=1        add what only tests use: the widest ISA's code with emulated intrinsics, and the CUDA
+                            kernels in the emulator
 MMKERNELS_SANITIZE=1        build with ASan and UBSan into build/sanitize, and leave the package's own library alone
 MMKERNELS_ISAS="a b"        compile these instruction sets only; baseline always is
-CXX, MAX_JOBS               the compiler; the number of parallel compile jobs
+CXX, CUDACXX, MAX_JOBS      the compilers; the number of parallel compile jobs
 """
 
 from __future__ import annotations
@@ -56,7 +58,10 @@ def torch_directory() -> Path | None:
 CMAKE = tool("cmake")
 NINJA = tool("ninja")
 COMPILER = tool(os.environ["CXX"]) if "CXX" in os.environ else tool("g++", "c++", "clang++")
+NVCC = tool(os.environ.get("CUDACXX", "nvcc")) if flag("MMKERNELS_BUILD_CUDA", "1") and not SANITIZE else None
 TORCH = torch_directory()
+SIMT = TEST_ISA and not SANITIZE and platform.machine() in ("x86_64", "AMD64")
+LIBRARIES = [LIBRARY, *(["libmmkernels_cuda.so"] if NVCC else []), *(["libmmkernels_simt.so"] if SIMT else [])]
 
 
 def why_not_native() -> str | None:
@@ -97,23 +102,21 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if WHY_NOT:
             return announce_no_native()
-        library = build_native()
-        for destination in self.destinations():
-            if not destination.exists() or destination.read_bytes() != library.read_bytes():
-                destination.parent.mkdir(parents=True, exist_ok=True)
+        directory = build_native()
+        if SANITIZE:
+            return
+        package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mmkernels"
+        package.mkdir(parents=True, exist_ok=True)
+        for name in LIBRARIES:
+            built, destination = directory / name, package / name
+            if not destination.exists() or destination.read_bytes() != built.read_bytes():
                 # A running process may have the old file mapped: replace it, do not write into it.
                 copy = destination.with_name(destination.name + ".tmp")
-                shutil.copy2(library, copy)
+                shutil.copy2(built, copy)
                 copy.replace(destination)
 
-    def destinations(self) -> list[Path]:
-        if SANITIZE:
-            return []
-        in_place = self.inplace or self.editable_mode
-        return [(ROOT if in_place else Path(self.build_lib)) / "mmkernels" / LIBRARY]
-
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib) / "mmkernels" / LIBRARY)]
+        return [str(Path(self.build_lib) / "mmkernels" / name) for name in LIBRARIES]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}
@@ -136,6 +139,8 @@ def build_native() -> Path:
         f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
         f"-DLIBRARY_NAME={LIBRARY}",
         f"-DMMKERNELS_TEST_ISA={'ON' if TEST_ISA else 'OFF'}",
+        f"-DMMKERNELS_SIMT={'ON' if SIMT else 'OFF'}",
+        f"-DMMKERNELS_NVCC={NVCC or ''}",
         f"-DMMKERNELS_SANITIZE={'ON' if SANITIZE else 'OFF'}",
         f"-DMMKERNELS_ISAS={';'.join(os.environ.get('MMKERNELS_ISAS', '').split())}",
     ]
@@ -153,7 +158,7 @@ def build_native() -> Path:
             f"mmkernels: building the native library failed (exit code {error.returncode}; the messages are above, "
             "with pip under -v). MMKERNELS_BUILD_NATIVE=0 installs without it."
         ) from None
-    return directory / LIBRARY
+    return directory
 
 
 setup(

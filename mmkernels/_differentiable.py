@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels import _native, _triton
+from mmkernels import _cuda, _native, _triton
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Backend,
@@ -59,6 +59,17 @@ class TritonKernels:
     supports: Callable[..., str | None] | None = None
 
 
+@dataclass(frozen=True)
+class CudaKernels:
+    """That the op's ``kernel_cuda.py`` has ``forward`` and ``backward``, and what they cannot or should not serve.
+
+    They take the library and the arguments of the two operators' schemas; ``supports`` those of the op alone.
+    """
+
+    supports: Callable[..., str | None] | None = None
+    supports_backward: Callable[..., str | None] | None = None  # default: as ``supports``
+
+
 native_backend = NativeKernels
 
 
@@ -91,6 +102,7 @@ class DifferentiableOp:
         reference: ``(*arguments)`` -> the outputs, one tensor or a tuple; tensors in any memory order.
         fake: ``(*arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
         cpu: the compiled kernels.
+        cuda: the CUDA kernels.
         triton: the Triton kernels.
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
         keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
@@ -107,6 +119,7 @@ class DifferentiableOp:
         reference: Callable[..., Any],
         fake: Callable[..., Tensors],
         cpu: NativeKernels,
+        cuda: CudaKernels | None = None,
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps_outputs: Callable[..., bool] = lambda *_: False,
@@ -126,6 +139,7 @@ class DifferentiableOp:
             fake=self._forward_fake,
             backends=[
                 _cpu_backend(cpu, "fwd", 0),
+                *_cuda_backends(name, cuda, "forward", 0, 1),
                 *_triton_backends(name, triton, "forward", 0, 1),
                 reference_backend(self._reference_forward),
             ],
@@ -136,6 +150,7 @@ class DifferentiableOp:
             fake=self._backward_fake,
             backends=[
                 _cpu_backend(cpu, "bwd", 1),
+                *_cuda_backends(name, cuda, "backward", 1, 2),
                 *_triton_backends(name, triton, "backward", 1, 2),
                 reference_backend(self._reference_backward),
             ],
@@ -373,13 +388,21 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
     return Backend("cpu", run, supports)
 
 
+def _cuda_backends(name: str, kernels: CudaKernels | None, function: str, first: int, end: int) -> list[Backend]:
+    """As `_triton_backends`, of the CUDA kernels."""
+    if kernels is None:
+        return []
+    backward = function == "backward" and kernels.supports_backward is not None
+    supports = _of_arguments(kernels.supports_backward if backward else kernels.supports, first, end)
+    return _cuda.cuda_backends(name, function, first, supports)
+
+
 def _triton_backends(name: str, kernels: TritonKernels | None, function: str, first: int, end: int) -> list[Backend]:
     """The Triton forward or backward, if there is one; the op's own arguments are [first, −end) of its."""
     if kernels is None:
         return []
-    of_arguments = kernels.supports
+    return [_triton.triton_backend(name, function, first, _of_arguments(kernels.supports, first, end))]
 
-    def supports(*args: Any) -> str | None:
-        return None if of_arguments is None else of_arguments(*args[first:-end])
 
-    return [_triton.triton_backend(name, function, first, supports)]
+def _of_arguments(supports: Callable[..., str | None] | None, first: int, end: int) -> Callable[..., str | None] | None:
+    return None if supports is None else lambda *args: supports(*args[first:-end])

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmkernels import _autograd, _native
 from mmkernels._errors import UnsupportedError
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+BACKENDS = ("cuda", "triton", "cpu", "simt", "reference")
 
 _library = torch.library.Library("mmkernels", "FRAGMENT")
 
@@ -210,12 +210,13 @@ def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanat
 
 def backend_status() -> dict[str, str | None]:
     """For each backend, None where this machine can use it, or why it cannot."""
-    from mmkernels import _triton
+    from mmkernels import _cuda, _triton
 
     return {
-        "cuda": "this version has no CUDA kernels",
+        "cuda": _cuda.status(),
         "triton": _triton.status(),
         "cpu": None if _native.available() else _native.reason() or "the native library is absent",
+        "simt": _cuda.simt_status(),
         "reference": None,
     }
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from environment import DEVICE, TRITON_ALONE
+from environment import ALONE, DEVICE
+from simt_cases import schedule
+from torch.testing._internal.optests.generate_tests import OpCheckError
 
 import mmkernels as mmk
-from mmkernels import _native, _triton
+from mmkernels import _cuda, _native, _triton
 
 
 def why_no_native(private_op: str = "_cross_attention_fwd") -> str | None:
@@ -63,12 +66,20 @@ def use_implementation(implementation: Implementation) -> Iterator[str]:
 TRITON_PARAMETER = pytest.param(
     TRITON, id="triton", marks=pytest.mark.skipif(_triton.status() is not None, reason=str(_triton.status()))
 )
+SIMT_ABSENT = _cuda.simt_status() if DEVICE == "cpu" else f"the tensors are on {DEVICE}"
+if SIMT_ABSENT and DEVICE == "cpu" and os.environ.get("MMKERNELS_TEST_ISA", "0") not in ("", "0"):
+    raise RuntimeError(f"this is a test build, and yet there is no emulator of CUDA kernels: {SIMT_ABSENT}")
+SIMT = Implementation("simt")
+SIMT_PARAMETER = pytest.param(
+    SIMT, id="simt", marks=pytest.mark.skipif(SIMT_ABSENT is not None, reason=str(SIMT_ABSENT))
+)
 NATIVE_PARAMETERS = [pytest.param(i, marks=native_only, id=str(i)) for i in NATIVE]
 REFERENCE_PARAMETER = pytest.param(REFERENCE, id="reference")
 
 # What the tests that choose a backend run on: all of it; one of the kernels beside the reference; the fuzzers' share.
-if TRITON_ALONE:
-    EVERY, EITHER, FUZZED = [TRITON_PARAMETER], [TRITON_PARAMETER], [TRITON]
+if ALONE is not None:
+    _alone = SIMT_PARAMETER if ALONE == "simt" else TRITON_PARAMETER
+    EVERY, EITHER, FUZZED = [_alone], [_alone], [Implementation(ALONE)]
 elif DEVICE != "cpu":
     EVERY = EITHER = [REFERENCE_PARAMETER, TRITON_PARAMETER]
     FUZZED = [TRITON]
@@ -90,6 +101,19 @@ def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
+@pytest.fixture(params=[SIMT_PARAMETER])
+def simt_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, the CUDA kernels in the emulator alone."""
+    yield from use_implementation(request.param)
+
+
+@pytest.fixture(params=(0, 1, 7))
+def any_schedule(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulator runs warps and lanes in their order, then in two others."""
+    with contextlib.nullcontext() if SIMT_ABSENT else schedule(request.param):
+        yield
+
+
 @pytest.fixture(params=EITHER)
 def either_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``backend``, on one instruction set, the machine's own: for tests that the kernel hardly matters to."""
@@ -104,13 +128,14 @@ def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
-    """Where all runs on Triton, and on a GPU, what its kernels do not serve is skipped, with their reason; not what
-    came to them on another device, which is a test's own fault."""
+    """Where all runs on one kind of kernels, and on a GPU, what these do not serve is skipped, with their reason; not
+    what came to them on another device, which is a test's own fault."""
     try:
         return (yield)
-    except mmk.UnsupportedError as error:
-        declined = "backend 'triton' was forced and cannot serve" in str(error)
-        if (TRITON_ALONE or DEVICE != "cpu") and declined and "the inputs are on" not in str(error):
+    except (mmk.UnsupportedError, OpCheckError) as error:
+        forced = ALONE or ("triton" if DEVICE != "cpu" else None)
+        declined = f"backend {forced!r} was forced and cannot serve" in str(error)
+        if declined and "the inputs are on" not in str(error):
             pytest.skip(str(error))
         raise
 

@@ -45,7 +45,7 @@ def test_a_block_is_private_to_its_thread() -> None:
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"use_backend: expected one of reference, cpu, triton, cuda; got 'gpu'"):
+    with pytest.raises(ValueError, match=r"use_backend: expected one of reference, simt, cpu, triton, cuda; got 'gpu'"):
         mmk.use_backend("gpu")
 
 

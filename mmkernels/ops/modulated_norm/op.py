@@ -6,12 +6,22 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._cuda import misaligned
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.modulated_norm import reference
 
 
 def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor]:
     return (x.new_empty(x.shape),)
+
+
+def _cuda_supports(
+    x: Tensor, shift: Tensor, scale: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> str | None:
+    features = x.shape[2]
+    if features % 8 or features > 4096:
+        return f"{features} features: its kernel takes multiples of 8 up to 4096"
+    return misaligned(x, shift, scale, weight, bias)
 
 
 def _triton_supports(x: Tensor, *_: Any) -> str | None:
@@ -25,5 +35,6 @@ modulated_norm_op = DifferentiableOp(
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
     cpu=native_backend("modulated_norm"),
+    cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(_triton_supports),
 )
