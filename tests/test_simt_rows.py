@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import op_contract as contract
 import pytest
 import torch
 from fusion_cases import leaf
 from simt_cases import each_half, some_schedules
+from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.testing import check_op, poisoned_memory
+from mmkernels.testing import check_op, poisoned_memory, same_bits
 
 
 @each_half
@@ -46,3 +49,113 @@ def test_modulated_norm_declines_and_says_why(features: int, simt_backend: str) 
         x = torch.zeros(1, 2, 41, dtype=torch.half)[..., 1:]
         with pytest.raises(mmk.UnsupportedError, match="no multiple of 16 bytes"):
             mmk.modulated_norm(x, x[:, 0], x[:, 0])
+
+
+def concat_options(xs: list[Tensor], *, types: bool, positions: str, norm: str | None) -> dict[str, Any]:
+    """Embeddings and weights; a letter of ``positions`` per source, x where it has an embedding."""
+    dtype, features = xs[0].dtype, xs[0].shape[2]
+    tables = [leaf(x.shape[1], features, dtype=dtype) if p == "x" else None for x, p in zip(xs, positions, strict=True)]
+    options: dict[str, Any] = {"norm": norm, "position_embeddings": tables}
+    if types:
+        options["type_embedding"] = leaf(len(xs), features, dtype=dtype)
+    if norm is not None:
+        options |= {name: leaf(features, dtype=dtype) for name in ("norm_weight", "norm_bias")}
+    return options
+
+
+@each_half
+@some_schedules
+@pytest.mark.parametrize("norm", [None, "layer", "rms"])
+@pytest.mark.parametrize("types", [False, True])
+@pytest.mark.parametrize("positions", ["---", "x-x", "xxx"])
+def test_concat_tokens(positions: str, types: bool, norm: str | None, dtype: torch.dtype, simt_backend: str) -> None:
+    for batch, features in ((2, 40), (5, 264)):
+        xs = [leaf(batch, length, features, dtype=dtype) for length in (3, 0, 5)]
+        with poisoned_memory():
+            options = concat_options(xs, types=types, positions=positions, norm=norm)
+            check_op(mmk.concat_tokens, xs, backend=simt_backend, **options)
+
+
+@each_half
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize(
+    ("batch", "lengths", "features"),
+    [
+        pytest.param(1, (2, 3), 776, id="three vectors of a thread"),
+        pytest.param(2, (2, 1), 1040, id="teams of several warps"),
+        pytest.param(1, (2, 1), 4096, id="the widest row with a norm"),
+        pytest.param(33, (7, 13), 8, id="several shares of the batch"),
+        pytest.param(70, (40, 9), 16, id="several rows of a team"),
+        pytest.param(1, (1500, 1200), 8, id="several positions of a team"),
+        pytest.param(3, (1,) * 32, 24, id="as many sources as there may be"),
+        pytest.param(2, (0, 0), 8, id="no tokens"),
+        pytest.param(0, (3, 2), 8, id="no batch"),
+    ],
+)
+def test_concat_tokens_of_all_sizes(
+    batch: int, lengths: tuple[int, ...], features: int, norm: str | None, dtype: torch.dtype, simt_backend: str
+) -> None:
+    xs = [leaf(batch, length, features, dtype=dtype) for length in lengths]
+    for positions in ("-" * len(xs), "x" * len(xs)):
+        options = concat_options(xs, types=True, positions=positions, norm=norm)
+        with poisoned_memory():
+            check_op(mmk.concat_tokens, xs, backend=simt_backend, **options)
+
+
+@each_half
+@pytest.mark.parametrize("norm", [None, "rms"])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_concat_tokens_into_another_dtype(
+    out_dtype: torch.dtype, norm: str | None, dtype: torch.dtype, simt_backend: str
+) -> None:
+    xs = [leaf(3, length, 40, dtype=dtype) for length in (3, 4)]
+    options = concat_options(xs, types=True, positions="x-", norm=norm)
+    check_op(mmk.concat_tokens, xs, backend=simt_backend, out_dtype=out_dtype, **options)
+
+
+@each_half
+@pytest.mark.parametrize("features", [40, 4104])
+def test_concat_tokens_with_nothing_to_do_is_cat_bit_for_bit(
+    features: int, dtype: torch.dtype, simt_backend: str
+) -> None:
+    xs = [leaf(2, length, features, dtype=dtype).detach() for length in (3, 0, 2)]
+    xs[0][0, 0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
+    xs = [x.requires_grad_() for x in xs]
+    out = mmk.concat_tokens(xs)
+    grad = torch.randn(out.shape).to(dtype)
+    expected = [torch.cat(xs, 1), *grad.split([3, 0, 2], 1)]
+    assert same_bits([out, *torch.autograd.grad(out, xs, grad)], expected)
+
+
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_concat_tokens_gradients_are_the_same_alone_and_with_any_strides(norm: str | None, simt_backend: str) -> None:
+    def function(x: Tensor, y: Tensor, types: Tensor, position: Tensor, *weights: Tensor) -> Tensor:
+        options = dict(zip(("norm_weight", "norm_bias"), weights, strict=False))
+        places = [None, position]
+        return mmk.concat_tokens([x, y], norm=norm, type_embedding=types, position_embeddings=places, **options)
+
+    shapes = [(9, 3, 24), (9, 40, 24), (2, 24), (40, 24), *([(24,)] * 2 if norm else [])]
+    leaves = [leaf(*shape, dtype=torch.bfloat16) for shape in shapes]
+    contract.check_each_gradient_alone(function, leaves)
+    contract.check_threads_and_runs_agree(function, leaves)
+    transposed = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) if x.dim() == 3 else x for x in leaves]
+    assert same_bits(contract.gradients(function, transposed), contract.gradients(function, leaves))
+    asked = [x.detach().requires_grad_() for x in leaves]
+    out = function(*asked)
+    dense = torch.autograd.grad(out, asked, torch.ones_like(out))
+    assert same_bits(torch.autograd.grad(function(*asked).sum(), asked), dense)  # an expanded gradient
+
+
+def test_concat_tokens_declines_and_says_why(simt_backend: str) -> None:
+    def zeros(features: int) -> Tensor:
+        return torch.zeros(1, 2, features, dtype=torch.half)
+
+    for features, norm in ((37, None), (4104, "layer")):
+        with pytest.raises(mmk.UnsupportedError, match=f"{features} features: its kernel takes multiples of 8, with a"):
+            mmk.concat_tokens([zeros(features)], norm=norm)
+    with pytest.raises(mmk.UnsupportedError, match="33 sources, more than 32"):
+        mmk.concat_tokens([zeros(8)] * 33)
+    with pytest.raises(mmk.UnsupportedError, match="no multiple of 16 bytes"):
+        mmk.concat_tokens([zeros(41)[..., 1:]])
+    with pytest.raises(mmk.UnsupportedError, match="out_dtype float64"):
+        mmk.concat_tokens([zeros(8)], out_dtype=torch.float64)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._cuda import misaligned
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_tokens import reference
 
 
@@ -21,6 +22,27 @@ def _native_supports(*args: Any) -> str | None:
     # The backward's arguments end with saved and needed, the forward's with training.
     out_dtype = next((a for a in args if isinstance(a, torch.dtype)), None)
     return "out_dtype float64 is served by the reference alone" if out_dtype == torch.float64 else None
+
+
+def _cuda_supports(
+    xs: Sequence[Tensor],
+    type_embedding: Tensor | None,
+    position_embeddings: Sequence[Tensor],
+    position_sources: Sequence[int],
+    norm: str | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> str | None:
+    if reason := _native_supports(out_dtype):
+        return reason
+    features = xs[0].shape[2]
+    if features % 8 or (norm is not None and features > 4096):
+        return f"{features} features: its kernel takes multiples of 8, with a norm up to 4096"
+    if len(xs) > 32:
+        return f"{len(xs)} sources, more than 32"
+    return misaligned(*xs, type_embedding, *position_embeddings, norm_weight, norm_bias)
 
 
 def _triton_supports(xs: Sequence[Tensor], *rest: Any) -> str | None:
@@ -37,5 +59,6 @@ concat_tokens_op = DifferentiableOp(
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,
     cpu=native_backend("concat_tokens", supports=_native_supports),
+    cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(_triton_supports),
 )
