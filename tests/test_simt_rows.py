@@ -159,3 +159,113 @@ def test_concat_tokens_declines_and_says_why(simt_backend: str) -> None:
         mmk.concat_tokens([zeros(41)[..., 1:]])
     with pytest.raises(mmk.UnsupportedError, match="out_dtype float64"):
         mmk.concat_tokens([zeros(8)], out_dtype=torch.float64)
+
+
+def check_merge(text: Tensor, modals: list[Tensor], mask: Tensor, check: bool | None = None) -> None:
+    """Output and gradients are those of masked_scatter bit for bit."""
+
+    def results(out: Tensor) -> list[Tensor]:
+        grad = contract.fixed_gradient(out)
+        return [out.detach(), *torch.autograd.grad(out, [text, *modals], grad)]
+
+    expected = results(text.masked_scatter(mask.unsqueeze(-1), torch.cat(modals)))
+    with poisoned_memory():
+        assert same_bits(results(mmk.merge_embeddings(text, modals, mask, check=check)), expected)
+
+
+def mask_with(trues: int, batch: int, length: int) -> Tensor:
+    mask = torch.zeros(batch * length, dtype=torch.bool)
+    mask[torch.randperm(batch * length)[:trues]] = True
+    return mask.view(batch, length)
+
+
+@each_half
+@some_schedules
+@pytest.mark.parametrize(
+    ("batch", "length", "features", "counts"),
+    [
+        pytest.param(2, 33, 40, (5, 0, 7), id="several modals"),
+        pytest.param(2, 2, 2064, (1, 1), id="wide rows"),
+        pytest.param(2, 6, 16, (12,), id="all replaced"),
+        pytest.param(2, 37, 24, (0,), id="none replaced"),
+        pytest.param(3, 700, 8, (300, 301), id="several tiles of a chunk"),
+        pytest.param(3, 1501, 8, (1200, 3, 700), id="more tokens than a block counts itself"),
+        pytest.param(1, 50, 8, (1,) * 40, id="many modals"),
+        pytest.param(0, 9, 8, (0,), id="no batch"),
+    ],
+)
+def test_merge_embeddings(
+    batch: int, length: int, features: int, counts: tuple[int, ...], dtype: torch.dtype, simt_backend: str
+) -> None:
+    text, modals = leaf(batch, length, features, dtype=dtype), [leaf(n, features, dtype=dtype) for n in counts]
+    check_merge(text, modals, mask_with(sum(counts), batch, length))
+
+
+@pytest.mark.parametrize("trues", [0, 1, 6, 11])
+@pytest.mark.parametrize(("batch", "length"), [(3, 7), (2, 2600)])
+def test_merge_embeddings_leaves_rows_unused(batch: int, length: int, trues: int, simt_backend: str) -> None:
+    text, modals = (
+        leaf(batch, length, 24, dtype=torch.bfloat16),
+        [leaf(n, 24, dtype=torch.bfloat16) for n in (5, 0, 6, 200)],
+    )
+    check_merge(text, modals, mask_with(trues, batch, length), check=False)
+
+
+@pytest.mark.parametrize("length", [7, 2600])
+def test_merge_embeddings_keeps_the_text_where_there_is_no_row(length: int, simt_backend: str) -> None:
+    text, modal = leaf(2, length, 16, dtype=torch.float16), leaf(3, 16, dtype=torch.float16)
+    mask = mask_with(9, 2, length)
+    out = mmk.merge_embeddings(text, modal, mask, check=False)
+    first = mask.flatten().nonzero()[:3, 0]
+    expected = text.detach().clone().view(-1, 16)
+    expected[first] = modal.detach()
+    assert same_bits([out.view(-1, 16)], [expected])
+    grad = torch.randn(out.shape).half()
+    of_text, of_modal = torch.autograd.grad(out, [text, modal], grad)
+    assert same_bits([of_text, of_modal], [grad.masked_fill(mask.unsqueeze(-1), 0), grad.view(-1, 16)[first]])
+
+
+def test_merge_embeddings_copies_any_bits(simt_backend: str) -> None:
+    bits = torch.randint(-(2**15), 2**15, (2, 40, 24), dtype=torch.int16)
+    text, modal, mask = bits[:1].view(torch.float16), bits[1].view(torch.float16), mask_with(40, 1, 40)
+    out = mmk.merge_embeddings(text, modal, mask)
+    assert torch.equal(out.view(torch.int16), bits[1:])
+    out = mmk.merge_embeddings(text, modal[:0], torch.zeros_like(mask))
+    assert torch.equal(out.view(torch.int16), bits[:1])
+
+
+def test_merge_embeddings_gradients_are_the_same_alone_and_with_any_strides(simt_backend: str) -> None:
+    mask = mask_with(13, 3, 9)
+
+    def function(text: Tensor, *modals: Tensor) -> Tensor:
+        return mmk.merge_embeddings(text, modals, mask)
+
+    leaves = [leaf(*shape, dtype=torch.bfloat16) for shape in ((3, 9, 24), (8, 24), (5, 24))]
+    contract.check_each_gradient_alone(function, leaves)
+    contract.check_threads_and_runs_agree(function, leaves)
+    expected = contract.gradients(function, leaves)
+    transposed = [leaves[0].detach().transpose(0, 1).contiguous().transpose(0, 1), *leaves[1:]]
+    assert same_bits(contract.gradients(function, transposed), expected)
+    every_other = [x.detach().repeat_interleave(2, 0)[::2] for x in leaves]
+    mask = mask.t().contiguous().t()
+    assert same_bits(contract.gradients(function, every_other), expected)
+    asked = [x.detach().requires_grad_() for x in leaves]
+    out = function(*asked)
+    dense = torch.autograd.grad(out, asked, torch.ones_like(out))
+    assert same_bits(torch.autograd.grad(function(*asked).sum(), asked), dense)  # an expanded gradient
+
+
+def test_merge_embeddings_checks_the_count(simt_backend: str) -> None:
+    text, modal = torch.zeros(1, 4, 8, dtype=torch.half), torch.zeros(2, 8, dtype=torch.half)
+    with pytest.raises(ValueError, match="mask: expected 2 True positions, one for each row of modal; got 3"):
+        mmk.merge_embeddings(text, modal, mask_with(3, 1, 4))
+
+
+def test_merge_embeddings_declines_and_says_why(simt_backend: str) -> None:
+    text, modal, mask = torch.zeros(1, 4, 41).half(), torch.zeros(2, 41).half(), mask_with(2, 1, 4)
+    with pytest.raises(mmk.UnsupportedError, match="41 features: its kernel takes multiples of 8"):
+        mmk.merge_embeddings(text, modal, mask)
+    with pytest.raises(mmk.UnsupportedError, match="no multiple of 16 bytes"):
+        mmk.merge_embeddings(text[..., 1:], modal[:, 1:], mask)
+    with pytest.raises(mmk.UnsupportedError, match="65 modals, more than 64"):
+        mmk.merge_embeddings(text[..., :8], [modal[:, :8]] * 65, mask)

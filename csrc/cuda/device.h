@@ -190,8 +190,8 @@ __device__ __forceinline__ float high_half(uint32_t pair) {
 }
 
 /// The sum, or the maximum, over the lanes whose numbers differ in the bits below kLanes.
-template <int kLanes = kWarp>
-__device__ __forceinline__ float sum_lanes(float x) {
+template <int kLanes = kWarp, typename T>
+__device__ __forceinline__ T sum_lanes(T x) {
 #pragma unroll
   for (int i = kLanes / 2; i > 0; i /= 2) x += shuffle_xor(x, i);
   return x;
