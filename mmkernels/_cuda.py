@@ -98,8 +98,22 @@ def _why_not_here(library: Library, tensor: Tensor) -> str | None:
     return reason or library.absent
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """The most bytes that a block can ask for; in the emulator an H100's."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 99 * 1024))
+
+
 def _backend(
-    library: Library, op: str, function: str, position: int, supports: Callable[..., str | None] | None
+    library: Library,
+    op: str,
+    function: str,
+    position: int,
+    supports: Callable[..., str | None] | None,
+    loses: Callable[..., str | None] | None,
 ) -> Backend:
     @functools.cache
     def kernels() -> Callable[..., Any]:
@@ -112,7 +126,9 @@ def _backend(
             return reason
         if tensor.dtype not in _DTYPES:
             return f"{tensor.dtype} is not among the 16-bit dtypes of its kernels"
-        return None if supports is None else supports(*args)
+        if supports is not None and (reason := supports(*args)):
+            return reason
+        return None if loses is None or is_forced(library.name) else loses(*args)
 
     def run(*args: Any) -> Any:
         return kernels()(library, *map(dense, args))
@@ -121,7 +137,11 @@ def _backend(
 
 
 def cuda_backends(
-    op: str, function: str, position: int = 0, supports: Callable[..., str | None] | None = None
+    op: str,
+    function: str,
+    position: int = 0,
+    supports: Callable[..., str | None] | None = None,
+    loses: Callable[..., str | None] | None = None,
 ) -> list[Backend]:
     """``function`` of the op's ``kernel_cuda.py`` as the backend "cuda", and where there is an emulator as "simt".
 
@@ -129,10 +149,11 @@ def cuda_backends(
         op: the folder under ``mmkernels/ops``.
         function: takes the library and the arguments of the operator's schema, floating tensors with a dense last dim.
         position: of an argument that is a tensor, or a list of them, of the call's dtype and device.
-        supports: the arguments -> why the kernels cannot serve them, or should not, or None.
+        supports: the arguments -> why the kernels cannot serve them, or None.
+        loses: the arguments -> why the next backend serves them faster, or None; a forced backend is not asked.
     """
     libraries = [CUDA, SIMT] if SIMT.path.exists() else [CUDA]
-    return [_backend(library, op, function, position, supports) for library in libraries]
+    return [_backend(library, op, function, position, supports, loses) for library in libraries]
 
 
 def misaligned(*tensors: Tensor | None) -> str | None:

@@ -61,13 +61,15 @@ class TritonKernels:
 
 @dataclass(frozen=True)
 class CudaKernels:
-    """That the op's ``kernel_cuda.py`` has ``forward`` and ``backward``, and what they cannot or should not serve.
+    """That the op's ``kernel_cuda.py`` has ``forward`` and ``backward``, what they cannot serve, and what others serve
+    faster.
 
-    They take the library and the arguments of the two operators' schemas; ``supports`` those of the op alone.
+    They take the library and the arguments of the two operators' schemas; the rest those of the op alone.
     """
 
     supports: Callable[..., str | None] | None = None
     supports_backward: Callable[..., str | None] | None = None  # default: as ``supports``
+    loses: Callable[..., str | None] | None = None
 
 
 native_backend = NativeKernels
@@ -394,7 +396,7 @@ def _cuda_backends(name: str, kernels: CudaKernels | None, function: str, first:
         return []
     backward = function == "backward" and kernels.supports_backward is not None
     supports = _of_arguments(kernels.supports_backward if backward else kernels.supports, first, end)
-    return _cuda.cuda_backends(name, function, first, supports)
+    return _cuda.cuda_backends(name, function, first, supports, _of_arguments(kernels.loses, first, end))
 
 
 def _triton_backends(name: str, kernels: TritonKernels | None, function: str, first: int, end: int) -> list[Backend]:

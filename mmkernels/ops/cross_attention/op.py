@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
+from mmkernels._cuda import cuda_backends
 from mmkernels._dispatch import Backend, Operator, forced_backend, native_op, reference_backend, use_backend
 from mmkernels._triton import inputs_are_on, triton_backend
 from mmkernels.ops import _attention_checks as attention_checks
+from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops.cross_attention import reference
 
 _FORWARD_SCHEMA = (
@@ -102,6 +104,19 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | 
     )
 
 
+def _cuda_supports(query: Tensor, key: Tensor, value: Tensor, *options: Any, backward: bool = False) -> str | None:
+    attn_mask, _, window_left, window_right, _, softcap, _, dropout_p, *_ = options
+    if window_left >= 0 or window_right >= 0 or softcap or dropout_p > 0:
+        return "its kernel has no window, causal mask, softcap or dropout"
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        return f"attn_mask is {attn_mask.dtype}"
+    return short_keys.declines([query], [key], [value], backward)
+
+
+def _cuda_loses(query: Tensor, key: Tensor, *_: Any) -> str | None:
+    return short_keys.loses([key])
+
+
 def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
     return attention_checks.too_wide_for_triton(query, value)
 
@@ -112,6 +127,7 @@ cross_attention_op = Operator(
     fake=_cross_attention_fake,
     backends=[
         Backend("cpu", _cpu_forward, _cpu_supports),
+        *cuda_backends("cross_attention", "forward", 0, _cuda_supports, _cuda_loses),
         triton_backend("cross_attention", "forward", 0, _triton_supports, any_strides=True),
         reference_backend(_reference_forward),
     ],
@@ -205,6 +221,17 @@ def _cpu_backward(
     )
 
 
+def _cuda_backward_supports(grad_out: Tensor, grad_log_sum: Tensor | None, *arguments: Any) -> str | None:
+    *tensors, _, _, _ = arguments[:8]
+    return _cuda_supports(*tensors, *arguments[8:], backward=True)
+
+
+def _cuda_backward_loses(
+    grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, *_: Any
+) -> str | None:
+    return short_keys.loses([key])
+
+
 def _triton_backward_supports(
     grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> str | None:
@@ -218,6 +245,7 @@ cross_attention_backward_op = Operator(
     fake=_cross_attention_backward_fake,
     backends=[
         Backend("cpu", _cpu_backward, _cpu_backward_supports),
+        *cuda_backends("cross_attention", "backward", 2, _cuda_backward_supports, _cuda_backward_loses),
         triton_backend("cross_attention", "backward", 2, _triton_backward_supports, any_strides=True),
         reference_backend(_reference_backward),
     ],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.joint_attention.op import statistics_of_streams
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -46,13 +47,6 @@ def _bias(stream_bias: Tensor | None) -> Tensor | None:
     return (stream_bias if stream_bias.dim() == 3 else stream_bias[None]).contiguous()
 
 
-def _statistics(stats: Tensor, queries: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """row_max and log_sum of each stream, [B, H, L_i] parts of what the forward saves."""
-    sizes = [math.prod(q.shape[:3]) for q in queries]
-    halves = [half.split(sizes) for half in stats.view(2, -1)]
-    return [(a.view(q.shape[:3]), b.view(q.shape[:3])) for a, b, q in zip(*halves, queries, strict=True)]
-
-
 def forward(
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
@@ -68,7 +62,7 @@ def forward(
     bias = _bias(stream_bias)
     outs = [empty_in_order_of(q, (*q.shape[:3], values[0].shape[3])) for q in queries]
     stats = queries[0].new_empty(2 * sum(math.prod(q.shape[:3]) for q in queries), dtype=torch.float32)
-    statistics = _statistics(stats, queries)
+    statistics = statistics_of_streams(stats, queries)
     for i, (query, out) in enumerate(zip(queries, outs, strict=True)):
         of_stream = None if bias is None else bias[:, i]
         attention = _attention(keys, values, key_lengths, padded_streams, of_stream, scale, softcap)
@@ -94,7 +88,7 @@ def backward(
 ) -> list[Tensor]:
     count, segments = len(queries), len(keys)
     grad_lses = grads[count:] if return_lse else [None] * count
-    statistics = _statistics(saved[-1], queries)
+    statistics = statistics_of_streams(saved[-1], queries)
     of_queries, of_keys = needed[:count], needed[count : count + segments]
     of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-1]
     streams = [

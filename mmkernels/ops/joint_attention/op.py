@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.joint_attention import reference
@@ -28,6 +31,13 @@ def _joint_attention_fake(
     return outs, lses, first.new_empty(2 * rows, dtype=wide)
 
 
+def statistics_of_streams(stats: Tensor, queries: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """row_max and log_sum of each stream, [B, H, L_i] parts of what the forward saves."""
+    sizes = [math.prod(q.shape[:3]) for q in queries]
+    halves = [half.split(sizes) for half in stats.view(2, -1)]
+    return [(a.view(q.shape[:3]), b.view(q.shape[:3])) for a, b, q in zip(*halves, queries, strict=True)]
+
+
 def _gradient(leaf: Tensor) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
 
@@ -36,6 +46,19 @@ def _supports(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str
     if max(len(queries), len(keys)) > _MAX_STREAMS:
         return f"there are more than {_MAX_STREAMS} streams"
     return None
+
+
+def _cuda_supports(
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *options: Any, backward: bool = False
+) -> str | None:
+    *_, softcap, _ = options
+    if softcap:
+        return "its kernel has no softcap"
+    return _supports(queries, keys) or short_keys.declines(queries, keys, values, backward)
+
+
+def _cuda_loses(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str | None:
+    return short_keys.loses(keys)
 
 
 def _triton_supports(
@@ -53,6 +76,7 @@ joint_attention_op = DifferentiableOp(
     reference=reference.joint_attention,
     fake=_joint_attention_fake,
     cpu=native_backend("joint_attention", _supports),
+    cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
     gradient=_gradient,
