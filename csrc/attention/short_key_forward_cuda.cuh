@@ -41,12 +41,9 @@ __device__ __forceinline__ void finish_scores(float (&s)[2 * kWide][4], const Sh
     const bool inside = first + n * 8 < p.keys;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (!inside) {
-        s[n][i] = -INFINITY;
-        continue;
-      }
-      s[n][i] = fmaf(s[n][i], p.scale, added[key + (i & 1)]);
-      if (p.mask_kind != MaskKind::kNone && added[key + (i & 1)] != -INFINITY) {
+      const float to_key = inside ? added[key + (i & 1)] : -INFINITY;
+      s[n][i] = to_key == -INFINITY ? -INFINITY : fmaf(s[n][i], p.scale, to_key);
+      if (p.mask_kind != MaskKind::kNone && to_key != -INFINITY) {
         const int row = query + (i >> 1) * 8;
         s[n][i] = row < p.queries ? masked<T>(p, s[n][i], b, h, row, key + (i & 1)) : -INFINITY;
       }

@@ -71,9 +71,12 @@ __global__ void __launch_bounds__(256) short_key_gradients(ShortKeys p, ShortKey
   const int thread = int(threadIdx.x), threads = int(blockDim.x);
   const auto fetch = [&](int stage, int query) {
     T* const into = stages + stage * 2 * kTileRows * D;
-    copy_rows<T, D>(into, queries, p.query.strides[2], query, kTileRows, p.queries, p.dim, thread, threads);
-    copy_rows<T, D>(into + kTileRows * D, grads, d.grad_out.strides[2], query, kTileRows, p.queries, p.dim, thread,
-                    threads);
+    // What attends to nothing is not read: a weight of zero would not keep its NaN out of the sums.
+    const auto attends = [&](int row) { return d.row_max[head + query + row] != -INFINITY; };
+    const int rows = kTileRows, length = p.queries;
+    copy_rows<T, D>(into, queries, p.query.strides[2], query, rows, length, p.dim, thread, threads, attends);
+    copy_rows<T, D>(into + kTileRows * D, grads, d.grad_out.strides[2], query, rows, length, p.dim, thread, threads,
+                    attends);
     for (int i = thread; i < kTileRows; i += threads) {
       const bool inside = query + i < p.queries;
       const Statistics of = inside ? Statistics::of(d, head + query + i) : Statistics{0.0f, INFINITY};
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(256) short_key_gradients(ShortKeys p, ShortKey
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = n * 8 + lane() % 4 * 2 + (i & 1), r = i >> 1;
-        float score = fmaf(s[n][i], p.scale, to_row[r]);
+        float score = to_row[r] == -INFINITY ? -INFINITY : fmaf(s[n][i], p.scale, to_row[r]);
         if (p.mask_kind != MaskKind::kNone && to_row[r] != -INFINITY)
           score =
               query + column < p.queries ? masked<T>(p, score, b, h, query + column, begin + row + 8 * r) : -INFINITY;

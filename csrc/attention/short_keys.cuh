@@ -78,15 +78,19 @@ __device__ __forceinline__ int place(int row, int chunk) {
   return row * D + (chunk ^ (kWide ? row & 7 : (row >> 1) & 3)) * 8;
 }
 
-/// Copy rows [first, first + kRows) of a sequence of `length` tokens into a tile, zeros beyond its ends, by `threads`
-/// threads of which this is `thread`.
-template <typename T, int D>
+struct Every {
+  __device__ bool operator()(int) const { return true; }
+};
+
+/// Copy rows [first, first + rows) of a sequence of `length` tokens into a tile, zeros beyond its end and where not
+/// `wanted(row)`, by `threads` threads of which this is `thread`.
+template <typename T, int D, typename Wanted = Every>
 __device__ __forceinline__ void copy_rows(T* tile, const T* base, int64_t stride, int first, int rows, int length,
-                                          int dim, int thread, int threads) {
+                                          int dim, int thread, int threads, Wanted wanted = {}) {
   constexpr int kChunks = D / 8;
   for (int i = thread; i < rows * kChunks; i += threads) {
     const int row = i / kChunks, chunk = i % kChunks;
-    const bool inside = first + row < length && chunk * 8 < dim;
+    const bool inside = first + row < length && chunk * 8 < dim && wanted(row);
     copy_async(tile + place<D>(row, chunk), base + (inside ? (first + row) * stride + chunk * 8 : 0), inside);
   }
 }
