@@ -129,17 +129,19 @@ SIMT_UNCHECKED inline void meet(Operation operation, void* argument) {
   self->argument = argument;
   Thread* lanes = &w.threads[self->warp * kLanes];
   unsigned here = 0;
+  const char* wrong = nullptr;
   {
     Unobserved unobserved;
     for (unsigned i = 0; i < kLanes; ++i) {
       if (&lanes[i] == self || lanes[i].state == State::kWaitsForWarp) {
-        if (lanes[i].collective != self->collective) fail("lanes of a warp meet at different collectives");
+        if (lanes[i].collective != self->collective) wrong = "lanes of a warp meet at different collectives";
         ++here;
       } else if (lanes[i].state == State::kDone) {
-        fail("a collective with a lane that has returned");
+        wrong = "a collective with a lane that has returned";
       }
     }
   }
+  if (wrong) fail(wrong);
   if (here < kLanes) {
     self->state = State::kWaitsForWarp;
     stop();
