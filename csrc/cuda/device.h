@@ -74,6 +74,7 @@ inline unsigned ballot(bool yes) {
 inline int count_bits(unsigned x) { return __builtin_popcount(x); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float rsqrt_fast(float x) { return 1.0f / std::sqrt(x); }
+inline float divide_fast(float x, float y) { return x / y; }
 
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -129,6 +130,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float rsqrt_fast(float x) { return rsqrtf(x); }
+/// Within two units in the last place where |y| is below 2^126.
+__device__ __forceinline__ float divide_fast(float x, float y) { return __fdividef(x, y); }
 
 /// d[16 x 8] += a[16 x 16] b[16 x 8], spread over a warp: PTX ISA, "Matrix Fragments for mma.m16n8k16".
 template <typename T>

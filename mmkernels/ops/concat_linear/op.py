@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._cuda import misaligned
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_linear import reference
 
 
@@ -41,6 +42,32 @@ def _concat_linear_saved(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | No
     return (reference.projection(xs, weight, bias, presence).contiguous(),)
 
 
+MOST_SOURCES = 16  # of the CUDA kernels
+
+
+def cuda_declines_sizes(xs: Sequence[Tensor], weight: Tensor) -> str | None:
+    """Why the CUDA kernels cannot take so many sources of such widths, or so many features, or None."""
+    if len(xs) > MOST_SOURCES:
+        return f"{len(xs)} sources: its kernel takes up to {MOST_SOURCES}"
+    for what, size in (*((f"xs[{i}]'s width", x.shape[-1]) for i, x in enumerate(xs)), ("N", weight.shape[0])):
+        if size % 8:
+            return f"{what} is {size}: its kernel takes multiples of 8"
+    return None
+
+
+def _cuda_supports(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    presence: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+) -> str | None:
+    vector = None if gate is None or gate.dim() == 0 else gate
+    return cuda_declines_sizes(xs, weight) or misaligned(*(x for x in xs if x.numel()), weight, bias, residual, vector)
+
+
 concat_linear_op = DifferentiableOp(
     "concat_linear",
     "Tensor[] xs, Tensor weight, Tensor? bias, str? activation, Tensor? presence, Tensor? residual, Tensor? gate",
@@ -50,6 +77,7 @@ concat_linear_op = DifferentiableOp(
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
     cpu=native_backend("concat_linear"),
+    cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(),
     keeps_outputs=keeps_output,
 )

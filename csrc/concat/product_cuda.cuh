@@ -1,0 +1,271 @@
+// The product of two 16-bit matrices on a tile of the result, C = A B, with sums in float32 on tensor cores, and the
+// walk of the first over several sources: C = [x₁; …; x_M] Wᵀ.
+//
+// Tiling     a block owns kTile x kTile of C, a warp kTile/2 x 32 of them. K is walked 32 at a time through a ring of
+//            four stages in shared memory, filled by copies in the background; one barrier per step. An operand lies in
+//            memory along K (rows of it are K long) or across K (K is its number of rows), and so in the stage, its
+//            chunks of 16 bytes permuted so that no ldmatrix has a bank conflict. At the end the tile goes through
+//            shared memory as float32, for whole vectors of rows to be finished and stored.
+// Limits     every row of an operand begins at a multiple of 16 bytes and its length is a multiple of 8 elements.
+#pragma once
+
+#include "csrc/cuda/launch.h"
+#include "csrc/cuda/rows.cuh"
+
+namespace mmk::cuda {
+
+constexpr int kDepth = 32;         // of K in a stage
+constexpr int kProductStages = 4;  // copies run three steps ahead
+
+struct alignas(8) Floats2 {
+  float x, y;
+};
+
+/// One operand's part of a stage, kTile of its rows or columns by kDepth of K.
+template <int kTile, bool kAcross>
+struct OperandTile {
+  static constexpr int kChunks = (kAcross ? kTile : kDepth) / kVector;  // of a row
+  static constexpr int kRowStep = 2 * kTile / kChunks;  // a thread copies two chunks, so many rows apart
+
+  /// The element at which a chunk begins. Along K two rows share 128 bytes, and their four chunks change places from
+  /// pair to pair; across K a row has 128 bytes or more, and eight chunks change places from row to row.
+  static __device__ int at(int row, int chunk) {
+    return kAcross ? row * kTile + (chunk ^ (row & 7)) * kVector : row * kDepth + (chunk ^ (row >> 1 & 3)) * kVector;
+  }
+
+  /// The chunk that this thread copies, and its row for half = 0, 1.
+  static __device__ int chunk() { return int(threadIdx.x) % kChunks; }
+  static __device__ int row(int half) { return int(threadIdx.x) / kChunks + half * kRowStep; }
+};
+
+/// Rows of A by columns of B: each is the operand's side of the tile. Threads: 2 kTile.
+template <typename T, int kTile, bool kAcrossA, bool kAcrossB>
+struct Product {
+  using TileA = OperandTile<kTile, kAcrossA>;
+  using TileB = OperandTile<kTile, kAcrossB>;
+  static constexpr int kThreads = 2 * kTile;
+  static constexpr int kOperand = kTile * kDepth;  // elements
+  static constexpr int kShared = kProductStages * 2 * kOperand * int(sizeof(T));
+  static constexpr int kFragments = kTile / 32;     // of 16 rows, in a warp
+  static constexpr int kVectors = kTile / kVector;  // in a row of the tile
+  static_assert(kShared >= kTile * kTile * int(sizeof(float)), "the tile of C takes the place of the stages");
+
+  float sums[kFragments][4][4] = {};  // [16 rows][8 columns] of the fragment layout of mma.m16n8k16
+
+  /// Add so many steps of K. `load(a, b)` starts the copies of the next step to its place in the stage; `prepare(a, b)`
+  /// may then change what this thread itself has copied. The stages may be overwritten after a barrier.
+  template <typename Load, typename Prepare>
+  __device__ void add(T* stages, int steps, Load load, Prepare prepare) {
+    const auto load_step = [&](int step) {
+      T* const a = stages + step % kProductStages * 2 * kOperand;
+      if (step < steps) load(a, a + kOperand);
+      commit_copies();
+    };
+#pragma unroll
+    for (int step = 0; step < kProductStages - 1; ++step) load_step(step);
+    for (int step = 0; step < steps; ++step) {
+      T* const a = stages + step % kProductStages * 2 * kOperand;
+      wait_for_copies<kProductStages - 2>();
+      prepare(a, a + kOperand);
+      __syncthreads();  // this step's copies are all there, and the stage of the step before is free
+      load_step(step + kProductStages - 1);
+      multiply_step(a, a + kOperand);
+    }
+  }
+
+  template <typename Load>
+  __device__ void add(T* stages, int steps, Load load) {
+    add(stages, steps, load, [](T*, T*) {});
+  }
+
+  /// Hand out the tile by vectors: `finish(row, x)`, with x from column() on. Begins with a barrier.
+  template <typename Finish>
+  __device__ void finish(unsigned char* shared, Finish finish) {
+    float* const tile = reinterpret_cast<float*>(shared);
+    // Eight features change places from row to row, so that the eight rows of a fragment meet in no bank.
+    const auto at = [](int row, int column) { return row * kTile + (column ^ (row & 3) * kVector); };
+    __syncthreads();
+    const int row = first_row() + lane() / 4, column = first_column() + lane() % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kFragments; ++m)
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float* const pair = tile + at(row + 16 * m + 8 * half, column + 8 * n);
+          *reinterpret_cast<Floats2*>(pair) = {sums[m][n][2 * half], sums[m][n][2 * half + 1]};
+        }
+    __syncthreads();
+#pragma unroll 1
+    for (int r = int(threadIdx.x) / kVectors; r < kTile; r += kThreads / kVectors) {
+      float x[kVector];
+      const Bytes16* const from = reinterpret_cast<const Bytes16*>(tile + at(r, column_in_tile()));
+      const Bytes16 low = from[0], high = from[1];
+      memcpy(x, low.words, 16);
+      memcpy(x + 4, high.words, 16);
+      finish(r, x);
+    }
+  }
+
+  /// The first column of the vectors that `finish` hands to this thread, the same for all its rows.
+  static __device__ int column_in_tile() { return int(threadIdx.x) % kVectors * kVector; }
+
+ private:
+  static __device__ int first_row() { return warp() % 2 * (kTile / 2); }
+  static __device__ int first_column() { return warp() / 2 * 32; }
+
+  __device__ void multiply_step(const T* a, const T* b) {
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t rows[kFragments][4], columns[2][4];
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m) {
+        const int row = first_row() + 16 * m;
+        if (kAcrossA) {
+          const int at = TileA::at(k + lane() % 8 + lane() / 16 * 8, row / kVector + lane() / 8 % 2);
+          load_matrices_transposed(rows[m], a + at);
+        } else {
+          load_matrices(rows[m], a + TileA::at(row + lane() % 16, k / kVector + lane() / 16));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const int column = first_column() + 16 * n;
+        if (kAcrossB) {
+          load_matrices_transposed(columns[n], b + TileB::at(k + lane() % 16, column / kVector + lane() / 16));
+        } else {
+          const int at = TileB::at(column + lane() % 8 + lane() / 16 * 8, k / kVector + lane() / 8 % 2);
+          load_matrices(columns[n], b + at);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kFragments; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          multiply<T>(sums[m][n], rows[m], columns[n / 2][n % 2 * 2], columns[n / 2][n % 2 * 2 + 1]);
+    }
+  }
+};
+
+/// Where a block's tile begins. Eight tiles of rows take turns over the columns, so that what they share is read from
+/// the second cache.
+template <int kTile>
+struct TilePlace {
+  int row, column;
+
+  __device__ TilePlace(int rows, int columns) {
+    constexpr int kGroup = 8;
+    const int row_tiles = (rows + kTile - 1) / kTile, column_tiles = (columns + kTile - 1) / kTile;
+    const int block = int(blockIdx.x), group = block / (kGroup * column_tiles),
+              within = block % (kGroup * column_tiles);
+    const int together = min(row_tiles - group * kGroup, kGroup);
+    row = (group * kGroup + within % together) * kTile;
+    column = within / together * kTile;
+  }
+};
+
+template <int kTile>
+Launch tiles_launch(const char* name, int rows, int columns, int shares, int shared_bytes, Stream stream) {
+  const int64_t tiles = int64_t((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);
+  return {name, dim3(unsigned(tiles), unsigned(shares)), dim3(2 * kTile), shared_bytes, stream};
+}
+
+// --- several sources -------------------------------------------------------------------------------------------------
+
+constexpr int kMostSources = 16;
+
+struct Sources {
+  const void* x[kMostSources];  // [rows, K_i]
+  int64_t stride[kMostSources];
+  int width[kMostSources];  // K_i
+  int count, rows;
+};
+
+/// Which rows have which source; null: all have all.
+struct Presence {
+  const uint8_t* flags;
+  int64_t row_stride, source_stride;
+
+  __device__ bool operator()(int row, int source) const {
+    return !flags || flags[row * row_stride + source * source_stride];
+  }
+};
+
+/// The copies of [x₁; …; x_M] and W, [features, ΣK_i], for a block's tile; both lie along K. What a row does not have
+/// is zero and is not read, and a source that no row of the block has is skipped.
+template <typename T, int kTile>
+struct SourceTiles {
+  using Tile = OperandTile<kTile, false>;
+
+  const Sources& sources;
+  const T* weight;  // from the tile's first feature on
+  int64_t weight_stride;
+  int rows, features;                 // of the tile
+  int first;                          // row of all
+  unsigned present[2];                // a bit for each source, of the rows that this thread copies
+  unsigned active;                    // sources yet to come, the one of the next step among them
+  int source = 0, k = 0, column = 0;  // of the next step; column is the source's first one in W
+  int steps = 0;
+
+  /// `words`: a word of shared memory for each warp.
+  __device__ SourceTiles(const Sources& sources, const Presence& presence, const T* weight, int64_t weight_stride,
+                         int features, const TilePlace<kTile>& place, unsigned* words)
+      : sources(sources),
+        weight(weight + place.column * weight_stride),
+        weight_stride(weight_stride),
+        rows(sources.rows - place.row),
+        features(features - place.column),
+        first(place.row) {
+    unsigned any = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      present[half] = 0;
+      if (Tile::row(half) < rows)
+        for (int i = 0; i < sources.count; ++i) present[half] |= unsigned(presence(first + Tile::row(half), i)) << i;
+      any |= present[half];
+    }
+#pragma unroll
+    for (int i = kWarp / 2; i > 0; i /= 2) any |= shuffle_xor(any, i);
+    if (lane() == 0) words[warp()] = any;
+    __syncthreads();
+    for (int w = 0; w < 2 * kTile / kWarp; ++w) any |= words[w];
+    __syncthreads();  // the words' place is a stage's
+    active = 0;
+    for (int i = 0; i < sources.count; ++i)
+      if (any >> i & 1 && sources.width[i] > 0) {
+        active |= 1u << i;
+        steps += (sources.width[i] + kDepth - 1) / kDepth;
+      }
+    skip_absent();
+  }
+
+  __device__ void skip_absent() {
+    while (source < sources.count && !(active >> source & 1)) column += sources.width[source++];
+  }
+
+  __device__ void load(T* a, T* b) {
+    const int chunk = Tile::chunk(), at = k + chunk * kVector, width = sources.width[source];
+    const T* const x = static_cast<const T*>(sources.x[source]) + at;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = Tile::row(half);
+      const bool here = at < width && present[half] >> source & 1;
+      copy_async(a + Tile::at(row, chunk), x + (first + row) * sources.stride[source], here);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = Tile::row(half);
+      const bool inside = at < width && row < features;
+      copy_async(b + Tile::at(row, chunk), weight + row * weight_stride + column + at, inside);
+    }
+    k += kDepth;
+    if (k >= width) {
+      k = 0;
+      column += width;
+      ++source;
+      skip_absent();
+    }
+  }
+};
+
+}  // namespace mmk::cuda
