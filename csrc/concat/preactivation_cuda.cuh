@@ -4,12 +4,12 @@
 //     z = product + bias,   y = residual + tanh(gate) · act(z)
 //     dz = dy · tanh(gate) · act'(z),   dbias = Σ dz,   dgate = (1 − tanh²(gate)) Σ dy · act(z)
 //
-// Tiling     dz: a block owns 64 features of a run of rows, a thread eight of them in every 32nd row; the sums of a run
-//            are added up in shared memory, those of all runs by the caller, both in their order.
+// Tiling     dz: csrc/cuda/column_sums.cuh.
 // Precision  float32; z, y and dz are rounded to the inputs' dtype.
 #pragma once
 
 #include "csrc/cuda/activation.cuh"
+#include "csrc/cuda/column_sums.cuh"
 #include "csrc/cuda/launch.h"
 
 namespace mmk::cuda {
@@ -78,23 +78,16 @@ struct PreactivationGradient {
   bool gate_per_feature, from_output;
 };
 
-constexpr int kGradientVectors = 8;  // of a row, in a block
-constexpr int kGradientRows = 32;    // at a time
-constexpr int kGradientFeatures = kGradientVectors * kVector;
-constexpr int kGradientShared = 2 * kGradientRows * kGradientFeatures * int(sizeof(float));
-
 template <typename T>
-__global__ void __launch_bounds__(kGradientVectors* kGradientRows) preactivation_gradient(PreactivationGradient p) {
+__global__ void __launch_bounds__(kSumThreads) preactivation_gradient(PreactivationGradient p) {
   MMK_SHARED_MEMORY(shared);
-  float* const sums = reinterpret_cast<float*>(shared);  // [of bias, of gate][kGradientRows][kGradientFeatures]
-  const int vector = int(threadIdx.x) % kGradientVectors, turn = int(threadIdx.x) / kGradientVectors;
-  const int first = int(blockIdx.y) * kGradientFeatures, feature = first + vector * kVector;
+  const int first = int(blockIdx.y) * kSumFeatures, feature = first + sum_feature();
   const int begin = int(blockIdx.x) * p.run, end = min(begin + p.run, p.rows);
   float of_bias[kVector] = {}, of_gate[kVector] = {};
   if (feature < p.features) {
     float gate[kVector];
     if (p.gate) load_gate<T>(p.gate, p.gate_per_feature, feature, gate);
-    for (int row = begin + turn; row < end; row += kGradientRows) {
+    for (int row = begin + sum_row(); row < end; row += kSumRows) {
       const int64_t at = int64_t(row) * p.features + feature;
       float g[kVector], z[kVector] = {};
       load_vector(static_cast<const T*>(p.dy) + row * p.dy_stride + feature, g);
@@ -122,25 +115,15 @@ __global__ void __launch_bounds__(kGradientVectors* kGradientRows) preactivation
 #pragma unroll
       for (int i = 0; i < kVector; ++i) of_gate[i] *= 1.0f - gate[i] * gate[i];
   }
-  if (!p.dbias && !p.dgate) return;
-  float* const mine = sums + turn * kGradientFeatures + vector * kVector;
-  store_vector(mine, of_bias);
-  store_vector(mine + kGradientRows * kGradientFeatures, of_gate);
-  __syncthreads();
-  const int which = int(threadIdx.x) / kGradientFeatures, here = int(threadIdx.x) % kGradientFeatures;
-  float* const into = which == 0 ? p.dbias : p.dgate;
-  if (which > 1 || !into || first + here >= p.features) return;
-  float sum = 0.0f;
-  for (int r = 0; r < kGradientRows; ++r) sum += sums[(which * kGradientRows + r) * kGradientFeatures + here];
-  into[int64_t(blockIdx.x) * p.features + first + here] = sum;
+  const int64_t sums = int64_t(blockIdx.x) * p.features + first;
+  store_sums(shared, of_bias, of_gate, p.dbias ? p.dbias + sums : nullptr, p.dgate ? p.dgate + sums : nullptr,
+             p.features - first);
 }
 
 template <typename T>
 void launch_preactivation_gradient(const PreactivationGradient& p, Stream stream) {
-  const dim3 grid(unsigned((p.rows + p.run - 1) / p.run),
-                  unsigned((p.features + kGradientFeatures - 1) / kGradientFeatures));
-  const dim3 block(kGradientVectors * kGradientRows);
-  launch({"preactivation gradient", grid, block, kGradientShared, stream}, preactivation_gradient<T>, p);
+  const dim3 grid(unsigned((p.rows + p.run - 1) / p.run), unsigned((p.features + kSumFeatures - 1) / kSumFeatures));
+  launch({"preactivation gradient", grid, dim3(kSumThreads), kSumShared, stream}, preactivation_gradient<T>, p);
 }
 
 }  // namespace mmk::cuda

@@ -21,6 +21,10 @@ struct alignas(8) Floats2 {
   float x, y;
 };
 
+/// Of a kernel with a block's threads for a tile, 2 kTile: two blocks of 256 or four of 128 leave 128 registers to
+/// each.
+#define MMK_TILE_BOUNDS __launch_bounds__(2 * kTile, 256 / kTile)
+
 /// One operand's part of a stage, kTile of its rows or columns by kDepth of K.
 template <int kTile, bool kAcross>
 struct OperandTile {
@@ -191,81 +195,89 @@ struct Presence {
   }
 };
 
-/// The copies of [x₁; …; x_M] and W, [features, ΣK_i], for a block's tile; both lie along K. What a row does not have
-/// is zero and is not read, and a source that no row of the block has is skipped.
-template <typename T, int kTile>
-struct SourceTiles {
-  using Tile = OperandTile<kTile, false>;
-
+/// A walk over the sources that are active, kDepth of one at a time.
+struct SourceWalk {
   const Sources& sources;
-  const T* weight;  // from the tile's first feature on
-  int64_t weight_stride;
-  int rows, features;                 // of the tile
-  int first;                          // row of all
-  unsigned present[2];                // a bit for each source, of the rows that this thread copies
-  unsigned active;                    // sources yet to come, the one of the next step among them
-  int source = 0, k = 0, column = 0;  // of the next step; column is the source's first one in W
-  int steps = 0;
+  unsigned active;                    // a bit for each source that is not empty and that some row has
+  int source = 0, k = 0, column = 0;  // where it is; column is the source's first one in W
 
-  /// `words`: a word of shared memory for each warp.
-  __device__ SourceTiles(const Sources& sources, const Presence& presence, const T* weight, int64_t weight_stride,
-                         int features, const TilePlace<kTile>& place, unsigned* words)
-      : sources(sources),
-        weight(weight + place.column * weight_stride),
-        weight_stride(weight_stride),
-        rows(sources.rows - place.row),
-        features(features - place.column),
-        first(place.row) {
-    unsigned any = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      present[half] = 0;
-      if (Tile::row(half) < rows)
-        for (int i = 0; i < sources.count; ++i) present[half] |= unsigned(presence(first + Tile::row(half), i)) << i;
-      any |= present[half];
-    }
-#pragma unroll
-    for (int i = kWarp / 2; i > 0; i /= 2) any |= shuffle_xor(any, i);
-    if (lane() == 0) words[warp()] = any;
-    __syncthreads();
-    for (int w = 0; w < 2 * kTile / kWarp; ++w) any |= words[w];
-    __syncthreads();  // the words' place is a stage's
-    active = 0;
+  __device__ SourceWalk(const Sources& sources, unsigned some_row_has) : sources(sources), active(0) {
     for (int i = 0; i < sources.count; ++i)
-      if (any >> i & 1 && sources.width[i] > 0) {
-        active |= 1u << i;
-        steps += (sources.width[i] + kDepth - 1) / kDepth;
-      }
-    skip_absent();
+      if (sources.width[i] > 0) active |= some_row_has & 1u << i;
+    skip();
   }
 
-  __device__ void skip_absent() {
+  __device__ int steps() const {
+    int steps = 0;
+    for (int i = 0; i < sources.count; ++i)
+      if (active >> i & 1) steps += (sources.width[i] + kDepth - 1) / kDepth;
+    return steps;
+  }
+
+  __device__ int width() const { return sources.width[source]; }
+
+  __device__ void advance() {
+    k += kDepth;
+    if (k < width()) return;
+    k = 0;
+    column += width();
+    ++source;
+    skip();
+  }
+
+ private:
+  __device__ void skip() {
     while (source < sources.count && !(active >> source & 1)) column += sources.width[source++];
   }
-
-  __device__ void load(T* a, T* b) {
-    const int chunk = Tile::chunk(), at = k + chunk * kVector, width = sources.width[source];
-    const T* const x = static_cast<const T*>(sources.x[source]) + at;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Tile::row(half);
-      const bool here = at < width && present[half] >> source & 1;
-      copy_async(a + Tile::at(row, chunk), x + (first + row) * sources.stride[source], here);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = Tile::row(half);
-      const bool inside = at < width && row < features;
-      copy_async(b + Tile::at(row, chunk), weight + row * weight_stride + column + at, inside);
-    }
-    k += kDepth;
-    if (k >= width) {
-      k = 0;
-      column += width;
-      ++source;
-      skip_absent();
-    }
-  }
 };
+
+/// Of this thread's two rows of the tile at a place, which have which source: a bit for each.
+template <int kTile>
+__device__ __forceinline__ void find_present(const Sources& sources, const Presence& presence,
+                                             const TilePlace<kTile>& place, unsigned (&present)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    present[half] = 0;
+    const int row = place.row + OperandTile<kTile, false>::row(half);
+    if (row < sources.rows)
+      for (int i = 0; i < sources.count; ++i) present[half] |= unsigned(presence(row, i)) << i;
+  }
+}
+
+/// The union over all threads of the block. `words`: a word of shared memory for each warp.
+template <int kWarps>
+__device__ __forceinline__ unsigned any_of_block(unsigned bits, unsigned* words) {
+#pragma unroll
+  for (int i = kWarp / 2; i > 0; i /= 2) bits |= shuffle_xor(bits, i);
+  if (lane() == 0) words[warp()] = bits;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) bits |= words[w];
+  __syncthreads();  // before their place is used otherwise
+  return bits;
+}
+
+/// Starts the copies of a step of [x₁; …; x_M] and W, [features, ΣK_i], to a stage; both lie along K. What a row does
+/// not have is zero and is not read.
+template <typename T, int kTile>
+__device__ __forceinline__ void load_sources(const SourceWalk& walk, const TilePlace<kTile>& place,
+                                             const unsigned (&present)[2], const T* weight, int64_t weight_stride,
+                                             int features, T* a, T* b) {
+  using Tile = OperandTile<kTile, false>;
+  const int chunk = Tile::chunk(), at = walk.k + chunk * kVector;
+  const bool inside = at < walk.width();
+  const T* const x = static_cast<const T*>(walk.sources.x[walk.source]) + at;
+  const int64_t x_stride = walk.sources.stride[walk.source];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = Tile::row(half);
+    copy_async(a + Tile::at(row, chunk), x + (place.row + row) * x_stride, inside && present[half] >> walk.source & 1);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = Tile::row(half), feature = place.column + row;
+    copy_async(b + Tile::at(row, chunk), weight + feature * weight_stride + walk.column + at,
+               inside && feature < features);
+  }
+}
 
 }  // namespace mmk::cuda

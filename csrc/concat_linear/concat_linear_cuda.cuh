@@ -27,17 +27,19 @@ struct ConcatLinear {
   LinearEpilogue epilogue;
 };
 
-/// Threads are 2 kTile; two blocks of 256 or four of 128 leave 128 registers to each.
-#define MMK_TILE_BOUNDS __launch_bounds__(2 * kTile, 256 / kTile)
-
 template <typename T, int kTile>
 __global__ void MMK_TILE_BOUNDS concat_linear_forward(ConcatLinear p) {
   MMK_SHARED_MEMORY(shared);
   const TilePlace<kTile> place(p.sources.rows, p.epilogue.features);
-  SourceTiles<T, kTile> tiles(p.sources, p.presence, static_cast<const T*>(p.weight), p.weight_stride,
-                              p.epilogue.features, place, reinterpret_cast<unsigned*>(shared));
+  unsigned present[2];
+  find_present(p.sources, p.presence, place, present);
+  unsigned* const words = reinterpret_cast<unsigned*>(shared);
+  SourceWalk walk(p.sources, any_of_block<2 * kTile / kWarp>(present[0] | present[1], words));
   Product<T, kTile, false, false> product;
-  product.add(reinterpret_cast<T*>(shared), tiles.steps, [&](T* a, T* b) { tiles.load(a, b); });
+  product.add(reinterpret_cast<T*>(shared), walk.steps(), [&](T* a, T* b) {
+    load_sources(walk, place, present, static_cast<const T*>(p.weight), p.weight_stride, p.epilogue.features, a, b);
+    walk.advance();
+  });
   const LinearFinish<T> finish(p.epilogue, place.column + product.column_in_tile());
   product.finish(shared, [&](int row, float (&x)[kVector]) { finish(place.row + row, x); });
 }
@@ -61,14 +63,9 @@ __global__ void MMK_TILE_BOUNDS concat_linear_input_gradient(InputGradient p) {
   const T* const weight = static_cast<const T*>(p.weight);
   const auto has = [&](int row) { return row < p.rows && p.presence(row, 0); };
   const bool here[2] = {has(place.row + TileA::row(0)), has(place.row + TileA::row(1))};
-  unsigned* const words = reinterpret_cast<unsigned*>(shared);
-  const unsigned votes = ballot(here[0] || here[1]);
-  if (lane() == 0) words[warp()] = votes;
-  __syncthreads();
-  unsigned any = 0;
-  for (int w = 0; w < ThisProduct::kThreads / kWarp; ++w) any |= words[w];
-  __syncthreads();  // the words' place is a stage's
-  int n = 0;        // of the next step
+  const unsigned any =
+      any_of_block<ThisProduct::kThreads / kWarp>(here[0] || here[1], reinterpret_cast<unsigned*>(shared));
+  int n = 0;  // of the next step
   ThisProduct product;
   product.add(reinterpret_cast<T*>(shared), any ? (p.features + kDepth - 1) / kDepth : 0, [&](T* a, T* b) {
     const int a_feature = n + TileA::chunk() * kVector, column = place.column + TileB::chunk() * kVector;
