@@ -21,6 +21,11 @@ def tile(rows: int, columns: int) -> int:
     return 128 if -(-rows // 128) * -(-columns // 128) >= _BLOCKS // 2 else 64
 
 
+def rows_of_run(rows: int, features: int) -> int:
+    """Of the passes of column_sums.cuh: few runs for torch to add up, and enough blocks of 64 features and a run."""
+    return 32 * min(max(rows * features // (32 * 64 * 4096), 1), 16)
+
+
 def _flags(presence: Tensor | None) -> Tensor | None:
     """Presence as [rows or 1, M]."""
     if presence is None:
@@ -103,7 +108,7 @@ def preactivation_gradients(
     """dz, and the gradients of bias and gate; dz is dy where that is the same or nothing needs it."""
     rows, features = dy.shape
     dy = aligned(dy)
-    run = min(max(-(-rows * features // (64 * 4096 * 32)), 1), 16) * 32  # a block has 64 features, 32 rows at a time
+    run = rows_of_run(rows, features)
     plain = activation is None and gate is None
     dz = dy if plain or not of_products else dy.new_empty((rows, features))
     dbias, dgate = (

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._cuda import misaligned
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
 
 
@@ -44,6 +46,20 @@ def _concat_norm_linear_saved(
     return reference.projection(xs, norm_weight, norm_bias, weight, bias, norm, eps).contiguous(), statistics
 
 
+def _cuda_supports(
+    xs: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: str,
+    eps: float,
+    activation: str | None,
+) -> str | None:
+    sources = (x for x in xs if x.numel())
+    return cuda_declines_sizes(xs, weight) or misaligned(*sources, norm_weight, norm_bias, weight, bias)
+
+
 concat_norm_linear_op = DifferentiableOp(
     "concat_norm_linear",
     "Tensor[] xs, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, str norm, float eps, "
@@ -54,6 +70,7 @@ concat_norm_linear_op = DifferentiableOp(
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
     cpu=native_backend("concat_norm_linear"),
+    cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(),
     keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
 )
