@@ -57,6 +57,7 @@ def backward(
     count = len(xs)
     of_xs, (of_norm_weight, of_norm_bias, of_weight, of_bias) = needed[:count], needed[count:]
     *kept, statistics = saved  # kept: the output and nothing without an activation, else z
+    statistics = statistics.contiguous()
     wants_a = any(of_xs) or of_norm_weight or of_norm_bias
     z = None if activation is None else kept[0]
     dz, dbias, _ = preactivation_gradients(
@@ -74,13 +75,11 @@ def backward(
     dxs = [x.new_empty(x.shape if of_x else 0) for x, of_x in zip(xs, of_xs, strict=True)]
     if rows and width:
         if a is not None and means is not None:
-            kernels(
-                "concat_norm_linear_means", a, sources, norm_weight, norm == "layer", statistics.contiguous(), means
-            )
+            kernels("concat_norm_linear_means", a, sources, norm_weight, norm == "layer", statistics, means)
         if a is not None or n is not None:
             kernels(
                 "concat_norm_linear_grads",
-                *(norm_weight, sources, norm_bias, a, statistics.contiguous(), means, run, dxs),
+                *(norm_weight, sources, norm_bias, a, statistics, means, run, dxs),
                 *(n, dnorm_weight, dnorm_bias),
             )
     dweight = None if n is None else dz.t() @ n
