@@ -159,7 +159,7 @@ def cuda_backends(
 def misaligned(*tensors: Tensor | None) -> str | None:
     """Why tensors cannot be read 16 bytes at a time along their last dim, or None."""
     for t in tensors:
-        if t is None:
+        if t is None or not t.numel():
             continue
         if t.data_ptr() % 16 or any(s % 8 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1):
             return "a tensor or a step along one of its dims is no multiple of 16 bytes"

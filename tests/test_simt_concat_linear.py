@@ -22,7 +22,7 @@ def inputs(
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     """Two tiles of rows and two of features, seven steps of K, by default."""
     xs = [leaf(rows, k, dtype=dtype) for k in widths]
-    return xs, leaf(features, sum(widths), dtype=dtype, gain=sum(widths) ** -0.5), leaf(features, dtype=dtype)
+    return xs, leaf(features, sum(widths), dtype=dtype, gain=max(sum(widths), 1) ** -0.5), leaf(features, dtype=dtype)
 
 
 @pytest.fixture(params=[64, 128])
@@ -52,6 +52,11 @@ def test_several_tiles_each_way_with_everything(side: int, dtype: torch.dtype, s
         check_op(
             mmk.concat_linear, xs, weight, bias, backend=simt_backend, activation="silu", presence=presence, **options
         )
+
+
+def test_sources_without_features_leave_the_bias(simt_backend: str) -> None:
+    check_op(mmk.concat_linear, *inputs(70, (0, 0), 24), backend=simt_backend, activation="gelu")
+    assert mmk.concat_linear([torch.zeros(2, 8, dtype=BF16)], torch.zeros(0, 8, dtype=BF16)).shape == (2, 0)
 
 
 def test_more_tiles_of_rows_than_run_together(simt_backend: str) -> None:

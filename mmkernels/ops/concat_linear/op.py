@@ -65,7 +65,7 @@ def _cuda_supports(
     gate: Tensor | None,
 ) -> str | None:
     vector = None if gate is None or gate.dim() == 0 else gate
-    return cuda_declines_sizes(xs, weight) or misaligned(*(x for x in xs if x.numel()), weight, bias, residual, vector)
+    return cuda_declines_sizes(xs, weight) or misaligned(*xs, weight, bias, residual, vector)
 
 
 concat_linear_op = DifferentiableOp(

@@ -56,8 +56,7 @@ def _cuda_supports(
     eps: float,
     activation: str | None,
 ) -> str | None:
-    sources = (x for x in xs if x.numel())
-    return cuda_declines_sizes(xs, weight) or misaligned(*sources, norm_weight, norm_bias, weight, bias)
+    return cuda_declines_sizes(xs, weight) or misaligned(*xs, norm_weight, norm_bias, weight, bias)
 
 
 concat_norm_linear_op = DifferentiableOp(
