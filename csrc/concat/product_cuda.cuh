@@ -37,9 +37,27 @@ struct OperandTile {
     return kAcross ? row * kTile + (chunk ^ (row & 7)) * kVector : row * kDepth + (chunk ^ (row >> 1 & 3)) * kVector;
   }
 
-  /// The chunk that this thread copies, and its row for half = 0, 1.
+  /// The chunk that this thread copies, its row for half = 0, 1, and where its two go.
   static __device__ int chunk() { return int(threadIdx.x) % kChunks; }
   static __device__ int row(int half) { return int(threadIdx.x) / kChunks + half * kRowStep; }
+  static __device__ int place() { return at(row(0), chunk()); }
+  static constexpr int kHalf = kRowStep * kChunks * kVector;  // the second, from the first: eight divides the rows
+
+  /// From where this lane gives a row to ldmatrix for 16 of K and 16 of the tile from `first` on: in the order of an
+  /// operand A's matrices, or of two fragments of B.
+  template <bool kIsB>
+  static __device__ int fragment(int first) {
+    const int inner = lane() % 8, low = lane() / 8 % 2 * 8, high = lane() / 16 * 8;
+    const int side = inner + (kIsB ? high : low), depth = kIsB ? low : high;
+    if (!kAcross) return at(first + side, depth / kVector);
+    return at(inner + depth, (first + side - inner) / kVector);
+  }
+
+  /// The same, 16 i further along the tile and k along K: what changes no chunk's place but flips a bit of it is an
+  /// xor.
+  static __device__ int further(int from, int i, int k) {
+    return kAcross ? (from ^ 16 * i) + k * kTile : (from ^ k) + 16 * i * kDepth;
+  }
 };
 
 /// Rows of A by columns of B: each is the operand's side of the tile. Threads: 2 kTile.
@@ -60,6 +78,8 @@ struct Product {
   /// may then change what this thread itself has copied. The stages may be overwritten after a barrier.
   template <typename Load, typename Prepare>
   __device__ void add(T* stages, int steps, Load load, Prepare prepare) {
+    const int from_a = TileA::template fragment<false>(first_row());
+    const int from_b = TileB::template fragment<true>(first_column());
     const auto load_step = [&](int step) {
       T* const a = stages + step % kProductStages * 2 * kOperand;
       if (step < steps) load(a, a + kOperand);
@@ -73,7 +93,7 @@ struct Product {
       prepare(a, a + kOperand);
       __syncthreads();  // this step's copies are all there, and the stage of the step before is free
       load_step(step + kProductStages - 1);
-      multiply_step(a, a + kOperand);
+      multiply_step(a, a + kOperand, from_a, from_b);
     }
   }
 
@@ -118,29 +138,19 @@ struct Product {
   static __device__ int first_row() { return warp() % 2 * (kTile / 2); }
   static __device__ int first_column() { return warp() / 2 * 32; }
 
-  __device__ void multiply_step(const T* a, const T* b) {
+  __device__ void multiply_step(const T* a, const T* b, int from_a, int from_b) {
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
       uint32_t rows[kFragments][4], columns[2][4];
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
-        const int row = first_row() + 16 * m;
-        if (kAcrossA) {
-          const int at = TileA::at(k + lane() % 8 + lane() / 16 * 8, row / kVector + lane() / 8 % 2);
-          load_matrices_transposed(rows[m], a + at);
-        } else {
-          load_matrices(rows[m], a + TileA::at(row + lane() % 16, k / kVector + lane() / 16));
-        }
+        const T* const from = a + TileA::further(from_a, m, k);
+        kAcrossA ? load_matrices_transposed(rows[m], from) : load_matrices(rows[m], from);
       }
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const int column = first_column() + 16 * n;
-        if (kAcrossB) {
-          load_matrices_transposed(columns[n], b + TileB::at(k + lane() % 16, column / kVector + lane() / 16));
-        } else {
-          const int at = TileB::at(column + lane() % 8 + lane() / 16 * 8, k / kVector + lane() / 8 % 2);
-          load_matrices(columns[n], b + at);
-        }
+        const T* const from = b + TileB::further(from_b, n, k);
+        kAcrossB ? load_matrices_transposed(columns[n], from) : load_matrices(columns[n], from);
       }
 #pragma unroll
       for (int m = 0; m < kFragments; ++m)
@@ -198,13 +208,13 @@ struct Presence {
 /// A walk over the sources that are active, kDepth of one at a time.
 struct SourceWalk {
   const Sources& sources;
-  unsigned active;                    // a bit for each source that is not empty and that some row has
-  int source = 0, k = 0, column = 0;  // where it is; column is the source's first one in W
+  unsigned active;                               // a bit for each source that is not empty and that some row has
+  int source = 0, width = 0, k = 0, column = 0;  // where it is; column is the source's first one in W
 
   __device__ SourceWalk(const Sources& sources, unsigned some_row_has) : sources(sources), active(0) {
     for (int i = 0; i < sources.count; ++i)
       if (sources.width[i] > 0) active |= some_row_has & 1u << i;
-    skip();
+    find_active();
   }
 
   __device__ int steps() const {
@@ -214,20 +224,24 @@ struct SourceWalk {
     return steps;
   }
 
-  __device__ int width() const { return sources.width[source]; }
-
-  __device__ void advance() {
+  /// Returns whether another source, or their end, has come.
+  __device__ bool advance() {
     k += kDepth;
-    if (k < width()) return;
+    if (k < width) return false;
     k = 0;
-    column += width();
+    column += width;
     ++source;
-    skip();
+    find_active();
+    return true;
   }
 
  private:
-  __device__ void skip() {
-    while (source < sources.count && !(active >> source & 1)) column += sources.width[source++];
+  __device__ void find_active() {
+    for (; source < sources.count; ++source) {
+      width = sources.width[source];
+      if (active >> source & 1) return;
+      column += width;
+    }
   }
 };
 
@@ -256,28 +270,55 @@ __device__ __forceinline__ unsigned any_of_block(unsigned bits, unsigned* words)
   return bits;
 }
 
-/// Starts the copies of a step of [x₁; …; x_M] and W, [features, ΣK_i], to a stage; both lie along K. What a row does
+/// The copies of [x₁; …; x_M] and W, [features, ΣK_i], to the stages, step by step; both lie along K. What a row does
 /// not have is zero and is not read.
 template <typename T, int kTile>
-__device__ __forceinline__ void load_sources(const SourceWalk& walk, const TilePlace<kTile>& place,
-                                             const unsigned (&present)[2], const T* weight, int64_t weight_stride,
-                                             int features, T* a, T* b) {
+struct SourceCopies {
   using Tile = OperandTile<kTile, false>;
-  const int chunk = Tile::chunk(), at = walk.k + chunk * kVector;
-  const bool inside = at < walk.width();
-  const T* const x = static_cast<const T*>(walk.sources.x[walk.source]) + at;
-  const int64_t x_stride = walk.sources.stride[walk.source];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = Tile::row(half);
-    copy_async(a + Tile::at(row, chunk), x + (place.row + row) * x_stride, inside && present[half] >> walk.source & 1);
+
+  SourceWalk walk;
+  const int first, to;  // this thread's first row of all, and its place in a stage
+  const unsigned present[2];
+  const bool inside[2];  // of its rows of W
+  const int64_t weight_step;
+  int64_t x_step = 0;  // from its first row to its second
+  const T *x = nullptr, *weight;
+
+  __device__ SourceCopies(const Sources& sources, unsigned some_row_has, const TilePlace<kTile>& place,
+                          const unsigned (&present)[2], const void* weight, int64_t weight_stride, int features)
+      : walk(sources, some_row_has),
+        first(place.row + Tile::row(0)),
+        to(Tile::place()),
+        present{present[0], present[1]},
+        inside{place.column + Tile::row(0) < features, place.column + Tile::row(1) < features},
+        weight_step(Tile::kRowStep * weight_stride),
+        weight(static_cast<const T*>(weight) + (place.column + Tile::row(0)) * weight_stride + walk.column +
+               Tile::chunk() * kVector) {
+    begin_source();
   }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = Tile::row(half), feature = place.column + row;
-    copy_async(b + Tile::at(row, chunk), weight + feature * weight_stride + walk.column + at,
-               inside && feature < features);
+
+  __device__ void begin_source() {
+    if (walk.source >= walk.sources.count) return;
+    const int64_t stride = walk.sources.stride[walk.source];
+    x = static_cast<const T*>(walk.sources.x[walk.source]) + first * stride + Tile::chunk() * kVector;
+    x_step = Tile::kRowStep * stride;
   }
-}
+
+  __device__ void load(T* a, T* b) {
+    const bool there = walk.k + Tile::chunk() * kVector < walk.width;
+    copy_async(a + to, x, there && present[0] >> walk.source & 1);
+    copy_async(a + to + Tile::kHalf, x + x_step, there && present[1] >> walk.source & 1);
+    copy_async(b + to, weight, there && inside[0]);
+    copy_async(b + to + Tile::kHalf, weight + weight_step, there && inside[1]);
+    const int before = walk.column + walk.k;
+    if (walk.advance()) {
+      weight += walk.column - before;
+      begin_source();
+    } else {
+      weight += kDepth;
+      x += kDepth;
+    }
+  }
+};
 
 }  // namespace mmk::cuda

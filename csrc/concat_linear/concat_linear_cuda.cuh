@@ -34,12 +34,10 @@ __global__ void MMK_TILE_BOUNDS concat_linear_forward(ConcatLinear p) {
   unsigned present[2];
   find_present(p.sources, p.presence, place, present);
   unsigned* const words = reinterpret_cast<unsigned*>(shared);
-  SourceWalk walk(p.sources, any_of_block<2 * kTile / kWarp>(present[0] | present[1], words));
+  SourceCopies<T, kTile> copies(p.sources, any_of_block<2 * kTile / kWarp>(present[0] | present[1], words), place,
+                                present, p.weight, p.weight_stride, p.epilogue.features);
   Product<T, kTile, false, false> product;
-  product.add(reinterpret_cast<T*>(shared), walk.steps(), [&](T* a, T* b) {
-    load_sources(walk, place, present, static_cast<const T*>(p.weight), p.weight_stride, p.epilogue.features, a, b);
-    walk.advance();
-  });
+  product.add(reinterpret_cast<T*>(shared), copies.walk.steps(), [&](T* a, T* b) { copies.load(a, b); });
   const LinearFinish<T> finish(p.epilogue, place.column + product.column_in_tile());
   product.finish(shared, [&](int row, float (&x)[kVector]) { finish(place.row + row, x); });
 }
@@ -59,29 +57,26 @@ __global__ void MMK_TILE_BOUNDS concat_linear_input_gradient(InputGradient p) {
   using TileB = typename ThisProduct::TileB;
   MMK_SHARED_MEMORY(shared);
   const TilePlace<kTile> place(p.rows, p.width);
-  const T* const dz = static_cast<const T*>(p.dz);
-  const T* const weight = static_cast<const T*>(p.weight);
   const auto has = [&](int row) { return row < p.rows && p.presence(row, 0); };
   const bool here[2] = {has(place.row + TileA::row(0)), has(place.row + TileA::row(1))};
   const unsigned any =
       any_of_block<ThisProduct::kThreads / kWarp>(here[0] || here[1], reinterpret_cast<unsigned*>(shared));
-  int n = 0;  // of the next step
+  const int a_to = TileA::place(), b_to = TileB::place(), from_column = place.column + TileB::chunk() * kVector;
+  const T* dz = static_cast<const T*>(p.dz) + (place.row + TileA::row(0)) * p.dz_stride + TileA::chunk() * kVector;
+  const T* weight = static_cast<const T*>(p.weight) + TileB::row(0) * p.weight_stride + from_column;
+  int left = p.features;  // of K, from the next step on
   ThisProduct product;
   product.add(reinterpret_cast<T*>(shared), any ? (p.features + kDepth - 1) / kDepth : 0, [&](T* a, T* b) {
-    const int a_feature = n + TileA::chunk() * kVector, column = place.column + TileB::chunk() * kVector;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = TileA::row(half);
-      const T* const from = dz + (place.row + row) * p.dz_stride + a_feature;
-      copy_async(a + TileA::at(row, TileA::chunk()), from, here[half] && a_feature < p.features);
+      copy_async(a + a_to + half * TileA::kHalf, dz + half * TileA::kRowStep * p.dz_stride,
+                 here[half] && TileA::chunk() * kVector < left);
+      copy_async(b + b_to + half * TileB::kHalf, weight + half * TileB::kRowStep * p.weight_stride,
+                 TileB::row(half) < left && from_column < p.width);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = TileB::row(half), feature = n + row;
-      const T* const from = weight + feature * p.weight_stride + column;
-      copy_async(b + TileB::at(row, TileB::chunk()), from, feature < p.features && column < p.width);
-    }
-    n += kDepth;
+    dz += kDepth;
+    weight += kDepth * p.weight_stride;
+    left -= kDepth;
   });
   T* const dx = static_cast<T*>(p.dx);
   const int column = place.column + product.column_in_tile();
@@ -148,6 +143,7 @@ __global__ void MMK_TILE_BOUNDS concat_linear_weight_gradient(WeightGradient p) 
   const T* const dz = static_cast<const T*>(p.dz) + feature;
   const T* const x = static_cast<const T*>(p.x) + from_column;
   const int first = int(blockIdx.y) * p.share, last = min(first + p.share, p.rows);
+  const int to = Tile::place();
   ThisProduct product;
   for (int begin = first; begin < last; begin += kListedRows) {
     const int end = min(begin + kListedRows, last);
@@ -159,8 +155,8 @@ __global__ void MMK_TILE_BOUNDS concat_linear_weight_gradient(WeightGradient p) 
         const int r = Tile::row(half);
         const bool here = next + r < count;
         const int64_t row = begin + (here ? int(list[next + r]) : 0);
-        copy_async(a + Tile::at(r, Tile::chunk()), dz + row * p.dz_stride, here && feature < p.features);
-        copy_async(b + Tile::at(r, Tile::chunk()), x + row * p.x_stride, here && from_column < p.width);
+        copy_async(a + to + half * Tile::kHalf, dz + row * p.dz_stride, here && feature < p.features);
+        copy_async(b + to + half * Tile::kHalf, x + row * p.x_stride, here && from_column < p.width);
       }
       next += kDepth;
     });

@@ -115,20 +115,18 @@ __global__ void MMK_TILE_BOUNDS concat_norm_linear_forward(ConcatNormLinear p) {
   }
   const T* const norm_weight = static_cast<const T*>(p.norm_weight);
   const T* const norm_bias = static_cast<const T*>(p.norm_bias);
-  SourceWalk copied(p.sources, ~0u), normalised(p.sources, ~0u);
-  const auto load = [&](T* a, T* b) {
-    load_sources(copied, place, present, static_cast<const T*>(p.weight), p.weight_stride, p.epilogue.features, a, b);
-    copied.advance();
-  };
+  SourceCopies<T, kTile> copies(p.sources, ~0u, place, present, p.weight, p.weight_stride, p.epilogue.features);
+  SourceWalk normalised(p.sources, ~0u);
+  const auto load = [&](T* a, T* b) { copies.load(a, b); };
   const auto normalise = [&](T* a, T*) {
     const int k = normalised.k + Tile::chunk() * kVector, feature = normalised.column + k;
-    if (k < normalised.width()) {  // zeros stay beyond, as W's do
+    if (k < normalised.width) {  // zeros stay beyond, as W's do
       float g[kVector], h[kVector] = {};
       load_vector(norm_weight + feature, g);
       if (norm_bias) load_vector(norm_bias + feature, h);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        T* const chunk = a + Tile::at(Tile::row(half), Tile::chunk());
+        T* const chunk = a + copies.to + half * Tile::kHalf;
         float x[kVector];
         load_vector(chunk, x);
         scale_and_shift(x, statistics[half], g, h);
@@ -138,7 +136,7 @@ __global__ void MMK_TILE_BOUNDS concat_norm_linear_forward(ConcatNormLinear p) {
     normalised.advance();
   };
   Product<T, kTile, false, false> product;
-  product.add(reinterpret_cast<T*>(shared), copied.steps(), load, normalise);
+  product.add(reinterpret_cast<T*>(shared), normalised.steps(), load, normalise);
   const LinearFinish<T> finish(p.epilogue, place.column + product.column_in_tile());
   product.finish(shared, [&](int row, float (&x)[kVector]) { finish(place.row + row, x); });
 }
