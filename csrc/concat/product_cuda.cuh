@@ -102,7 +102,7 @@ struct Product {
     add(stages, steps, load, [](T*, T*) {});
   }
 
-  /// Hand out the tile by vectors: `finish(row, x)`, with x from column() on. Begins with a barrier.
+  /// Hand out the tile by vectors: `finish(row, x)`, with x from column_in_tile() on. Begins with a barrier.
   template <typename Finish>
   __device__ void finish(unsigned char* shared, Finish finish) {
     float* const tile = reinterpret_cast<float*>(shared);
