@@ -64,7 +64,7 @@ def test_forcing_cpu_on_float64_says_why_it_cannot() -> None:
 def test_without_forcing_float64_falls_through_to_the_reference() -> None:
     explanation = mmk.explain(mmk.cross_attention, q.double(), q.double(), q.double())
     assert explanation.backend == "reference"
-    assert set(explanation.reasons) == {"cpu", "triton"}
+    assert set(explanation.reasons) == {"cpu", "cuda", "triton"}
     assert "not on cpu" in str(explanation)
     assert mmk.cross_attention(q.double(), q.double(), q.double()).dtype == torch.float64
 

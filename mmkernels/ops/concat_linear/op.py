@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._cuda import misaligned
+from mmkernels._cuda import misaligned, products_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_linear import reference
 
@@ -68,6 +68,10 @@ def _cuda_supports(
     return cuda_declines_sizes(xs, weight) or misaligned(*xs, weight, bias, residual, vector)
 
 
+def cuda_loses(xs: Sequence[Tensor], weight: Tensor, *_: Any) -> str | None:
+    return products_lose(xs[0].shape[:-1].numel(), weight.shape[0], weight)
+
+
 concat_linear_op = DifferentiableOp(
     "concat_linear",
     "Tensor[] xs, Tensor weight, Tensor? bias, str? activation, Tensor? presence, Tensor? residual, Tensor? gate",
@@ -77,7 +81,7 @@ concat_linear_op = DifferentiableOp(
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
     cpu=native_backend("concat_linear"),
-    cuda=CudaKernels(_cuda_supports),
+    cuda=CudaKernels(_cuda_supports, loses=cuda_loses),
     triton=TritonKernels(),
     keeps_outputs=keeps_output,
 )

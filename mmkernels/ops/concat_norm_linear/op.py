@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels._cuda import misaligned
+from mmkernels._cuda import misaligned, products_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
@@ -59,6 +60,12 @@ def _cuda_supports(
     return cuda_declines_sizes(xs, weight) or misaligned(*xs, norm_weight, norm_bias, weight, bias)
 
 
+def _cuda_loses(
+    xs: Sequence[Tensor], norm_weight: Tensor, norm_bias: Tensor | None, weight: Tensor, *_: Any
+) -> str | None:
+    return products_lose(xs[0].shape[:-1].numel(), weight.shape[0], weight)
+
+
 concat_norm_linear_op = DifferentiableOp(
     "concat_norm_linear",
     "Tensor[] xs, Tensor norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias, str norm, float eps, "
@@ -69,7 +76,7 @@ concat_norm_linear_op = DifferentiableOp(
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
     cpu=native_backend("concat_norm_linear"),
-    cuda=CudaKernels(_cuda_supports),
+    cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
     keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
 )
