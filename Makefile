@@ -70,6 +70,8 @@ sanitize: $(INSTALLED)
 # cases each, are stopped after GPU_TESTS seconds, and the benchmark has GPU_BENCH.
 GPU_TESTS ?= 240
 GPU_BENCH ?= 150
+GPU_SANITIZE ?= 30
+GPU_SANITIZED = test_modulated_norm or (match_the_oracle and 64) or activation
 GPU_REPORT = docs/gpu/$$($(PY) -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-"))').md
 gpu: $(INSTALLED)
 	@$(PY) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("make gpu: torch sees no GPU on this machine")'
@@ -77,7 +79,11 @@ gpu: $(INSTALLED)
 	$(PY) -m mmkernels info
 	@mkdir -p bench_results
 	-MMKERNELS_TEST_DEVICE=cuda MMKERNELS_FUZZ_EXAMPLES=20 timeout --signal=INT --kill-after=20 $(GPU_TESTS) \
-	$(PYTEST) -n auto tests/test_triton*.py tests $(ARGS) >bench_results/gpu_tests.txt 2>&1
+	$(PYTEST) -n auto tests/test_cuda*.py tests/test_triton*.py tests $(ARGS) >bench_results/gpu_tests.txt 2>&1
+	-@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+	  MMKERNELS_TEST_DEVICE=cuda timeout $(GPU_SANITIZE) compute-sanitizer --tool $$tool --print-limit 5 \
+	  $(PY) -m pytest -q tests/test_cuda_*.py -k "$(GPU_SANITIZED)" 2>&1 | tail -n 4 >>bench_results/gpu_tests.txt; \
+	done; else echo 'no compute-sanitizer on this machine' >>bench_results/gpu_tests.txt; fi
 	-$(PY) -W ignore -m mmkernels bench --device cuda --budget $(GPU_BENCH) --report $(GPU_REPORT)
 	@tail -n 40 bench_results/gpu_tests.txt
 	@tail -n 1 bench_results/gpu_tests.txt >>$(GPU_REPORT)

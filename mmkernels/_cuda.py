@@ -156,6 +156,13 @@ def cuda_backends(
     return [_backend(library, op, function, position, supports, loses) for library in libraries]
 
 
+def rows_lose(elements: int) -> str | None:
+    """Why another kernel passes over rows faster: Triton's has more of them under way, which decides from where on a
+    GPU takes longer than the host takes to launch, some 30 MB.
+    """
+    return f"{elements} elements are for the kernel that has more of them in flight" if elements > 2**23 else None
+
+
 def products_lose(rows: int, features: int, tensor: Tensor) -> str | None:
     """Why another kernel multiplies faster: Hopper's own instructions, which fill it from so many tiles on, have twice
     the rate of those that these kernels use.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from cuda_cases import schedule
 from environment import ALONE, DEVICE
-from simt_cases import schedule
 from torch.testing._internal.optests.generate_tests import OpCheckError
 
 import mmkernels as mmk
@@ -69,16 +69,17 @@ TRITON_PARAMETER = pytest.param(
 SIMT_ABSENT = _cuda.simt_status() if DEVICE == "cpu" else f"the tensors are on {DEVICE}"
 if SIMT_ABSENT and DEVICE == "cpu" and os.environ.get("MMKERNELS_TEST_ISA", "0") not in ("", "0"):
     raise RuntimeError(f"this is a test build, and yet there is no emulator of CUDA kernels: {SIMT_ABSENT}")
-SIMT = Implementation("simt")
-SIMT_PARAMETER = pytest.param(
-    SIMT, id="simt", marks=pytest.mark.skipif(SIMT_ABSENT is not None, reason=str(SIMT_ABSENT))
+CUDA = Implementation("simt" if DEVICE == "cpu" else "cuda")
+CUDA_ABSENT = SIMT_ABSENT if DEVICE == "cpu" else _cuda.status()
+CUDA_PARAMETER = pytest.param(
+    CUDA, id=CUDA.backend, marks=pytest.mark.skipif(CUDA_ABSENT is not None, reason=str(CUDA_ABSENT))
 )
 NATIVE_PARAMETERS = [pytest.param(i, marks=native_only, id=str(i)) for i in NATIVE]
 REFERENCE_PARAMETER = pytest.param(REFERENCE, id="reference")
 
 # What the tests that choose a backend run on: all of it; one of the kernels beside the reference; the fuzzers' share.
 if ALONE is not None:
-    _alone = SIMT_PARAMETER if ALONE == "simt" else TRITON_PARAMETER
+    _alone = TRITON_PARAMETER if ALONE == "triton" else CUDA_PARAMETER
     EVERY, EITHER, FUZZED = [_alone], [_alone], [Implementation(ALONE)]
 elif DEVICE != "cpu":
     EVERY = EITHER = [REFERENCE_PARAMETER, TRITON_PARAMETER]
@@ -101,9 +102,9 @@ def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
-@pytest.fixture(params=[SIMT_PARAMETER])
-def simt_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As ``backend``, the CUDA kernels in the emulator alone."""
+@pytest.fixture(params=[CUDA_PARAMETER])
+def cuda_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``backend``, the CUDA kernels alone, on a GPU or in the emulator."""
     yield from use_implementation(request.param)
 
 
@@ -133,8 +134,8 @@ def pytest_runtest_call() -> Iterator[None]:
     try:
         return (yield)
     except (mmk.UnsupportedError, OpCheckError) as error:
-        forced = ALONE or ("triton" if DEVICE != "cpu" else None)
-        declined = f"backend {forced!r} was forced and cannot serve" in str(error)
+        kinds = [ALONE] if ALONE else [] if DEVICE == "cpu" else ["triton", "cuda"]
+        declined = any(f"backend {kind!r} was forced and cannot serve" in str(error) for kind in kinds)
         if declined and "the inputs are on" not in str(error):
             pytest.skip(str(error))
         raise

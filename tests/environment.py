@@ -1,8 +1,9 @@
 """What the environment asks of the tests; imported before mmkernels and triton read it for themselves.
 
 - ``MMKERNELS_TEST_DEVICE=cuda``: the tests' tensors are on the GPU. Else Triton's kernels run in its interpreter.
-- ``MMKERNELS_BACKEND=triton``, or ``simt``: the ordinary tests, where they choose a backend, on Triton's kernels alone,
-  or on CUDA's in the emulator. It is not forced on all else, since a float64 oracle is beyond both.
+- ``MMKERNELS_BACKEND=triton``, ``cuda`` or ``simt``: the ordinary tests, where they choose a backend, on Triton's
+  kernels alone, or on those in CUDA C++, on a GPU or in the emulator. It is not forced on all else, since a float64
+  oracle is beyond them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 else:
     torch.set_default_device(DEVICE)
-if os.environ.get("MMKERNELS_BACKEND") in ("triton", "simt"):
+if os.environ.get("MMKERNELS_BACKEND") in ("triton", "cuda", "simt"):
     os.environ["MMKERNELS_TEST_BACKEND"] = os.environ.pop("MMKERNELS_BACKEND")  # for the processes that pytest starts
 ALONE = os.environ.get("MMKERNELS_TEST_BACKEND")  # the backend that the tests are for, or None
 HERE = str(torch.empty(0).device)  # as errors name it: cpu, cuda:0

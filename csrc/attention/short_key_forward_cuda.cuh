@@ -16,7 +16,8 @@
 namespace mmk::cuda {
 
 constexpr int kForwardWarps = 4;
-constexpr int kForwardWide = 4;  // keys at a time, in sixteens
+template <int D>
+constexpr int kForwardWide = D <= 128 ? 4 : 2;  // keys at a time, in sixteens
 template <int D>
 constexpr int kForwardBlocks = D <= 32 ? 4 : 1;  // on a multiprocessor at least, by registers
 
@@ -83,6 +84,7 @@ __device__ __forceinline__ void online_softmax(float (&s)[2 * kWide][4], float (
 template <typename T, int D>
 __global__ void __launch_bounds__(kForwardWarps* kWarp, kForwardBlocks<D>)
     short_key_forward(ShortKeys p, ShortKeyOutput o) {
+  constexpr int kWide = kForwardWide<D>;
   MMK_SHARED_MEMORY(shared);
   T* const k = reinterpret_cast<T*>(shared);
   T* const v = k + p.keys * D;
@@ -119,12 +121,12 @@ __global__ void __launch_bounds__(kForwardWarps* kWarp, kForwardBlocks<D>)
     const Fragments<T, D, (D <= 128)> q(tile, 0);
     float acc[D / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
     const int row = lane() / 4;
-    for (int key = 0; key < p.keys; key += kForwardWide * kStep) {
-      float s[2 * kForwardWide][4] = {};
-      multiply_rows<T, D, kForwardWide>(s, q, k, key, p.keys);
-      finish_scores<T, kForwardWide>(s, p, added, b, h, query + row, key);
-      online_softmax<kForwardWide>(s, most, sum, acc);
-      multiply_columns<T, D, kForwardWide>(acc, s, v, key, p.keys);
+    for (int key = 0; key < p.keys; key += kWide * kStep) {
+      float s[2 * kWide][4] = {};
+      multiply_rows<T, D, kWide>(s, q, k, key, p.keys);
+      finish_scores<T, kWide>(s, p, added, b, h, query + row, key);
+      online_softmax<kWide>(s, most, sum, acc);
+      multiply_columns<T, D, kWide>(acc, s, v, key, p.keys);
     }
     float inverse[2];
 #pragma unroll

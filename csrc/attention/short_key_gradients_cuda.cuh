@@ -17,6 +17,10 @@ namespace mmk::cuda {
 constexpr int kTileRows = kBackwardWide * kStep;  // queries that pass through shared memory together
 constexpr int kTileStatistics = 3 * kTileRows;    // their maximum, logarithm of the sum and Δ
 
+/// More than a block has where twelve warps' registers hold the sums, as three in each quarter of a multiprocessor.
+template <int D>
+constexpr int kGradientThreads = D <= 64 ? 384 : 256;
+
 enum class Sums : int { kBoth = 0, kKeys = 1, kValues = 2 };  // which of dK and dV
 
 /// Sums over shares of the queries: [shares, B, Hq, keys, D] and [shares, B, Hq, keys], float32, or null.
@@ -53,7 +57,8 @@ __device__ __forceinline__ void store_sums(float* out, const float (&acc)[D / 8]
 }
 
 template <typename T, int D, Sums kSums>
-__global__ void __launch_bounds__(256) short_key_gradients(ShortKeys p, ShortKeyGradient d, ShortKeySums sums) {
+__global__ void __launch_bounds__(kGradientThreads<D>, 1)
+    short_key_gradients(ShortKeys p, ShortKeyGradient d, ShortKeySums sums) {
   constexpr bool kOfKeys = kSums != Sums::kValues, kOfValues = kSums != Sums::kKeys;
   MMK_SHARED_MEMORY(shared);
   const int keys = int(blockDim.x) / kWarp * kStep;
@@ -96,7 +101,7 @@ __global__ void __launch_bounds__(256) short_key_gradients(ShortKeys p, ShortKey
     mark_not_finite<T, D>(keys, k, v, added);
     __syncthreads();
   }
-  const Fragments<T, D, (D <= 64)> of_key(k, warp() * kStep), of_value(v, warp() * kStep);
+  const Fragments<T, D, (D <= 32)> of_key(k, warp() * kStep), of_value(v, warp() * kStep);
   const int row = warp() * kStep + lane() / 4;  // this lane's two are row and row + 8
   const float to_row[2] = {added[row], added[row + 8]};
 

@@ -134,6 +134,14 @@ def serving_backend(problem: Problem) -> str:
         return "none"
 
 
+def on_triton(ours: Callable[..., Tensor], *leaves: Tensor) -> Tensor:
+    """Ours on its Triton kernels, where its CUDA kernels come first."""
+    from mmkernels import use_backend
+
+    with use_backend("triton"):
+        return ours(*leaves)
+
+
 class Engine:
     """Runs rows under one time budget, in the order in which they are given.
 
@@ -202,7 +210,10 @@ class Engine:
             "ours": as_run(problem.ours, problem.leaves, grad_out),
             "torch": as_run(problem.torch, problem.leaves, grad_out),
         }
-        for name, other in problem.others.items():
+        others = dict(problem.others)
+        if row.backend == "cuda":
+            others["triton"] = partial(on_triton, problem.ours)
+        for name, other in others.items():
             self._add(contenders, row, name, partial(as_run, other, problem.leaves, grad_out))
         compiling = {name: partial(as_run, f, problem.leaves, grad_out) for name, f in problem.compiling.items()}
         for name, make in {"compiled": partial(self.compiled, problem, grad_out), **compiling}.items():
@@ -217,8 +228,8 @@ class Engine:
         seconds = self.timing_seconds(rows_left)
         # On a GPU the first call also compiled ours.
         slow = {name: taken for name, taken in once.items() if self.device == "cpu" and taken > max(seconds, SLOW)}
-        others = {name: run for name, run in contenders.items() if name not in slow}
-        row.seconds = interleaved(others, self.now, seconds, min_rounds=1, calls=self.calls) | slow
+        quick = {name: run for name, run in contenders.items() if name not in slow}
+        row.seconds = interleaved(quick, self.now, seconds, min_rounds=1, calls=self.calls) | slow
 
     @staticmethod
     def _add(contenders: dict[str, Run], row: Row, name: str, make: Callable[[], Run]) -> None:

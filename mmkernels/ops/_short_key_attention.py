@@ -19,6 +19,7 @@ _WARPS = 4  # of a block of the forward and of dQ
 _TILE = 32  # queries that pass through the shared memory of a block of dK and dV
 _MOST_KEYS = 512
 _BLOCKS = 1056  # eight for each multiprocessor of a large GPU
+_SUMMING_BLOCKS = 264  # two, as many as are there at a time: each share of the queries has sums to write and to add up
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,11 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tiles(query: Tensor, rows: int, blocks_of_keys: int = 1) -> int:
-    """Tiles of so many queries for a block, so that there are enough blocks and keys are seldom loaded again."""
+def _tiles(query: Tensor, rows: int, blocks: int = _BLOCKS) -> int:
+    """Tiles of so many queries for a block, so that there are up to so many blocks and keys are seldom loaded again."""
     batch, heads, length, _ = query.shape
-    return max(_ceil_div(_ceil_div(length, rows) * batch * heads * blocks_of_keys, _BLOCKS), 1)
+    shares = max(blocks // max(batch * heads, 1), 1)
+    return max(_ceil_div(_ceil_div(length, rows), shares), 1)
 
 
 def attend(
@@ -147,7 +149,7 @@ def gradients(
     batch, heads, _, dim = first.shape
     total = _ceil_div(attention.total, _STEP) * _STEP
     blocks_of_keys = _ceil_div(total, 64 if dim > 128 else 128)
-    tiles = [_tiles(s.query, _TILE, blocks_of_keys) for s in streams]
+    tiles = [_tiles(s.query, _TILE, _SUMMING_BLOCKS // blocks_of_keys) for s in streams]
     shares = [_ceil_div(s.query.shape[2], _TILE * t) for s, t in zip(streams, tiles, strict=True)]
 
     def sums(wanted: bool, *size: int) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""``python -m mmkernels kernels``: every Triton kernel compiled for every target, without a GPU, and held to budgets.
+"""``python -m mmkernels kernels``: every kernel compiled for every target, without a GPU, and held to budgets.
 
 The calls that an op's ``kernel_triton.py`` lists are made on meta tensors, forward and backward, so that its own
 launches say what is compiled. docs/kernels.md is the table of what came out, and the budget of what comes out next.
@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 import mmkernels as mmk
-from mmkernels import _triton
+from mmkernels import _cuda_table, _triton
 from mmkernels.triton.launch import compiling_for
 from mmkernels.triton.resources import SHARED_LIMITS, Resources, resources
 
@@ -215,7 +215,7 @@ def excesses(table: Table, document: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mmkernels kernels", description="compile every Triton kernel")
+    parser = argparse.ArgumentParser(prog="python -m mmkernels kernels", description="compile every kernel for a GPU")
     parser.add_argument("--ops", default="", help="comma-separated ops, default all that have kernels")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default one per core")
     parser.add_argument("--update", action="store_true", help=f"also write {DOCUMENT}")
@@ -226,16 +226,22 @@ def main(argv: list[str] | None = None) -> int:
     if _triton.interpreting():
         parser.error("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled")
     start = time.perf_counter()
+    document = DOCUMENT.read_text() if DOCUMENT.exists() else ""
+    of_cuda = None if _cuda_table.absent() or args.ops else _cuda_table.table()
     table = compile_all(args.ops.split(",") if args.ops else ops_with_kernels(), args.jobs)
-    wrong = excesses(table, DOCUMENT.read_text() if args.check else "")
+    wrong = excesses(table, document if args.check else "")
+    text = f"{render(table)}\n{_cuda_table.section(document) if of_cuda is None else _cuda_table.render(of_cuda)}"
     if args.update:
-        DOCUMENT.write_text(render(table))
+        DOCUMENT.write_text(text)
+    if of_cuda is not None and args.check:
+        wrong += _cuda_table.excesses(of_cuda, document)
     if not args.check:
-        print(render(table))
+        print(text)
     print(*wrong, sep="\n", end="\n" if wrong else "")
     count = sum(len(row) for row in table.values())
     print(
-        f"{count} kernels on {len(TARGETS)} targets in {time.perf_counter() - start:.0f} s, {len(wrong)} over budget."
+        f"{count} kernels on {len(TARGETS)} targets in {time.perf_counter() - start:.0f} s, {len(wrong)} over budget; "
+        f"CUDA C++: {_cuda_table.absent() or len(of_cuda or ())}."
     )
     return 1 if wrong else 0
 

@@ -8,6 +8,9 @@
 #include "csrc/attention/short_key_forward_cuda.cuh"
 #include "csrc/attention/short_key_gradients_cuda.cuh"
 #include "csrc/attention/short_key_query_gradient_cuda.cuh"
+#include "csrc/concat_linear/concat_linear_cuda.cuh"
+#include "csrc/concat_tokens/concat_tokens_cuda.cuh"
+#include "csrc/merge_embeddings/merge_embeddings_cuda.cuh"
 #include "csrc/modulated_norm/modulated_norm_cuda.cuh"
 
 using namespace mmk::cuda;
@@ -139,6 +142,109 @@ void modulated_norm(int length, int features, int run) {
   for (const auto* sums : {&dshift, &dscale, &dw, &db}) expect_finite("sums over tokens", *sums);
 }
 
+/// concat_linear of three sources, each row with some of them, and the gradients of the second.
+template <typename T>
+void concat_linear(int rows, int features) {
+  const int widths[] = {40, 8, 72}, count = 3, total = 120;
+  std::vector<std::vector<T>> xs;
+  for (int width : widths) xs.push_back(normal<T>(size_t(rows * width)));
+  const std::vector<T> weight = normal<T>(size_t(features * total)), bias = normal<T>(size_t(features));
+  std::vector<uint8_t> flags(size_t(rows * count));
+  for (size_t i = 0; i < flags.size(); ++i) flags[i] = i % 5 != 2;
+  ConcatLinear p{};
+  for (int i = 0; i < count; ++i) {
+    p.sources.x[i] = xs[i].data();
+    p.sources.stride[i] = p.sources.width[i] = widths[i];
+  }
+  p.sources.count = count;
+  p.sources.rows = rows;
+  p.presence = {flags.data(), count, 1};
+  p.weight = weight.data();
+  p.weight_stride = total;
+  std::vector<T> y = unwritten<T>(size_t(rows * features));
+  p.epilogue.bias = bias.data();
+  p.epilogue.y = y.data();
+  p.epilogue.rows = rows;
+  p.epilogue.features = features;
+  launch_concat_linear_forward<T, 64>(p, nullptr);
+  expect_finite("concat_linear", y);
+  const Presence second{flags.data() + 1, count, 1};
+  std::vector<T> dx = unwritten<T>(xs[1].size()), dweight = unwritten<T>(size_t(features * widths[1]));
+  launch_input_gradient<T, 64>(
+      {y.data(), weight.data() + widths[0], features, total, second, dx.data(), rows, features, widths[1]}, nullptr);
+  expect_finite("dx", dx);
+  launch_weight_gradient<T, 64>({y.data(), xs[1].data(), features, widths[1], second, dweight.data(), widths[1], rows,
+                                 features, widths[1], rows, 1},
+                                nullptr);
+  expect_finite("dW", dweight);
+}
+
+template <typename T>
+void concat_tokens(int features) {
+  const int batch = 3, lengths[] = {5, 2}, total = 7;
+  std::vector<std::vector<T>> xs, dxs;
+  const std::vector<T> types = normal<T>(size_t(2 * features)), g = normal<T>(size_t(batch * total * features));
+  std::vector<T> out = unwritten<T>(g.size());
+  ConcatTokens p{};
+  p.count = 2;
+  p.batch = batch;
+  p.total = total;
+  p.features = features;
+  p.run = 2;
+  p.share = 2;
+  p.eps = 1e-5f;
+  p.norm = Norm::kLayer;
+  p.type = types.data();
+  p.type_source = features;
+  for (int i = 0, start = 0; i < 2; start += lengths[i++]) {
+    xs.push_back(normal<T>(size_t(batch * lengths[i] * features)));
+    dxs.push_back(unwritten<T>(xs.back().size()));
+    ConcatTokensSource& s = p.sources[i];
+    s.x = xs.back().data();
+    s.dx = dxs.back().data();
+    s.x_batch = int64_t(lengths[i]) * features;
+    s.x_token = features;
+    s.length = lengths[i];
+    s.start = start;
+    s.first_team = p.teams;
+    p.teams += (lengths[i] + p.run - 1) / p.run;
+  }
+  constexpr auto kDtype = kConcatTokensDtypeOf<T>;
+  launch_concat_tokens_forward<T>(p, out.data(), kDtype, nullptr);
+  expect_finite("concat_tokens", out);
+  std::vector<float> dtypes = unwritten_floats(size_t(2 * p.teams * features));
+  const ConcatTokensGradients d{g.data(), int64_t(total) * features, features, kDtype, kDtype, dtypes.data(), nullptr,
+                                nullptr};
+  launch_concat_tokens_backward<T>(p, d, nullptr);
+  for (const auto& dx : dxs) expect_finite("dx", dx);
+  expect_finite("sums of types", dtypes);
+}
+
+void merge_embeddings(int tokens, int features) {
+  std::vector<uint8_t> mask(size_t(tokens), 0);
+  int taken = 0;
+  for (int i = 0; i < tokens; ++i) taken += mask[i] = i % 3 == 1;
+  std::vector<Bf16> text = normal<Bf16>(size_t(tokens * features)), rows = normal<Bf16>(size_t((taken + 2) * features));
+  std::vector<Bf16> out = unwritten<Bf16>(text.size()), drows = unwritten<Bf16>(rows.size());
+  std::vector<int> counts(size_t((tokens + kMergeChunk - 1) / kMergeChunk));
+  MergeEmbeddings p{};
+  p.modals[0] = {&rows[0].bits, features, taken + 2};
+  p.mask = mask.data();
+  p.counts = counts.data();
+  p.in = &text[0].bits;
+  p.in_token = features;
+  p.out = &out[0].bits;
+  p.count = 1;
+  p.tokens = p.length = tokens;
+  p.vectors = features / kVector;
+  p.even = true;
+  launch_merge_embeddings_forward(p, nullptr);
+  expect_finite("merge_embeddings", out);
+  p.modals[0].rows = &drows[0].bits;
+  launch_merge_embeddings_backward(p, nullptr);
+  expect_finite("rows' gradients", drows);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -148,6 +254,11 @@ int main(int count, char** arguments) {
   attention<Fp16, 32>(24, {9, 33, 70}, 70, true);
   modulated_norm<Bf16>(5, 264, 2);
   modulated_norm<Fp16>(3, 1040, 1);
+  concat_linear<Bf16>(70, 72);
+  concat_linear<Fp16>(20, 136);
+  concat_tokens<Bf16>(264);
+  concat_tokens<Fp16>(40);
+  merge_embeddings(1100, 16);
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

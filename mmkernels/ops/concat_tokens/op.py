@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._cuda import misaligned
+from mmkernels._cuda import misaligned, rows_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.concat_tokens import reference
 
@@ -59,6 +59,6 @@ concat_tokens_op = DifferentiableOp(
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,
     cpu=native_backend("concat_tokens", supports=_native_supports),
-    cuda=CudaKernels(_cuda_supports),
+    cuda=CudaKernels(_cuda_supports, loses=lambda xs, *_: rows_lose(sum(x.numel() for x in xs))),
     triton=TritonKernels(_triton_supports),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._cuda import misaligned
+from mmkernels._cuda import misaligned, rows_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.modulated_norm import reference
 
@@ -35,6 +35,6 @@ modulated_norm_op = DifferentiableOp(
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
     cpu=native_backend("modulated_norm"),
-    cuda=CudaKernels(_cuda_supports),
+    cuda=CudaKernels(_cuda_supports, loses=lambda x, *_: rows_lose(x.numel())),
     triton=TritonKernels(_triton_supports),
 )

@@ -1,4 +1,4 @@
-"""The CUDA kernels of attention to few keys, in the emulator: cross_attention and joint_attention."""
+"""The CUDA kernels of attention to few keys: cross_attention and joint_attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
+from cuda_cases import each_half, emulator_only, schedule, some_schedules, take_counts
 from fusion_cases import leaf
-from simt_cases import each_half, schedule, some_schedules, take_counts
 from torch import Tensor
 
 import mmkernels as mmk
@@ -34,16 +34,16 @@ def qkv(
 @each_half
 @some_schedules
 @pytest.mark.parametrize("dim", [24, 64, 96, 128, 256])
-def test_outputs_and_gradients_match_the_oracle(dim: int, dtype: torch.dtype, simt_backend: str) -> None:
+def test_outputs_and_gradients_match_the_oracle(dim: int, dtype: torch.dtype, cuda_backend: str) -> None:
     with poisoned_memory():
-        check_op(mmk.cross_attention, *qkv(dtype, dim=dim), backend=simt_backend, enable_gqa=True, return_lse=True)
+        check_op(mmk.cross_attention, *qkv(dtype, dim=dim), backend=cuda_backend, enable_gqa=True, return_lse=True)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (16, 16), (17, 15), (130, 200), (3, 512), (0, 5)])
-def test_lengths(queries: int, keys: int, simt_backend: str) -> None:
+def test_lengths(queries: int, keys: int, cuda_backend: str) -> None:
     inputs = qkv(batch=1, key_heads=2, queries=queries, keys=keys, dim=32)
     with poisoned_memory():
-        check_op(mmk.cross_attention, *inputs, backend=simt_backend, return_lse=True)
+        check_op(mmk.cross_attention, *inputs, backend=cuda_backend, return_lse=True)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -58,13 +58,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options(option: str, simt_backend: str) -> None:
+def test_options(option: str, cuda_backend: str) -> None:
     with poisoned_memory():
         options = OPTIONS[option]
-        check_op(mmk.cross_attention, *qkv(), backend=simt_backend, enable_gqa=True, return_lse=True, **options)
+        check_op(mmk.cross_attention, *qkv(), backend=cuda_backend, enable_gqa=True, return_lse=True, **options)
 
 
-def test_hidden_values_that_are_not_finite_reach_nobody(simt_backend: str) -> None:
+def test_hidden_values_that_are_not_finite_reach_nobody(cuda_backend: str) -> None:
     query, key, value = (x.detach() for x in qkv(key_heads=2))
     mask = torch.ones(70, 77, dtype=torch.bool)
     mask[:, 5] = False
@@ -79,7 +79,7 @@ def test_hidden_values_that_are_not_finite_reach_nobody(simt_backend: str) -> No
     assert rows[:, :, 3].all() and rows.sum() == rows[:, :, 3].numel()
 
 
-def test_what_is_padded_is_not_read(simt_backend: str) -> None:
+def test_what_is_padded_is_not_read(cuda_backend: str) -> None:
     query, key, value = qkv(key_heads=2)
     lengths = torch.tensor([40, 0])
     expected = mmk.cross_attention(query, key, value, key_lengths=lengths)
@@ -89,7 +89,7 @@ def test_what_is_padded_is_not_read(simt_backend: str) -> None:
     assert torch.equal(mmk.cross_attention(query, key, value, key_lengths=lengths), expected)
 
 
-def test_gradients_are_the_same_alone_in_any_memory_order_and_every_time(simt_backend: str) -> None:
+def test_gradients_are_the_same_alone_in_any_memory_order_and_every_time(cuda_backend: str) -> None:
     def function(*leaves: Tensor) -> Tensor:
         return mmk.cross_attention(*leaves)
 
@@ -106,23 +106,24 @@ def test_gradients_are_the_same_alone_in_any_memory_order_and_every_time(simt_ba
 
 @each_half
 @some_schedules
-def test_joint_attention(dtype: torch.dtype, simt_backend: str) -> None:
+def test_joint_attention(dtype: torch.dtype, cuda_backend: str) -> None:
     streams = [[leaf(2, 2, n, 32, dtype=dtype) for n in lengths] for lengths in ((33, 5), (7, 40, 0), (7, 40, 0))]
     bias = torch.randn(2, 2, 3)
     bias[0, 1, 1] = -torch.inf
     options = {"key_lengths": [None, torch.tensor([17, 40]), None], "stream_bias": bias.requires_grad_()}
     with poisoned_memory():
-        check_op(mmk.joint_attention, *streams, backend=simt_backend, **options)
+        check_op(mmk.joint_attention, *streams, backend=cuda_backend, **options)
 
 
-def test_joint_attention_of_absent_streams_and_one_bias_for_all_heads(simt_backend: str) -> None:
+def test_joint_attention_of_absent_streams_and_one_bias_for_all_heads(cuda_backend: str) -> None:
     streams = [[leaf(1, 4, n, 64, dtype=torch.float16) for n in (20, 200)] for _ in range(3)]
     bias = torch.tensor([[0.5, -torch.inf], [0.0, 1.0]], requires_grad=True)
-    check_op(mmk.joint_attention, *streams, backend=simt_backend, stream_bias=bias)
+    check_op(mmk.joint_attention, *streams, backend=cuda_backend, stream_bias=bias)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
-def test_matrix_loads_meet_no_bank_conflict(dim: int, simt_backend: str) -> None:
+@emulator_only
+def test_matrix_loads_meet_no_bank_conflict(dim: int, cuda_backend: str) -> None:
     query, key, value = qkv(dim=dim, key_heads=2, keys=80)
     take_counts()
     mmk.cross_attention(query, key, value).sum().backward()
@@ -131,7 +132,7 @@ def test_matrix_loads_meet_no_bank_conflict(dim: int, simt_backend: str) -> None
     assert counts["bank_conflicts"] == 0
 
 
-def test_what_is_declined_says_why(simt_backend: str) -> None:
+def test_what_is_declined_says_why(cuda_backend: str) -> None:
     def declined(match: str, *inputs: Tensor, **options: Any) -> None:
         with pytest.raises(mmk.UnsupportedError, match=match):
             mmk.cross_attention(*inputs, **options)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of modulated_norm, concat_tokens and merge_embeddings, in the emulator."""
+"""The CUDA kernels of modulated_norm, concat_tokens and merge_embeddings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
+from cuda_cases import each_half, some_schedules
 from fusion_cases import leaf
-from simt_cases import each_half, some_schedules
 from torch import Tensor
 
 import mmkernels as mmk
@@ -19,20 +19,20 @@ from mmkernels.testing import check_op, poisoned_memory, same_bits
 @some_schedules
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("features", [40, 264, 1040])
-def test_modulated_norm(features: int, norm: str | None, dtype: torch.dtype, simt_backend: str) -> None:
+def test_modulated_norm(features: int, norm: str | None, dtype: torch.dtype, cuda_backend: str) -> None:
     weights = {} if norm is None else {n: leaf(features, dtype=dtype) for n in ("norm_weight", "norm_bias")}
     for condition in ((2, features), (2, 9, features)):
         inputs = leaf(2, 9, features, dtype=dtype), leaf(*condition, dtype=dtype), leaf(2, features, dtype=dtype)
         with poisoned_memory():
-            check_op(mmk.modulated_norm, *inputs, backend=simt_backend, norm=norm, **weights)
+            check_op(mmk.modulated_norm, *inputs, backend=cuda_backend, norm=norm, **weights)
 
 
-def test_modulated_norm_of_many_tokens(simt_backend: str) -> None:
+def test_modulated_norm_of_many_tokens(cuda_backend: str) -> None:
     inputs = [leaf(3, 3000, 16, dtype=torch.bfloat16), *(leaf(3, 16, dtype=torch.bfloat16) for _ in range(2))]
-    check_op(mmk.modulated_norm, *inputs, backend=simt_backend)
+    check_op(mmk.modulated_norm, *inputs, backend=cuda_backend)
 
 
-def test_modulated_norms_gradients_are_the_same_alone_and_with_any_strides(simt_backend: str) -> None:
+def test_modulated_norms_gradients_are_the_same_alone_and_with_any_strides(cuda_backend: str) -> None:
     leaves = [leaf(2, 5, 24, dtype=torch.bfloat16), *(leaf(2, 24, dtype=torch.bfloat16) for _ in range(2))]
     contract.check_each_gradient_alone(mmk.modulated_norm, leaves)
     contract.check_threads_and_runs_agree(mmk.modulated_norm, leaves)
@@ -41,7 +41,7 @@ def test_modulated_norms_gradients_are_the_same_alone_and_with_any_strides(simt_
 
 
 @pytest.mark.parametrize("features", [37, 4104])
-def test_modulated_norm_declines_and_says_why(features: int, simt_backend: str) -> None:
+def test_modulated_norm_declines_and_says_why(features: int, cuda_backend: str) -> None:
     x, condition = torch.zeros(1, 2, features, dtype=torch.half), torch.zeros(1, features, dtype=torch.half)
     with pytest.raises(mmk.UnsupportedError, match=f"{features} features: its kernel takes multiples of 8 up to 4096"):
         mmk.modulated_norm(x, condition, condition)
@@ -68,12 +68,12 @@ def concat_options(xs: list[Tensor], *, types: bool, positions: str, norm: str |
 @pytest.mark.parametrize("norm", [None, "layer", "rms"])
 @pytest.mark.parametrize("types", [False, True])
 @pytest.mark.parametrize("positions", ["---", "x-x", "xxx"])
-def test_concat_tokens(positions: str, types: bool, norm: str | None, dtype: torch.dtype, simt_backend: str) -> None:
+def test_concat_tokens(positions: str, types: bool, norm: str | None, dtype: torch.dtype, cuda_backend: str) -> None:
     for batch, features in ((2, 40), (5, 264)):
         xs = [leaf(batch, length, features, dtype=dtype) for length in (3, 0, 5)]
         with poisoned_memory():
             options = concat_options(xs, types=types, positions=positions, norm=norm)
-            check_op(mmk.concat_tokens, xs, backend=simt_backend, **options)
+            check_op(mmk.concat_tokens, xs, backend=cuda_backend, **options)
 
 
 @each_half
@@ -93,30 +93,30 @@ def test_concat_tokens(positions: str, types: bool, norm: str | None, dtype: tor
     ],
 )
 def test_concat_tokens_of_all_sizes(
-    batch: int, lengths: tuple[int, ...], features: int, norm: str | None, dtype: torch.dtype, simt_backend: str
+    batch: int, lengths: tuple[int, ...], features: int, norm: str | None, dtype: torch.dtype, cuda_backend: str
 ) -> None:
     xs = [leaf(batch, length, features, dtype=dtype) for length in lengths]
     for positions in ("-" * len(xs), "x" * len(xs)):
         options = concat_options(xs, types=True, positions=positions, norm=norm)
         with poisoned_memory():
-            check_op(mmk.concat_tokens, xs, backend=simt_backend, **options)
+            check_op(mmk.concat_tokens, xs, backend=cuda_backend, **options)
 
 
 @each_half
 @pytest.mark.parametrize("norm", [None, "rms"])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_concat_tokens_into_another_dtype(
-    out_dtype: torch.dtype, norm: str | None, dtype: torch.dtype, simt_backend: str
+    out_dtype: torch.dtype, norm: str | None, dtype: torch.dtype, cuda_backend: str
 ) -> None:
     xs = [leaf(3, length, 40, dtype=dtype) for length in (3, 4)]
     options = concat_options(xs, types=True, positions="x-", norm=norm)
-    check_op(mmk.concat_tokens, xs, backend=simt_backend, out_dtype=out_dtype, **options)
+    check_op(mmk.concat_tokens, xs, backend=cuda_backend, out_dtype=out_dtype, **options)
 
 
 @each_half
 @pytest.mark.parametrize("features", [40, 4104])
 def test_concat_tokens_with_nothing_to_do_is_cat_bit_for_bit(
-    features: int, dtype: torch.dtype, simt_backend: str
+    features: int, dtype: torch.dtype, cuda_backend: str
 ) -> None:
     xs = [leaf(2, length, features, dtype=dtype).detach() for length in (3, 0, 2)]
     xs[0][0, 0, :3] = torch.tensor([-0.0, torch.inf, -torch.inf])
@@ -128,7 +128,7 @@ def test_concat_tokens_with_nothing_to_do_is_cat_bit_for_bit(
 
 
 @pytest.mark.parametrize("norm", [None, "layer"])
-def test_concat_tokens_gradients_are_the_same_alone_and_with_any_strides(norm: str | None, simt_backend: str) -> None:
+def test_concat_tokens_gradients_are_the_same_alone_and_with_any_strides(norm: str | None, cuda_backend: str) -> None:
     def function(x: Tensor, y: Tensor, types: Tensor, position: Tensor, *weights: Tensor) -> Tensor:
         options = dict(zip(("norm_weight", "norm_bias"), weights, strict=False))
         places = [None, position]
@@ -146,7 +146,7 @@ def test_concat_tokens_gradients_are_the_same_alone_and_with_any_strides(norm: s
     assert same_bits(torch.autograd.grad(function(*asked).sum(), asked), dense)  # an expanded gradient
 
 
-def test_concat_tokens_declines_and_says_why(simt_backend: str) -> None:
+def test_concat_tokens_declines_and_says_why(cuda_backend: str) -> None:
     def zeros(features: int) -> Tensor:
         return torch.zeros(1, 2, features, dtype=torch.half)
 
@@ -195,7 +195,7 @@ def mask_with(trues: int, batch: int, length: int) -> Tensor:
     ],
 )
 def test_merge_embeddings(
-    batch: int, length: int, features: int, counts: tuple[int, ...], dtype: torch.dtype, simt_backend: str
+    batch: int, length: int, features: int, counts: tuple[int, ...], dtype: torch.dtype, cuda_backend: str
 ) -> None:
     text, modals = leaf(batch, length, features, dtype=dtype), [leaf(n, features, dtype=dtype) for n in counts]
     check_merge(text, modals, mask_with(sum(counts), batch, length))
@@ -203,7 +203,7 @@ def test_merge_embeddings(
 
 @pytest.mark.parametrize("trues", [0, 1, 6, 11])
 @pytest.mark.parametrize(("batch", "length"), [(3, 7), (2, 2600)])
-def test_merge_embeddings_leaves_rows_unused(batch: int, length: int, trues: int, simt_backend: str) -> None:
+def test_merge_embeddings_leaves_rows_unused(batch: int, length: int, trues: int, cuda_backend: str) -> None:
     text, modals = (
         leaf(batch, length, 24, dtype=torch.bfloat16),
         [leaf(n, 24, dtype=torch.bfloat16) for n in (5, 0, 6, 200)],
@@ -212,7 +212,7 @@ def test_merge_embeddings_leaves_rows_unused(batch: int, length: int, trues: int
 
 
 @pytest.mark.parametrize("length", [7, 2600])
-def test_merge_embeddings_keeps_the_text_where_there_is_no_row(length: int, simt_backend: str) -> None:
+def test_merge_embeddings_keeps_the_text_where_there_is_no_row(length: int, cuda_backend: str) -> None:
     text, modal = leaf(2, length, 16, dtype=torch.float16), leaf(3, 16, dtype=torch.float16)
     mask = mask_with(9, 2, length)
     out = mmk.merge_embeddings(text, modal, mask, check=False)
@@ -225,7 +225,7 @@ def test_merge_embeddings_keeps_the_text_where_there_is_no_row(length: int, simt
     assert same_bits([of_text, of_modal], [grad.masked_fill(mask.unsqueeze(-1), 0), grad.view(-1, 16)[first]])
 
 
-def test_merge_embeddings_copies_any_bits(simt_backend: str) -> None:
+def test_merge_embeddings_copies_any_bits(cuda_backend: str) -> None:
     bits = torch.randint(-(2**15), 2**15, (2, 40, 24), dtype=torch.int16)
     text, modal, mask = bits[:1].view(torch.float16), bits[1].view(torch.float16), mask_with(40, 1, 40)
     out = mmk.merge_embeddings(text, modal, mask)
@@ -234,7 +234,7 @@ def test_merge_embeddings_copies_any_bits(simt_backend: str) -> None:
     assert torch.equal(out.view(torch.int16), bits[:1])
 
 
-def test_merge_embeddings_gradients_are_the_same_alone_and_with_any_strides(simt_backend: str) -> None:
+def test_merge_embeddings_gradients_are_the_same_alone_and_with_any_strides(cuda_backend: str) -> None:
     mask = mask_with(13, 3, 9)
 
     def function(text: Tensor, *modals: Tensor) -> Tensor:
@@ -255,13 +255,13 @@ def test_merge_embeddings_gradients_are_the_same_alone_and_with_any_strides(simt
     assert same_bits(torch.autograd.grad(function(*asked).sum(), asked), dense)  # an expanded gradient
 
 
-def test_merge_embeddings_checks_the_count(simt_backend: str) -> None:
+def test_merge_embeddings_checks_the_count(cuda_backend: str) -> None:
     text, modal = torch.zeros(1, 4, 8, dtype=torch.half), torch.zeros(2, 8, dtype=torch.half)
     with pytest.raises(ValueError, match="mask: expected 2 True positions, one for each row of modal; got 3"):
         mmk.merge_embeddings(text, modal, mask_with(3, 1, 4))
 
 
-def test_merge_embeddings_declines_and_says_why(simt_backend: str) -> None:
+def test_merge_embeddings_declines_and_says_why(cuda_backend: str) -> None:
     text, modal, mask = torch.zeros(1, 4, 41).half(), torch.zeros(2, 41).half(), mask_with(2, 1, 4)
     with pytest.raises(mmk.UnsupportedError, match="41 features: its kernel takes multiples of 8"):
         mmk.merge_embeddings(text, modal, mask)

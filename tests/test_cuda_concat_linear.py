@@ -1,4 +1,4 @@
-"""The CUDA kernels of concat_linear, in the emulator."""
+"""The CUDA kernels of concat_linear."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
+from cuda_cases import each_half, emulator_only, some_schedules, take_counts
 from fusion_cases import ACTIVATIONS, leaf, presence_patterns, spoiled
-from simt_cases import each_half, some_schedules, take_counts
 from torch import Tensor
 
 import mmkernels as mmk
@@ -37,47 +37,47 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 @each_half
 @some_schedules
 @pytest.mark.parametrize("rows", [0, 1, 70])
-def test_output_and_gradients(rows: int, dtype: torch.dtype, simt_backend: str) -> None:
+def test_output_and_gradients(rows: int, dtype: torch.dtype, cuda_backend: str) -> None:
     with poisoned_memory():
-        check_op(mmk.concat_linear, *inputs(rows, dtype=dtype), backend=simt_backend)
+        check_op(mmk.concat_linear, *inputs(rows, dtype=dtype), backend=cuda_backend)
 
 
 @each_half
-def test_several_tiles_each_way_with_everything(side: int, dtype: torch.dtype, simt_backend: str) -> None:
+def test_several_tiles_each_way_with_everything(side: int, dtype: torch.dtype, cuda_backend: str) -> None:
     xs, weight, bias = inputs(2 * side + 6, (side + 8, 0, 24), side + 40, dtype)
     presence = torch.rand(2 * side + 6, 3) > 0.4
     presence[side:, 2] = False
     options = {"gate": leaf(side + 40, dtype=dtype), "residual": leaf(2 * side + 6, side + 40, dtype=dtype)}
     with poisoned_memory():
         check_op(
-            mmk.concat_linear, xs, weight, bias, backend=simt_backend, activation="silu", presence=presence, **options
+            mmk.concat_linear, xs, weight, bias, backend=cuda_backend, activation="silu", presence=presence, **options
         )
 
 
-def test_sources_without_features_leave_the_bias(simt_backend: str) -> None:
-    check_op(mmk.concat_linear, *inputs(70, (0, 0), 24), backend=simt_backend, activation="gelu")
+def test_sources_without_features_leave_the_bias(cuda_backend: str) -> None:
+    check_op(mmk.concat_linear, *inputs(70, (0, 0), 24), backend=cuda_backend, activation="gelu")
     assert mmk.concat_linear([torch.zeros(2, 8, dtype=BF16)], torch.zeros(0, 8, dtype=BF16)).shape == (2, 0)
 
 
-def test_more_tiles_of_rows_than_run_together(simt_backend: str) -> None:
+def test_more_tiles_of_rows_than_run_together(cuda_backend: str) -> None:
     xs, weight, bias = inputs(64 * 9 + 1, (8,), 136)
-    check_op(mmk.concat_linear, xs, weight, bias, backend=simt_backend, activation="relu")
+    check_op(mmk.concat_linear, xs, weight, bias, backend=cuda_backend, activation="relu")
 
 
 @each_half
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_gate_and_residual(activation: str | None, dtype: torch.dtype, simt_backend: str) -> None:
+def test_activation_gate_and_residual(activation: str | None, dtype: torch.dtype, cuda_backend: str) -> None:
     tensors = inputs(35, (40, 8), 24, dtype)
-    check_op(mmk.concat_linear, *tensors, backend=simt_backend, activation=activation)
+    check_op(mmk.concat_linear, *tensors, backend=cuda_backend, activation=activation)
     for gate in (leaf(dtype=dtype), leaf(24, dtype=dtype)):
         options = {"gate": gate, "residual": leaf(35, 24, dtype=dtype)}
-        check_op(mmk.concat_linear, *tensors, backend=simt_backend, activation=activation, **options)
-    check_op(mmk.concat_linear, *tensors[:2], backend=simt_backend, activation=activation, gate=leaf(dtype=dtype))
+        check_op(mmk.concat_linear, *tensors, backend=cuda_backend, activation=activation, **options)
+    check_op(mmk.concat_linear, *tensors[:2], backend=cuda_backend, activation=activation, gate=leaf(dtype=dtype))
 
 
 @some_schedules
 @pytest.mark.parametrize("pattern", presence_patterns(70, 3))
-def test_what_is_absent_is_never_read_and_gets_no_gradient(pattern: str, simt_backend: str) -> None:
+def test_what_is_absent_is_never_read_and_gets_no_gradient(pattern: str, cuda_backend: str) -> None:
     presence = presence_patterns(70, 3)[pattern]
     xs, weight, bias = inputs(features=24)
     options: dict[str, Any] = {"activation": "gelu", "presence": presence}
@@ -90,10 +90,11 @@ def test_what_is_absent_is_never_read_and_gets_no_gradient(pattern: str, simt_ba
     assert same_bits(*results)
     for i, dx in enumerate(results[0][1:4]):
         assert not dx[~presence.expand(70, 3)[:, i]].any()
-    check_op(mmk.concat_linear, spoiled(xs, presence, 0.0), weight, bias, backend=simt_backend, **options)
+    check_op(mmk.concat_linear, spoiled(xs, presence, 0.0), weight, bias, backend=cuda_backend, **options)
 
 
-def test_a_source_that_no_row_of_a_block_has_costs_nothing(simt_backend: str) -> None:
+@emulator_only
+def test_a_source_that_no_row_of_a_block_has_costs_nothing(cuda_backend: str) -> None:
     xs, weight, bias = inputs(70, (64, 96), 64)
     presence = torch.ones(70, 2, dtype=torch.bool)
     presence[:64, 1] = False
@@ -110,7 +111,8 @@ def test_a_source_that_no_row_of_a_block_has_costs_nothing(simt_backend: str) ->
     assert products(torch.tensor([True, False])) == full - 2 * 96 // 16 * 32
 
 
-def test_the_weights_gradient_takes_only_the_rows_that_are_there(side: int, simt_backend: str) -> None:
+@emulator_only
+def test_the_weights_gradient_takes_only_the_rows_that_are_there(side: int, cuda_backend: str) -> None:
     """Over three listings of rows, the middle one empty."""
     from mmkernels import _cuda
 
@@ -130,12 +132,13 @@ def test_the_weights_gradient_takes_only_the_rows_that_are_there(side: int, simt
     torch.testing.assert_close(dweight.double(), expected, rtol=2**-8, atol=1e-4)
 
 
-def test_shares_of_rows_add_up(simt_backend: str) -> None:
+def test_shares_of_rows_add_up(cuda_backend: str) -> None:
     xs, weight, bias = inputs(1100, (24,), 16)
-    check_op(mmk.concat_linear, xs, weight, bias, backend=simt_backend, presence=torch.rand(1100, 1) > 0.3)
+    check_op(mmk.concat_linear, xs, weight, bias, backend=cuda_backend, presence=torch.rand(1100, 1) > 0.3)
 
 
-def test_the_products_have_no_bank_conflicts(side: int, simt_backend: str) -> None:
+@emulator_only
+def test_the_products_have_no_bank_conflicts(side: int, cuda_backend: str) -> None:
     xs, weight, bias = inputs(side + 6, (72, 40), side + 8)
     take_counts()
     y = mmk.concat_linear(xs, weight, bias, presence=torch.rand(side + 6, 2) > 0.3)
@@ -145,7 +148,7 @@ def test_the_products_have_no_bank_conflicts(side: int, simt_backend: str) -> No
 
 
 @pytest.mark.parametrize("present", [False, True])
-def test_gradients_are_the_same_alone_and_every_time(present: bool, simt_backend: str) -> None:
+def test_gradients_are_the_same_alone_and_every_time(present: bool, cuda_backend: str) -> None:
     presence = torch.rand(35, 2) > 0.3 if present else None
 
     def function(*leaves: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ def test_gradients_are_the_same_alone_and_every_time(present: bool, simt_backend
     contract.check_threads_and_runs_agree(function, leaves)
 
 
-def test_any_leading_dims_and_strides(simt_backend: str) -> None:
+def test_any_leading_dims_and_strides(cuda_backend: str) -> None:
     xs, weight, bias = inputs(70)
     wide = torch.cat([x.detach() for x in xs], -1)
     weights = torch.cat([weight.detach(), weight.detach()], 1)[:, 120:]
@@ -191,13 +194,13 @@ DECLINED: dict[str, tuple[list[Tensor], Tensor, dict[str, Tensor]]] = {
 
 
 @pytest.mark.parametrize("reason", DECLINED)
-def test_declines_and_says_why(reason: str, simt_backend: str) -> None:
+def test_declines_and_says_why(reason: str, cuda_backend: str) -> None:
     xs, weight, options = DECLINED[reason]
     with pytest.raises(mmk.UnsupportedError, match=reason):
         mmk.concat_linear(xs, weight, **options)
 
 
-def test_a_scalar_gate_may_lie_anywhere(simt_backend: str) -> None:
+def test_a_scalar_gate_may_lie_anywhere(cuda_backend: str) -> None:
     gate = torch.ones(3, dtype=BF16)[1]
     x, weight = torch.ones(2, 8, dtype=BF16), torch.ones(8, 8, dtype=BF16)
     assert torch.equal(mmk.concat_linear([x], weight, gate=gate), torch.full((2, 8), 6.09375, dtype=BF16))

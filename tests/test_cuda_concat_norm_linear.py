@@ -1,4 +1,4 @@
-"""The CUDA kernels of concat_norm_linear, in the emulator."""
+"""The CUDA kernels of concat_norm_linear."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
+from cuda_cases import each_half, emulator_only, some_schedules, take_counts
 from fusion_cases import ACTIVATIONS, leaf
-from simt_cases import each_half, some_schedules, take_counts
 from torch import Tensor
 
 import mmkernels as mmk
@@ -45,43 +45,43 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
 @each_norm
 @some_schedules
 @pytest.mark.parametrize("rows", [0, 1, 70])
-def test_output_and_gradients(rows: int, norm: str, dtype: torch.dtype, simt_backend: str) -> None:
+def test_output_and_gradients(rows: int, norm: str, dtype: torch.dtype, cuda_backend: str) -> None:
     with poisoned_memory():
-        check_op(mmk.concat_norm_linear, *inputs(rows, dtype=dtype), backend=simt_backend, norm=norm)
+        check_op(mmk.concat_norm_linear, *inputs(rows, dtype=dtype), backend=cuda_backend, norm=norm)
 
 
 @each_half
 @each_norm
-def test_several_tiles_each_way(side: int, norm: str, dtype: torch.dtype, simt_backend: str) -> None:
+def test_several_tiles_each_way(side: int, norm: str, dtype: torch.dtype, cuda_backend: str) -> None:
     tensors = inputs(2 * side + 6, (side + 8, 0, 24), side + 40, dtype)
     with poisoned_memory():
-        check_op(mmk.concat_norm_linear, *tensors, backend=simt_backend, norm=norm, activation="gelu")
+        check_op(mmk.concat_norm_linear, *tensors, backend=cuda_backend, norm=norm, activation="gelu")
 
 
 @each_half
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_biases(activation: str | None, dtype: torch.dtype, simt_backend: str) -> None:
+def test_activations_and_biases(activation: str | None, dtype: torch.dtype, cuda_backend: str) -> None:
     xs, g, h, weight, bias = inputs(35, (40, 8), 24, dtype)
     for norm in ("layer", "rms"):
         for norm_bias, linear_bias in ((h, bias), (None, bias), (h, None)):
             options: dict[str, Any] = {"norm": norm, "activation": activation}
-            check_op(mmk.concat_norm_linear, xs, g, norm_bias, weight, linear_bias, backend=simt_backend, **options)
+            check_op(mmk.concat_norm_linear, xs, g, norm_bias, weight, linear_bias, backend=cuda_backend, **options)
 
 
 @each_half
 @each_norm
 @pytest.mark.parametrize("rows", [5, 4100])
 def test_a_mean_of_a_thousand_deviations_loses_nothing(
-    rows: int, norm: str, dtype: torch.dtype, simt_backend: str
+    rows: int, norm: str, dtype: torch.dtype, cuda_backend: str
 ) -> None:
     """A row by several warps, or one of many by one."""
     widths = (1040, 264) if rows == 5 else (40, 8)
     tensors = inputs(rows, widths, 8, dtype, mean=1e3)
-    check_op(mmk.concat_norm_linear, *tensors, backend=simt_backend, norm=norm)
+    check_op(mmk.concat_norm_linear, *tensors, backend=cuda_backend, norm=norm)
 
 
 @each_norm
-def test_saved_statistics(norm: str, simt_backend: str) -> None:
+def test_saved_statistics(norm: str, cuda_backend: str) -> None:
     xs, g, h, weight, bias = inputs(9, (40, 1032), 8, mean=5.0)
     xs = [x.detach() for x in xs]
     arguments = (xs, g.detach(), h.detach(), weight.detach(), bias.detach(), norm, 1e-5, "gelu")
@@ -94,7 +94,8 @@ def test_saved_statistics(norm: str, simt_backend: str) -> None:
     assert torch.ops.mmkernels.concat_norm_linear(*arguments, False)[2].numel() == 0
 
 
-def test_the_product_has_no_bank_conflicts(side: int, simt_backend: str) -> None:
+@emulator_only
+def test_the_product_has_no_bank_conflicts(side: int, cuda_backend: str) -> None:
     take_counts()
     with torch.no_grad():
         mmk.concat_norm_linear(*inputs(side + 6, (72, 40), side + 8))
@@ -104,7 +105,7 @@ def test_the_product_has_no_bank_conflicts(side: int, simt_backend: str) -> None
 
 
 @each_norm
-def test_gradients_are_the_same_alone_and_every_time(norm: str, simt_backend: str) -> None:
+def test_gradients_are_the_same_alone_and_every_time(norm: str, cuda_backend: str) -> None:
     def function(*leaves: Tensor) -> Tensor:
         options: dict[str, Any] = {"norm": norm, "activation": "silu"}
         return mmk.concat_norm_linear(leaves[:2], *leaves[2:], **options)
@@ -114,7 +115,7 @@ def test_gradients_are_the_same_alone_and_every_time(norm: str, simt_backend: st
     contract.check_threads_and_runs_agree(function, [*xs, *parameters])
 
 
-def test_any_leading_dims_and_strides(simt_backend: str) -> None:
+def test_any_leading_dims_and_strides(cuda_backend: str) -> None:
     xs, g, h, weight, bias = inputs(70)
     wide = torch.cat([x.detach() for x in xs], -1)
     with torch.no_grad():
@@ -138,7 +139,7 @@ DECLINED: dict[str, tuple[list[Tensor], Tensor, Tensor]] = {
 
 
 @pytest.mark.parametrize("reason", DECLINED)
-def test_declines_and_says_why(reason: str, simt_backend: str) -> None:
+def test_declines_and_says_why(reason: str, cuda_backend: str) -> None:
     xs, norm_weight, weight = DECLINED[reason]
     with pytest.raises(mmk.UnsupportedError, match=reason):
         mmk.concat_norm_linear(xs, norm_weight, None, weight)
