@@ -18,7 +18,7 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench test build fuzz interpret kernels sanitize gpu lint types format clean
+.PHONY: help bench test build fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one)'
@@ -26,7 +26,8 @@ help:
 	@echo 'make build     set up .venv and compile what changed'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
 	@echo 'make interpret run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
-	@echo 'make kernels   compile the Triton kernels for GPUs that need not be here and write docs/kernels.md'
+	@echo 'make simt      run them on the CUDA kernels in their emulator (ARGS likewise)'
+	@echo 'make kernels   compile the kernels for GPUs that need not be here and write docs/kernels.md'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
 	@echo 'make gpu       test and benchmark on a machine with a GPU; writes docs/gpu/<card>.md'
 	@echo 'make lint      check style; make format repairs it'
@@ -49,6 +50,10 @@ fuzz: build
 
 interpret: export MMKERNELS_BACKEND = triton
 interpret: build
+	$(PYTEST) -n 2 $(or $(ARGS),tests)
+
+simt: export MMKERNELS_BACKEND = simt
+simt: build
 	$(PYTEST) -n 2 $(or $(ARGS),tests)
 
 kernels: build
