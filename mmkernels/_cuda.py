@@ -79,13 +79,28 @@ def simt_status() -> str | None:
 
 
 @functools.cache
-def _device_reason(device: torch.device) -> str | None:
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of anything else."""
     if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _device_reason(device: torch.device) -> str | None:
+    capability = _capability(device)
+    if capability == (0, 0):
         return inputs_are_on(device)
-    capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         return f"{device} has compute capability {'.'.join(map(str, capability))}, and 8.0 is the least"
     return None
+
+
+def has_warpgroup_products(device: torch.device) -> bool:
+    """Whether the GPU multiplies at twice the rate of mma.sync by instructions that these kernels do not use: Hopper and
+    Blackwell of data centres.
+    """
+    return (9, 0) <= _capability(device) < (12, 0)
 
 
 def _why_not_here(library: Library, tensor: Tensor) -> str | None:
@@ -164,11 +179,9 @@ def rows_lose(elements: int) -> str | None:
 
 
 def products_lose(rows: int, features: int, tensor: Tensor) -> str | None:
-    """Why another kernel multiplies faster: Hopper's own instructions, which fill it from so many tiles on, have twice
-    the rate of those that these kernels use.
-    """
+    """Why another kernel multiplies faster: with a tile for every multiprocessor, Hopper's own instructions decide."""
     tiles = -(-rows // 128) * -(-features // 128)
-    if tensor.is_cuda and tiles >= 132 and torch.cuda.get_device_capability(tensor.device) >= (9, 0):
+    if tiles >= 132 and has_warpgroup_products(tensor.device):
         return f"{rows} x {features} is a product for the matrix instructions of its compute capability"
     return None
 

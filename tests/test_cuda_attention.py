@@ -140,6 +140,7 @@ def test_what_is_declined_says_why(cuda_backend: str) -> None:
     inputs = qkv(key_heads=2)
     declined("no window, causal mask, softcap or dropout", *inputs, is_causal=True)
     declined("no window, causal mask, softcap or dropout", *inputs, dropout_p=0.5)
+    declined("batch 65536 and 2 heads: the blocks", *(x[:1].expand(65536, -1, -1, -1) for x in inputs))
     declined("513 keys: its kernel takes 1 to 512", *qkv(key_heads=2, keys=513))
     declined("head dims 20 and 20: its kernel takes one multiple of 8", *qkv(key_heads=2, dim=20))
     declined("bytes of shared memory, more than", *qkv(key_heads=2, keys=512, dim=128))

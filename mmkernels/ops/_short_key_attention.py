@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._cuda import Library, aligned, misaligned, shared_memory
+from mmkernels._cuda import Library, aligned, has_warpgroup_products, misaligned, shared_memory
 
 _STEP = 16  # of keys
 _WARPS = 4  # of a block of the forward and of dQ
 _TILE = 32  # queries that pass through the shared memory of a block of dK and dV
 _MOST_KEYS = 512
+_MOST_BLOCKS = 65535  # along the second and third dim of a grid
 _BLOCKS = 1056  # eight for each multiprocessor of a large GPU
 _SUMMING_BLOCKS = 264  # two, as many as are there at a time: each share of the queries has sums to write and to add up
 
@@ -65,6 +66,9 @@ def declines(queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence
     dim, value_dim, total = queries[0].shape[3], values[0].shape[3], sum(k.shape[2] for k in keys)
     if dim != value_dim or dim % 8 or not 8 <= dim <= 256:
         return f"head dims {dim} and {value_dim}: its kernel takes one multiple of 8 up to 256"
+    batch, heads = queries[0].shape[:2]
+    if max(batch, heads * _ceil_div(total, 64)) > _MOST_BLOCKS:
+        return f"batch {batch} and {heads} heads: the blocks of its kernels go up to {_MOST_BLOCKS} in these dims"
     if not 0 < total <= _MOST_KEYS:
         return f"{total} keys: its kernel takes 1 to {_MOST_KEYS}"
     needed, present = _shared_bytes(dim, total, backward), shared_memory(queries[0].device)
@@ -86,7 +90,7 @@ def loses(keys: Sequence[Tensor]) -> str | None:
     Reading Q and writing O take as long as 163 keys on an H100 (3.0 TB/s, some 490 TFLOP/s by mma.sync).
     """
     total = sum(k.shape[2] for k in keys)
-    if total > 192 and keys[0].is_cuda and torch.cuda.get_device_capability(keys[0].device) >= (9, 0):
+    if total > 192 and has_warpgroup_products(keys[0].device):
         return f"{total} keys are more than the 192 up to which it is the faster"
     return None
 
