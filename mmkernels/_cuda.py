@@ -97,9 +97,7 @@ def _device_reason(device: torch.device) -> str | None:
 
 
 def has_warpgroup_products(device: torch.device) -> bool:
-    """Whether the GPU multiplies at twice the rate of mma.sync by instructions that these kernels do not use: Hopper and
-    Blackwell of data centres.
-    """
+    """Whether the GPU, of a data centre, multiplies at twice the rate of mma.sync by instructions of its own."""
     return (9, 0) <= _capability(device) < (12, 0)
 
 
