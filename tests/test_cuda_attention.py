@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attention_cases
 import op_contract as contract
 import pytest
 import torch
@@ -15,20 +16,9 @@ import mmkernels as mmk
 from mmkernels.testing import check_op, poisoned_memory
 
 
-def qkv(
-    dtype: torch.dtype = torch.bfloat16,
-    batch: int = 2,
-    heads: int = 2,
-    key_heads: int = 1,
-    queries: int = 70,
-    keys: int = 77,
-    dim: int = 64,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        leaf(batch, heads, queries, dim, dtype=dtype),
-        leaf(batch, key_heads, keys, dim, dtype=dtype),
-        leaf(batch, key_heads, keys, dim, dtype=dtype),
-    )
+def qkv(dtype: torch.dtype = torch.bfloat16, *, dim: int = 64, **sizes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values have the head dim of keys."""
+    return attention_cases.qkv(dtype, dim=dim, value_dim=dim, **sizes)
 
 
 @each_half
@@ -64,19 +54,9 @@ def test_options(option: str, cuda_backend: str) -> None:
         check_op(mmk.cross_attention, *qkv(), backend=cuda_backend, enable_gqa=True, return_lse=True, **options)
 
 
-def test_hidden_values_that_are_not_finite_reach_nobody(cuda_backend: str) -> None:
-    query, key, value = (x.detach() for x in qkv(key_heads=2))
-    mask = torch.ones(70, 77, dtype=torch.bool)
-    mask[:, 5] = False
-    expected = mmk.cross_attention(query, key, value, attn_mask=mask)
-    key[:, :, 5], value[:, :, 5] = torch.nan, torch.inf
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    out = mmk.cross_attention(*leaves, attn_mask=mask)
-    assert torch.equal(out, expected)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
-    mask[3, 5] = True
-    rows = mmk.cross_attention(query, key, value, attn_mask=mask).isnan().any(-1)
-    assert rows[:, :, 3].all() and rows.sum() == rows[:, :, 3].numel()
+@each_half
+def test_hidden_values_that_are_not_finite_reach_nobody(dtype: torch.dtype, cuda_backend: str) -> None:
+    attention_cases.check_hidden_values_reach_nobody(dtype)
 
 
 def test_what_is_padded_is_not_read(cuda_backend: str) -> None:

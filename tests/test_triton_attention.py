@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from agreement import agree
+from attention_cases import check_hidden_values_reach_nobody, qkv
 from fusion_cases import each_dtype, leaf
 from torch import Tensor
 
@@ -16,23 +17,6 @@ from mmkernels.testing import check_op, poisoned_memory
 
 if _triton.absent() is None:
     from mmkernels.triton import attention_forward, attention_forward_tma
-
-
-def qkv(
-    dtype: torch.dtype = torch.float32,
-    batch: int = 2,
-    heads: int = 2,
-    key_heads: int = 1,
-    queries: int = 70,
-    keys: int = 77,
-    dim: int = 24,
-    value_dim: int = 40,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        leaf(batch, heads, queries, dim, dtype=dtype),
-        leaf(batch, key_heads, keys, dim, dtype=dtype),
-        leaf(batch, key_heads, keys, value_dim, dtype=dtype),
-    )
 
 
 @each_dtype
@@ -80,18 +64,7 @@ def test_queries_that_share_a_key_head(queries: int, triton_backend: str) -> Non
 
 
 def test_hidden_values_that_are_not_finite_reach_nobody(triton_backend: str) -> None:
-    query, key, value = (x.detach() for x in qkv(key_heads=2))
-    mask = torch.ones(70, 77, dtype=torch.bool)
-    mask[:, 5] = False
-    expected = mmk.cross_attention(query, key, value, attn_mask=mask)
-    key[:, :, 5], value[:, :, 5] = torch.nan, torch.inf
-    leaves = [x.requires_grad_() for x in (query, key, value)]
-    out = mmk.cross_attention(*leaves, attn_mask=mask)
-    assert agree([out.detach()], [expected])
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), leaves))
-    mask[3, 5] = True
-    rows = mmk.cross_attention(query, key, value, attn_mask=mask).isnan().any(-1)
-    assert rows[:, :, 3].all() and rows.sum() == rows[:, :, 3].numel()
+    check_hidden_values_reach_nobody(torch.float32)
 
 
 def test_memory_orders_and_single_gradients_give_the_same_bits(triton_backend: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops import _checks as checks
 
-NORMS = (None, "layer", "rms")
+NORMS = (None, "layer", "rms")  # in the order of Norm of csrc/cuda/rows.cuh
 
 
 def normalize(x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
+from mmkernels.ops._fusion_checks import ACTIVATIONS
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear.op import keeps_output, needs_preactivation
 
-ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "tanh": 5, "sigmoid": 6}
 _BLOCKS = 264  # two for each multiprocessor of a large GPU
 _STEP = 32  # rows that dW adds at a time, as kDepth of product_cuda.cuh
+
+
+def activation_number(activation: str | None) -> int:
+    """Its number among those of csrc/cpu/activation_kind.h."""
+    return 0 if activation is None else 1 + ACTIVATIONS.index(activation)
 
 
 def tile(rows: int, columns: int) -> int:
@@ -53,7 +58,7 @@ def forward(
         rows = sources[0].shape[0]
         kernels(
             "concat_linear_fwd",
-            *(weight, sources, bias, ACTIVATIONS[activation], _flags(presence)),
+            *(weight, sources, bias, activation_number(activation), _flags(presence)),
             *(None if residual is None else as_rows(residual), gate, tile(rows, features), z if keeps else None, y),
         )
     return y, z
@@ -116,7 +121,7 @@ def preactivation_gradients(
         for wanted in (of_bias, of_gate)
     )
     if dy.numel() and (dbias is not None or dgate is not None or dz is not dy):
-        arguments = (dy, None if kept is None else aligned(kept), gate, ACTIVATIONS[activation], from_output, run)
+        arguments = (dy, None if kept is None else aligned(kept), gate, activation_number(activation), from_output, run)
         kernels("concat_linear_dz", *arguments, None if dz is dy else dz, dbias, dgate)
     if dbias is not None:
         dbias = dbias.sum(0).to(dy.dtype)

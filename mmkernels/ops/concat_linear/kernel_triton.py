@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear.tma_triton import forward_by_descriptors, pays
 from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target, tiles
@@ -224,11 +225,6 @@ def _config(x: Tensor, rows: int, columns: int) -> Config:
     return Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64}, 4, 3)
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    """[*, K] as [rows, K], a view where its strides allow one."""
-    return x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty((x.shape[:-1].numel(), 0))
-
-
 def _flags(presence: Tensor | None, count: int) -> tuple[tuple[Tensor | None, ...], int]:
     """The flags of each source, and their stride from row to row."""
     if presence is None:
@@ -257,10 +253,10 @@ def forward(
     y = weight.new_empty((*xs[0].shape[:-1], features))
     keeps = training and needs_preactivation(xs, weight, bias, activation, presence, residual, gate)
     z = y.new_empty(y.shape if keeps else 0)
-    sources = [_as_rows(x) for x in xs]
+    sources = [as_rows(x) for x in xs]
     rows = sources[0].shape[0]
     flags, flag_stride = _flags(presence, len(xs))
-    flat_residual = None if residual is None else _as_rows(residual)
+    flat_residual = None if residual is None else as_rows(residual)
     if presence is None and pays(sources, weight):
         kept = z if keeps else None
         forward_by_descriptors(sources, weight, bias, activation, flat_residual, gate, _gate_stride(gate), kept, y)
@@ -296,7 +292,7 @@ def backward(
 
     count = len(xs)
     of_xs, (of_weight, of_bias, _, of_residual, of_gate) = needed[:count], needed[count:]
-    dy = _as_rows(grads[0])
+    dy = as_rows(grads[0])
     kept = None
     if activation is not None or gate is not None:
         kept = saved[0]
@@ -307,7 +303,7 @@ def backward(
     dweight = weight.new_empty(weight.shape) if of_weight else None
     dxs, column = [], 0
     for x, flag, of_x in zip(xs, flags, of_xs, strict=True):
-        source = _as_rows(x)
+        source = as_rows(x)
         columns = slice(column, column + source.shape[1])
         column = columns.stop
         dxs.append(_dx(dz, weight[:, columns], flag, flag_stride, x) if of_x else weight.new_empty(0))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels._cuda import Library
 from mmkernels.ops._rows import as_rows
-from mmkernels.ops.concat_linear.kernel_cuda import ACTIVATIONS, preactivation_gradients, rows_of_run, tile
+from mmkernels.ops.concat_linear.kernel_cuda import activation_number, preactivation_gradients, rows_of_run, tile
 
 
 def forward(
@@ -34,7 +34,7 @@ def forward(
     if rows:
         kernels(
             "concat_norm_linear_fwd",
-            *(weight, sources, norm_weight, norm_bias, bias, norm == "layer", eps, ACTIVATIONS[activation]),
+            *(weight, sources, norm_weight, norm_bias, bias, norm == "layer", eps, activation_number(activation)),
             *(tile(rows, features), statistics, z if keeps else None, y),
         )
     return y, z, statistics if training else statistics.new_empty(0)

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.concat_linear.kernel_triton import _as_rows, _config, _dz
+from mmkernels.ops._rows import as_rows
+from mmkernels.ops.concat_linear.kernel_triton import _config, _dz
 from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 
@@ -246,7 +247,7 @@ def forward(
     y = weight.new_empty((*xs[0].shape[:-1], features))
     keeps = training and activation is not None
     z = y.new_empty(y.shape if keeps else 0)
-    sources = [_as_rows(x) for x in xs]
+    sources = [as_rows(x) for x in xs]
     rows = sources[0].shape[0]
     statistics = y.new_empty((rows, 2), dtype=torch.float32)
     _launch_rows(_statistics, sources, statistics, rows, width, float(eps), NORM=norm)
@@ -282,8 +283,8 @@ def backward(
     *kept, statistics = saved  # kept: the output and nothing without an activation, else z
     wants_a = any(of_xs) or of_norm_weight or of_norm_bias
     z = None if activation is None else kept[0]
-    dz, dbias, _ = _dz(_as_rows(grads[0]), z, None, activation, False, wants_a or of_weight, of_bias, False)
-    sources = [_as_rows(x) for x in xs]
+    dz, dbias, _ = _dz(as_rows(grads[0]), z, None, activation, False, wants_a or of_weight, of_bias, False)
+    sources = [as_rows(x) for x in xs]
     rows, width = dz.shape[0], weight.shape[1]
     a = dz @ weight if wants_a else None
     means = statistics.new_empty((rows, 2)) if any(of_xs) else None

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
+from mmkernels.ops._norm import NORMS
 
-_NORMS = {None: 0, "layer": 1, "rms": 2}
 _FORWARD_TEAMS = 16384  # a few rows each, so that no multiprocessor waits long for the last
 _BACKWARD_TEAMS = 2048  # several at a time for every multiprocessor of a large GPU, and few sums for torch to add up
 
@@ -39,7 +39,15 @@ def forward(
     batch, _, features = xs[0].shape
     out = xs[0].new_empty((batch, sum(x.shape[1] for x in xs), features), dtype=out_dtype)
     if out.numel():
-        arguments = (xs, type_embedding, position_embeddings, position_sources, _NORMS[norm], norm_weight, norm_bias)
+        arguments = (
+            xs,
+            type_embedding,
+            position_embeddings,
+            position_sources,
+            NORMS.index(norm),
+            norm_weight,
+            norm_bias,
+        )
         kernels("concat_tokens_fwd", out, *arguments, eps, *_split(xs, _FORWARD_TEAMS, 1))
     return out
 
@@ -83,7 +91,15 @@ def backward(
     dpositions = [of_position(n, p) for n, p in zip(needs_position, position_embeddings, strict=True)]
     dtypes, dweight, dbias = map(sums, (needs_type, needs_weight, needs_bias))
     if g.numel():
-        arguments = (xs, type_embedding, position_embeddings, position_sources, _NORMS[norm], norm_weight, norm_bias)
+        arguments = (
+            xs,
+            type_embedding,
+            position_embeddings,
+            position_sources,
+            NORMS.index(norm),
+            norm_weight,
+            norm_bias,
+        )
         outputs = (dxs, dpositions, dtypes, dweight, dbias)
         kernels("concat_tokens_bwd", aligned(g), *arguments, eps, run, share, *outputs)
     dtypes = None if dtypes is None else torch.stack([t.sum((0, 1)) for t in dtypes.split(teams, 1)])

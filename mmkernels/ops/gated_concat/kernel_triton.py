@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear import kernel_triton as linear
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 
@@ -158,7 +159,7 @@ def _input_gradient(
 
 
 def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
-    xs = linear._as_rows(x), linear._as_rows(y)
+    xs = as_rows(x), as_rows(y)
     (rows, x_width), y_width, gates = xs[0].shape, xs[1].shape[1], weight.shape[0]
     gate = linear.forward([x, y], weight, bias, "sigmoid", None, None, None, False)[0].view(rows, gates)
     out = x.new_empty((*x.shape[:-1], x_width + y_width + 1))
@@ -184,8 +185,8 @@ def backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     of_x, of_y, of_weight, of_bias = needed
-    (gate,), dout = saved, linear._as_rows(grads[0])
-    xs = linear._as_rows(x), linear._as_rows(y)
+    (gate,), dout = saved, as_rows(grads[0])
+    xs = as_rows(x), as_rows(y)
     (rows, x_width), y_width, gates = xs[0].shape, xs[1].shape[1], weight.shape[0]
     last = x_width + y_width
     config = Config({"BLOCK_M": 32, "BLOCK_N": 64})

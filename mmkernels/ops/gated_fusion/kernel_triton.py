@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear import kernel_triton as linear
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 
@@ -248,7 +249,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     count, features, gates = len(xs), value_weights[0].shape[0], gate_weight.shape[0]
     y = gate_weight.new_empty((*xs[0].shape[:-1], features))
-    sources = [linear._as_rows(x) for x in xs]
+    sources = [as_rows(x) for x in xs]
     rows = sources[0].shape[0]
     values, logits = y.new_empty((rows, count * features)), y.new_empty((rows, gates))
     weights = y.new_empty(values.shape if training else 0)
@@ -280,7 +281,7 @@ def backward(
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    (values, weights), dy = saved, linear._as_rows(grads[0])
+    (values, weights), dy = saved, as_rows(grads[0])
     count, (rows, features), gates = len(xs), dy.shape, gate_weight.shape[0]
     of_xs, of_weights = needed[:count], needed[count : 2 * count]
     *of_biases, of_gate_weight, of_gate_bias, _ = needed[2 * count :]
@@ -301,7 +302,7 @@ def backward(
     dgate_weight = gate_weight.new_empty(gate_weight.shape if of_gate_weight else 0)
     dxs, dweights, column = [], [], 0
     for i, x in enumerate(xs):
-        source = linear._as_rows(x)
+        source = as_rows(x)
         columns = slice(column, column + source.shape[1])
         column = columns.stop
         dxs.append(x.new_empty(x.shape if of_xs[i] else 0))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
+from mmkernels.ops._norm import NORMS
 
-_NORMS = {None: 0, "layer": 1, "rms": 2}
 _FORWARD_TEAMS = 8192  # that no multiprocessor waits long for the last
 _BACKWARD_TEAMS = 1056  # eight for each multiprocessor of a large GPU, and few sums to write and to add up
 
@@ -33,7 +33,7 @@ def forward(
 ) -> Tensor:
     y = x.new_empty(x.shape)
     if x.numel():
-        kernels("modulated_norm_fwd", x, shift, scale, weight, bias, _NORMS[norm], eps, _run(x, _FORWARD_TEAMS), y)
+        kernels("modulated_norm_fwd", x, shift, scale, weight, bias, NORMS.index(norm), eps, _run(x, _FORWARD_TEAMS), y)
     return y
 
 
@@ -65,7 +65,7 @@ def backward(
     dweight, dbias = fresh(3, True), fresh(4, True)
     if x.numel():
         outputs = (dx, dshift, dscale, dweight, dbias)
-        arguments = (x, shift, scale, weight, bias, _NORMS[norm], eps, run)
+        arguments = (x, shift, scale, weight, bias, NORMS.index(norm), eps, run)
         kernels("modulated_norm_bwd", aligned(grads[0]), *arguments, *outputs)
     if not per_token:
         dshift, dscale = (None if t is None else t.sum(1, keepdim=True).to(x.dtype) for t in (dshift, dscale))
