@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from pool_cases import POOLS, Sizes, sources
 from test_concat_fusion_fuzz import arranged
@@ -15,17 +15,8 @@ from torch import Tensor
 
 from mmkernels.testing import check_op
 
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
-
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(100)
 @given(st.data(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(data: st.DataObject, implementation: Any) -> None:
     draw = data.draw

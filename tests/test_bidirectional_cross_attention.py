@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from typing import Any
 
@@ -13,7 +12,8 @@ from agreement import agree
 from conftest import FUZZED, use_implementation
 from environment import DEVICE, HERE
 from fusion_cases import allocations, each_dtype, few_dtypes, leaf
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from op_contract import (
     check_checkpoint,
@@ -32,8 +32,6 @@ from torch import Tensor
 import mmkernels as mmk
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.testing import check_op, same_bits
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 
 def make(
@@ -265,14 +263,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     return leaves, options
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(100)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Tensor], dict[str, Any]], implementation: Any) -> None:
     leaves, options = call

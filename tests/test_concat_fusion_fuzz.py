@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
 from fusion_cases import ACTIVATIONS
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.testing import check_op
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 Call = tuple[Callable[..., Tensor], list[Any], dict[str, Any]]
 
@@ -85,14 +83,7 @@ def calls(draw: st.DrawFn) -> Call:
     return mmk.gated_concat, [*xs, random(gates, width, gain=gain), optional(gates)], {}
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(100)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: Call, implementation: Any) -> None:
     function, inputs, options = call

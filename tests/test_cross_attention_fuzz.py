@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.testing import check_op
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "300"))
 
 small, length, features = st.integers(1, 3), st.integers(0, 140), st.integers(1, 70)
 
@@ -74,14 +72,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     return inputs, options
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(300)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Tensor], dict[str, Any]], implementation: Any) -> None:
     inputs, options = call

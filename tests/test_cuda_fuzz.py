@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 from conftest import CUDA, CUDA_ABSENT, use_implementation
 from cuda_cases import schedule
 from fusion_cases import ACTIVATIONS
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +19,6 @@ import mmkernels as mmk
 from mmkernels.testing import check_op
 
 pytestmark = pytest.mark.skipif(CUDA_ABSENT is not None, reason=str(CUDA_ABSENT))
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "60"))
 
 Call = tuple[Callable[..., Any], list[Any], dict[str, Any]]
 length = st.one_of(st.integers(0, 20), st.integers(0, 200))
@@ -139,14 +138,7 @@ KINDS = {"attention": attentions(), "joint attention": joint_attentions(), "line
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(60)
 @given(st.data(), st.integers(0, 9))
 def test_any_call_obeys_the_precision_rule_in_any_order(kind: str, data: st.DataObject, seed: int) -> None:
     function, inputs, options = data.draw(KINDS[kind])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import op_contract as contract
@@ -11,7 +10,8 @@ import torch
 from conftest import FUZZED, use_implementation
 from environment import HERE
 from fusion_cases import each_dtype
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,8 +19,6 @@ import mmkernels as mmk
 from mmkernels.ops.low_rank_fusion import reference
 from mmkernels.ops.low_rank_fusion.op import low_rank_fusion_op
 from mmkernels.testing import check_op
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 
 def make(
@@ -115,7 +113,7 @@ def test_second_derivatives() -> None:
     contract.check_second_order(call, make(3, (2, 3), 2))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@fuzz(100)
 @given(st.data())
 def test_any_call_obeys_the_precision_rule(data: st.DataObject) -> None:
     draw = data.draw

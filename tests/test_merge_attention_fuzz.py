@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from row_ops import strided
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.testing import check_op
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 
 @st.composite
@@ -36,14 +34,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
     return outputs, lses
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(100)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Tensor], list[Tensor]], implementation: Any) -> None:
     for backend in use_implementation(implementation):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from row_ops import strided
 from torch import Tensor
@@ -15,16 +15,7 @@ from torch import Tensor
 import mmkernels as mmk
 from mmkernels.testing import check_op
 
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
-
-fuzz = settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+any_call = fuzz(100)
 implementations = st.sampled_from(FUZZED)
 length = st.one_of(st.integers(0, 9), st.integers(100, 300))
 
@@ -84,14 +75,14 @@ def merges(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return [tensors(batch, tokens, tensors.features), modals, mask], {}
 
 
-@fuzz
+@any_call
 @given(modulations(), implementations)
 def test_any_modulation_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
     for backend in use_implementation(implementation):
         check_op(mmk.modulated_norm, *call[0], backend=backend, **call[1])
 
 
-@fuzz
+@any_call
 @given(concatenations(), implementations)
 def test_any_concatenation_obeys_the_precision_rule(
     call: tuple[list[Any], dict[str, Any]], implementation: Any
@@ -100,7 +91,7 @@ def test_any_concatenation_obeys_the_precision_rule(
         check_op(mmk.concat_tokens, *call[0], backend=backend, **call[1])
 
 
-@fuzz
+@any_call
 @given(merges(), implementations)
 def test_any_merge_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
     for backend in use_implementation(implementation):

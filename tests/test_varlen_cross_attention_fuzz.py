@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import torch
 from conftest import FUZZED, use_implementation
-from hypothesis import HealthCheck, given, settings
+from fuzzing import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from row_ops import strided
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.testing import check_op
-
-EXAMPLES = int(os.environ.get("MMKERNELS_FUZZ_EXAMPLES", "100"))
 
 small, length = st.integers(0, 4), st.one_of(st.integers(0, 5), st.integers(0, 150))
 
@@ -55,14 +53,7 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
     return inputs, options
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    database=None,
-    derandomize="MMKERNELS_FUZZ_EXAMPLES" not in os.environ,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
+@fuzz(100)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
     inputs, options = call
