@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops._pool import softmax_over_present, stacked
+from mmkernels.ops._products import linear, matmul
 
 
 def additive_attention_pool(
@@ -27,12 +27,12 @@ def additive_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
     x, absent = stacked(xs, presence)
-    u = x @ weight.mT  # [B, M, A]
+    u = linear(x, weight)  # [B, M, A]
     if bias is not None:
         u = u + bias
     if query is not None and query_weight is not None:
-        u = u + F.linear(query, query_weight).unsqueeze(1)
-    energies = torch.tanh(u) @ vector  # [B, M]
+        u = u + linear(query, query_weight).unsqueeze(1)
+    energies = matmul(torch.tanh(u), vector.unsqueeze(-1)).squeeze(-1)  # [B, M]
     weights = softmax_over_present(energies.unsqueeze(-1), absent)  # [B, M, 1]
     return (weights * x).sum(1), weights.squeeze(-1)
 

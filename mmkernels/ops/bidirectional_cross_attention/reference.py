@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops._products import matmul
+
 
 def bidirectional_cross_attention(
     x_query: Tensor,  # [B, H, Lx, D]
@@ -32,7 +34,7 @@ def bidirectional_cross_attention(
     wide = torch.float64 if x_query.dtype == torch.float64 else torch.float32
     if scale is None:
         scale = max(x_query.shape[-1], 1) ** -0.5
-    scores = ((x_query @ y_key.mT) * scale).to(wide)  # [B, H, Lx, Ly]
+    scores = (matmul(x_query, y_key.mT) * scale).to(wide)  # [B, H, Lx, Ly]
     if clamp is not None:
         scores = scores.clamp(-clamp, clamp)
     return _attend(scores, y_mask, y_value), _attend(scores.mT, x_mask, x_value)
@@ -45,11 +47,11 @@ def _clean(tokens: Tensor, mask: Tensor | None) -> Tensor:
 def _attend(scores: Tensor, mask: Tensor | None, value: Tensor) -> Tensor:
     """softmax(scores [B, H, L, keys]) · value, over the keys that are real."""
     if mask is None:
-        return scores.softmax(-1).to(value.dtype) @ value
+        return matmul(scores.softmax(-1).to(value.dtype), value)
     hidden = ~mask[:, None, None, :]
     idle = hidden.all(-1, keepdim=True)  # nothing to attend to
     weights = scores.masked_fill(hidden & ~idle, -torch.inf).softmax(-1)
-    return (weights.to(value.dtype) @ value).masked_fill(idle, 0)
+    return matmul(weights.to(value.dtype), value).masked_fill(idle, 0)
 
 
 def example_inputs(

@@ -8,8 +8,9 @@ Runs on every device and dtype, in the inputs' dtype, differentiable any number 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmkernels.ops._products import linear, matmul
 
 
 def bilinear_fusion(
@@ -20,13 +21,13 @@ def bilinear_fusion(
     rank: int,
 ) -> Tensor:
     """Output [B, N]."""
-    product = F.linear(x, x_weight) * F.linear(y, y_weight)  # [B, rank·N]
+    product = linear(x, x_weight) * linear(y, y_weight)  # [B, rank·N]
     return product.unflatten(-1, (product.shape[-1] // rank, rank)).sum(-1)
 
 
 def projections(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """What the backward keeps: U xᵀ and V yᵀ, [rank·N, B]."""
-    return (x_weight @ x.mT).contiguous(), (y_weight @ y.mT).contiguous()
+    return matmul(x_weight, x.mT).contiguous(), matmul(y_weight, y.mT).contiguous()
 
 
 def example_inputs(

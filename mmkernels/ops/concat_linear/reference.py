@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._products import linear
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -42,7 +44,7 @@ def concat_linear(
 
 def projection(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None) -> Tensor:
     """z, the linear layer over what is present, [*, N]."""
-    return F.linear(torch.cat(where_present(xs, presence), -1), weight, bias)
+    return linear(torch.cat(where_present(xs, presence), -1), weight, bias)
 
 
 def where_present(xs: Sequence[Tensor], presence: Tensor | None) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
 
 
@@ -48,7 +49,7 @@ def projection(
     else:
         normalised = F.rms_norm(features, norm_weight.shape, norm_weight, eps)
         normalised = normalised if norm_bias is None else normalised + norm_bias
-    return F.linear(normalised, weight, bias)
+    return linear(normalised, weight, bias)
 
 
 def statistics(xs: Sequence[Tensor], norm: str, eps: float) -> Tensor:

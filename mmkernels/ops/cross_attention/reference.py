@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops._products import matmul
+
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 _PHILOX_ROUNDS = 10
@@ -48,7 +50,7 @@ def cross_attention(
         key, value = key.masked_fill(bad_key[..., None], 0), value.masked_fill(bad_key[..., None], 0)
         query = query.masked_fill(idle_row, 0)
 
-    scores = ((query @ key.mT) * scale).to(wide)  # [B, Hq, Lq, Lk]
+    scores = (matmul(query, key.mT) * scale).to(wide)  # [B, Hq, Lq, Lk]
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     if attn_mask is not None and attn_mask.dtype != torch.bool:
@@ -75,7 +77,7 @@ def cross_attention(
         assert rng_state is not None
         kept = dropout_keep(scores.shape, dropout_p, rng_state, scores.device)
         probabilities = probabilities.masked_fill(~kept, 0) * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0)
-    out = probabilities.to(value.dtype) @ value
+    out = matmul(probabilities.to(value.dtype), value)
     if allowed is not None:
         out = out.masked_fill(idle_row, 0)
     return out, row_max, log_sum

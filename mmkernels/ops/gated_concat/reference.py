@@ -9,8 +9,9 @@ that the gate reads.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mmkernels.ops._products import linear
 
 
 def gated_concat(
@@ -26,7 +27,7 @@ def gated_concat(
 
 def gate(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """g, [*, Kx or 1]."""
-    return torch.sigmoid(F.linear(torch.cat([x, y], -1), weight, bias))
+    return torch.sigmoid(linear(torch.cat([x, y], -1), weight, bias))
 
 
 def example_inputs(

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import projection, where_present
 
 
@@ -43,7 +43,7 @@ def weights_and_values(
     count, features = len(xs), value_weights[0].shape[0]
     biases: list[Tensor | None] = [*value_biases] or [None] * count
     linears = zip(where_present(xs, presence), value_weights, biases, strict=True)
-    values = torch.stack([torch.tanh(F.linear(x, w, b)) for x, w, b in linears], -2)  # [*, M, N]
+    values = torch.stack([torch.tanh(linear(x, w, b)) for x, w, b in linears], -2)  # [*, M, N]
     gate = projection(xs, gate_weight, gate_bias, presence)  # [*, M·N or N]
     absent = None if presence is None else ~presence[..., None]  # [*, M, 1] or [M, 1]
     if count == 2 and gate_weight.shape[0] == features:

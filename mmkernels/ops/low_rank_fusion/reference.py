@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._products import matmul
+
 
 def low_rank_fusion(
     xs: Sequence[Tensor],  # M of [B, D_i]
@@ -23,7 +25,7 @@ def low_rank_fusion(
     one = xs[0].new_ones(xs[0].shape[0], 1)
     product: Tensor | None = None
     for x, factor in zip(xs, factors, strict=True):
-        projection = torch.cat([one, x], -1) @ factor  # [R, B, N]
+        projection = matmul(torch.cat([one, x], -1), factor)  # [R, B, N]
         product = projection if product is None else product * projection
     assert product is not None
     y = (rank_weights[:, None, None] * product).sum(0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._pool import softmax_over_present, stacked
+from mmkernels.ops._products import matmul
 
 
 def multiplicative_attention_pool(
@@ -24,8 +25,8 @@ def multiplicative_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
     x, absent = stacked(xs, presence)
-    projected = query if weight is None else query @ weight  # [B, D]
-    energies = scale * (x @ projected.unsqueeze(-1))  # [B, M, 1]
+    projected = query if weight is None else matmul(query, weight)  # [B, D]
+    energies = scale * matmul(x, projected.unsqueeze(-1))  # [B, M, 1]
     weights = softmax_over_present(energies, absent)
     return (weights * x).sum(1), weights.squeeze(-1)
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops._pool import softmax_over_present, stacked
+from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
 
 
@@ -29,8 +29,8 @@ def split_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Pooled [B, D] and weights a [B, M, D]; zeros where every modality is absent."""
     x, absent = stacked(xs, presence)
-    z = activate(F.linear(x.sum(1), weight1, bias1), activation)  # [B, A]
-    energies = F.linear(z, weight2, bias2).view(x.shape)
+    z = activate(linear(x.sum(1), weight1, bias1), activation)  # [B, A]
+    energies = linear(z, weight2, bias2).view(x.shape)
     weights = softmax_over_present(energies, absent)
     return (weights * x).sum(1), weights
 
