@@ -38,6 +38,11 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
     ),
     "window, softcap, negative scale": ({}, lambda: dict(window=(5, 3), softcap=2.0, scale=-0.3)),
     "float mask": ({}, lambda: dict(attn_mask=torch.randn(1, 4, 33, 65).requires_grad_(), return_lse=True)),
+    "float mask the same for all keys": ({}, lambda: dict(attn_mask=torch.randn(4, 33, 1).requires_grad_())),
+    "one number for all scores": (
+        dict(query_len=2, key_len=1300),
+        lambda: dict(attn_mask=torch.randn(1, 1).requires_grad_(), return_lse=True),
+    ),
     "bool mask, few queries": (dict(query_len=4), lambda: dict(attn_mask=torch.rand(2, 1, 1, 65) > 0.5)),
     "dropout": ({}, lambda: dict(dropout_p=0.3)),
     "no keys": (dict(key_len=0), lambda: dict(return_lse=True)),
@@ -286,8 +291,11 @@ def call_of_all(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, sin
     return out.sin().sum() + lse.sum()
 
 
-def test_opcheck_with_sinks_and_bias(backend: str) -> None:
+@pytest.mark.parametrize("alike", [False, True], ids=["shapes of their own", "one shape"])
+def test_opcheck_with_sinks_and_bias(alike: bool, backend: str) -> None:
     inputs = leaves_of_all()
+    if alike:  # one gradient serves both
+        inputs[3] = torch.randn_like(inputs[4]).requires_grad_()
     options = (None, -1, 0, False, 0.0, 0.3, 0.0, None)
     torch.library.opcheck(torch.ops.mmkernels.cross_attention.default, (*inputs, *options, True))
     out, row_max, log_sum = torch.ops.mmkernels.cross_attention(*inputs, *options, True)

@@ -36,7 +36,9 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
   RowStats stats;
   load_stats(call, q, b, h, stats);
   if (sink_share != nullptr) {
-    *sink_share = task.part == 0 ? stats.sink_gradient(call.steps, p.sinks[h], q.count) : 0.f;
+    *sink_share = 0.f;
+    for (int64_t i = 0; task.part == 0 && i < q.count; ++i)
+      *sink_share += stats.sink_gradient(call.steps, p.sinks[h], i);
     if (call.sinks_alone) return;
   }
 
@@ -153,7 +155,12 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
     const MaskGradientSum::Place place{b, h, task.t, task.part, 0};
     call.grad_mask.wait(place);
     if (task.part == 0) {
-      call.grad_mask.add_rows({b, h, task.kv_head, nullptr, 0, 0, 0, q.position, q.count}, stats.grad_log_sum);
+      alignas(64) float rows[kQueryBlock];
+      for (int64_t i = 0; i < q.count; ++i) {
+        rows[i] = stats.grad_log_sum[i];
+        if (p.sinks != nullptr) rows[i] -= stats.sink_gradient(call.steps, p.sinks[h], i);
+      }
+      call.grad_mask.add_rows({b, h, task.kv_head, nullptr, 0, 0, 0, q.position, q.count}, rows);
     }
     call.grad_mask.end(place);
   }

@@ -16,13 +16,10 @@ using BackwardBlocks = Blocks<kQueryBlock / kLanes, kKeyBlock>;
 struct RowStats {
   alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
 
-  // Of a sink: the sum of its dS over the rows, -P · δ each.
-  float sink_gradient(const ScoreSteps& steps, float sink, int64_t rows) const {
-    float total = 0.f;
-    for (int64_t i = 0; i < rows && sink != -kInfinity; ++i) {
-      if (log2_sum[i] != kInfinity) total -= std::exp2(steps.sink_exponent(sink, shift[i]) - log2_sum[i]) * delta[i];
-    }
-    return total;
+  // dS of a row's sink: all of a row's dS add up to d log_sum.
+  float sink_gradient(const ScoreSteps& steps, float sink, int64_t i) const {
+    if (sink == -kInfinity || log2_sum[i] == kInfinity) return 0.f;
+    return -std::exp2(steps.sink_exponent(sink, shift[i]) - log2_sum[i]) * delta[i];
   }
 };
 

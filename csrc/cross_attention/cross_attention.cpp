@@ -4,6 +4,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
@@ -205,8 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
                dv = empty_gradient(grad_mask[2], value);
   const Tensor row_max_dense = row_max.contiguous(), log_sum_dense = log_sum.contiguous();
   const Tensor grad_log_sum_dense = grad_log_sum ? grad_log_sum->contiguous() : Tensor{};
-  const Tensor none = at::empty({0}, query.options());
-  Tensor grad = grad_out, dmask = none, dsinks = grad_mask[5] ? at::empty_like(*in.sinks) : none;
+  const auto none = [&] { return at::empty({0}, query.options()); };
+  Tensor grad = grad_out, dmask = none(), dsinks = grad_mask[5] ? at::empty_like(*in.sinks) : none();
   // The gradient of both masks is summed for what they are broadcast to.
   const bool of_masks = grad_mask[3] || grad_mask[4], of_both = grad_mask[3] && grad_mask[4];
   const std::vector<int64_t> dmask_shape = of_both        ? joint_shape(*mask, *bias)
@@ -249,8 +250,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
     if (grad_mask[5] && grad_log_sum) {  // each row's lse is its sink
       dsinks.copy_(grad_log_sum_dense.sum({0, 2}).masked_fill(in.sinks->eq(-kInfinity), 0));
     }
-    return {dq,    dk, dv, grad_mask[3] ? at::zeros_like(*mask) : none, grad_mask[4] ? at::zeros_like(*bias) : none,
-            dsinks};
+    const auto zeros = [&](bool wanted, const OptionalTensor& t) {
+      return wanted ? at::zeros(t->sizes(), t->options()) : none();
+    };
+    return {dq, dk, dv, zeros(grad_mask[3], mask), zeros(grad_mask[4], bias), dsinks};
   }
   run({});
   const std::array results{dq, dk, dv, dmask, dsinks};
@@ -261,7 +264,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
     run(take_out_poison(in.key, in.value));
   }
   const auto of = [&](bool wanted, const OptionalTensor& t) {
-    return wanted ? dmask.sum_to_size(t->sizes()).to(t->scalar_type()) : none;
+    if (!wanted) return none();
+    const Tensor summed = dmask.sum_to_size(t->sizes()).to(t->scalar_type());
+    return of_both && summed.is_alias_of(dmask) ? summed.clone() : summed;
   };
   return {dq, dk, dv, of(grad_mask[3], mask), of(grad_mask[4], bias), dsinks};
 }

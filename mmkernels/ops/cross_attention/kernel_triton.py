@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._triton import dense
-from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.cross_attention.op import apart, empty_in_order_of
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -101,7 +101,10 @@ def backward(
         dscores.sum_to_size(x.shape).to(x.dtype) if needed and dscores is not None and x is not None else None
         for x, needed in ((attn_mask, of_mask), (attn_bias, of_bias))
     )
-    return tuple(query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, dbias, None))
+    dq, dk, dv, dmask, dbias, dsinks = (
+        query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, dbias, None)
+    )
+    return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -74,7 +74,8 @@ def _reference(
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.cross_attention(query, key, value, attn_mask, *options, attn_bias=attn_bias, sinks=sinks)
+    arguments: tuple[Any, ...] = (query, key, value, attn_mask, *options, attn_bias, sinks)
+    return reference.cross_attention(*arguments)
 
 
 def _reference_forward(query: Tensor, *rest: Any) -> Tensors:
@@ -94,6 +95,11 @@ def unexpanded(mask: Tensor) -> Tensor:
         if mask.stride(dim) == 0 and mask.shape[dim] > 1:
             mask = mask.narrow(dim, 0, 1)
     return mask
+
+
+def apart(dmask: Tensor, dbias: Tensor) -> Tensor:
+    """The second of two gradients that may be one tensor, in memory of its own."""
+    return dbias.clone() if dmask.shape == dbias.shape else dbias
 
 
 def _kernel_mask(mask: Tensor | None, of_gradient: bool = False) -> Tensor | None:
@@ -234,7 +240,8 @@ def _reference_backward(
         x.new_empty(0) if g is None else _in_order_of(x, g)
         for x, g in zip((query, key, value), pulled[:3], strict=True)
     )
-    return dq, dk, dv, *(query.new_empty(0) if g is None else g.contiguous() for g in pulled[3:])
+    dmask, dbias, dsinks = (query.new_empty(0) if g is None else g.contiguous() for g in pulled[3:])
+    return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
 
 
 def _cpu_backward_supports(grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, *_: Any) -> str | None:
@@ -308,9 +315,8 @@ cross_attention_backward_op = Operator(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, rng_state, with_lse = inputs
-    *tensors, options = *tensors[:7], tensors[7:]
-    ctx.save_for_backward(*tensors, rng_state, *outputs)
+    *options, rng_state, with_lse = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], rng_state, *outputs)
     _, row_max, _ = outputs
     ctx.options = options
     ctx.with_lse = with_lse
@@ -341,8 +347,8 @@ def _cross_attention_grad(
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Tensors) -> None:
-    *tensors, options, rng_state, grad_mask = *inputs[:9], inputs[12:-2], *inputs[-2:]
-    ctx.save_for_backward(*tensors, rng_state)
+    *options, rng_state, grad_mask = inputs[12:]
+    ctx.save_for_backward(*inputs[:9], rng_state)
     ctx.options = options
     ctx.grad_mask = grad_mask
     ctx.set_materialize_grads(False)
@@ -403,7 +409,7 @@ def _cross_attention_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any
 
 
 def _cross_attention_backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    *tensors, options, rng_state, grad_mask = *args[:12], args[12:-2], *args[-2:]
+    tensors, (*options, rng_state, grad_mask) = args[:12], args[12:]
     if rng_state is not None or in_dims[7] is not None or grad_mask[5]:
         return loop_vmap(cross_attention_backward_op, info, in_dims, args)
     size = info.batch_size
