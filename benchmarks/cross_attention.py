@@ -90,6 +90,8 @@ MASKED = (
     Shape("local window of 128 keys", 1, 8, 1024, 1024, 64, causal="top_left", window=128),
     Shape("capped logits", 2, 8, 256, 256, 128, softcap=30.0),
 )
+# Padding and a position bias that all examples share, as in T5 and LayoutLM: two masks for us, their sum for torch.
+BIASED = Shape("T5: padded texts, position bias", 4, 8, 256, 256, 64, padded=True)
 # What keeps a GPU busy.
 LARGE = (
     Shape("128x128 latents, 77 prompt tokens", 2, 20, 16384, 77, 64),
@@ -128,18 +130,22 @@ def sdpa(
     gqa = bool(shape.kv_heads)
     if shape.causal == "top_left" and shape.window < 0 and not shape.padded:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=gqa)
+    if bias is not None and mask is not None:
+        mask = bias.masked_fill(~mask, float("-inf"))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias if mask is None else mask, enable_gqa=gqa)
 
 
 def ours(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, shape: Shape, lengths: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, *, shape: Shape, mask: Tensor | None
 ) -> Tensor:
+    biased = bias is not None
     return mmk.cross_attention(
         query,
         key,
         value,
-        attn_mask=bias,
-        key_lengths=lengths,
+        attn_mask=mask if biased else None,
+        attn_bias=bias,
+        key_lengths=None if biased else shape.key_lengths(),
         is_causal=bool(shape.causal),
         causal_alignment=shape.causal or "top_left",
         window=(shape.window, 0) if shape.window >= 0 else None,
@@ -189,8 +195,8 @@ def problem(shape: Shape, training: bool, bias: bool, dtype: torch.dtype) -> Pro
     on_a_gpu, plain = leaves[0].is_cuda and not shape.softcap, mask is None and not bias
     return Problem(
         leaves=leaves,
-        names=("query", "key", "value", "attn_mask")[: len(sizes)],
-        ours=partial(ours, shape=shape, lengths=shape.key_lengths()),
+        names=("query", "key", "value", "attn_bias")[: len(sizes)],
+        ours=partial(ours, shape=shape, mask=mask),
         torch=attention,
         eager=partial(eager, mask=mask, softcap=shape.softcap),
         others=one_by_one(attention) if on_a_gpu else {},
@@ -248,6 +254,7 @@ def cases() -> list[Case]:
     rows += [case("few queries", s, quick=s is FEW_QUERIES[0]) for s in FEW_QUERIES]
     rows += [case("masked forward", s, quick=s is not MASKED[3]) for s in MASKED]
     rows += [case("masked training", s, training=True) for s in MASKED[:2]]
+    rows += [case("masked forward", BIASED, bias=True), case("masked training", BIASED, training=True, bias=True)]
     rows += [case("large forward", s, gpu=True) for s in LARGE]
     rows += [case("large training", s, training=True, gpu=True) for s in LARGE[:-1]]
     return rows

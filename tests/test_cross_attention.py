@@ -213,6 +213,15 @@ def test_an_expanded_mask_keeps_its_own_gradient_shape(dtype: torch.dtype, backe
         check_op(mmk.cross_attention, q, k, v, attn_mask=mask.detach() > 0, backend=backend)
 
 
+@few_dtypes
+def test_keys_that_one_query_may_not_see_leave_a_mask_gradient_of_zero(dtype: torch.dtype, backend: str) -> None:
+    q, k, v = make(dtype, query_len=1, key_len=300)
+    mask = torch.randn(2, 4, 1, 300).to(dtype)
+    mask[..., :200] = -torch.inf  # whole blocks of keys
+    with poisoned_memory():
+        check_op(mmk.cross_attention, q, k, v, attn_mask=mask.requires_grad_(), backend=backend)
+
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "B L H D": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
     "L B H D": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),

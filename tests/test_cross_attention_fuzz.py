@@ -49,17 +49,25 @@ def calls(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
     v = draw(arranged(random(batch, kv_heads, key_len, value_dim).to(dtype)))
     inputs = [x.requires_grad_(draw(st.booleans())) for x in (q, k, v)]
     options: dict[str, Any] = {"enable_gqa": True, "return_lse": draw(st.booleans())}
-    kind = draw(st.sampled_from(("none", "none", "bool", "float", "float32")))
-    if kind != "none":
+    for argument, kinds in (
+        ("attn_mask", ("none", "bool", "float", "float32")),
+        ("attn_bias", ("none", "none", "float")),
+    ):
+        kind = draw(st.sampled_from(("none", *kinds)))
+        if kind == "none":
+            continue
         full = (batch, kv_heads * group, query_len, key_len)
         shape = tuple(n if draw(st.booleans()) else 1 for n in full)[draw(st.integers(0, 2)) :]
         mask = random(*shape)
         if kind == "bool":
-            options["attn_mask"] = mask > draw(st.sampled_from((-1.0, 0.0, 1.0)))
+            options[argument] = mask > draw(st.sampled_from((-1.0, 0.0, 1.0)))
         else:
             mask = mask.masked_fill(mask > draw(st.sampled_from((0.5, 1.5, 9.0))), -torch.inf)
             mask = mask.to(dtype if kind == "float" else torch.float32)
-            options["attn_mask"] = mask.requires_grad_(draw(st.booleans()))
+            options[argument] = mask.requires_grad_(draw(st.booleans()))
+    if draw(st.integers(0, 2)) == 0:
+        sinks = random(kv_heads * group) * draw(st.sampled_from((1.0, 8.0)))
+        options["sinks"] = sinks.to(draw(st.sampled_from((dtype, torch.float32)))).requires_grad_(draw(st.booleans()))
     if draw(st.booleans()):
         options["key_lengths"] = torch.tensor(draw(st.lists(st.integers(0, key_len), min_size=batch, max_size=batch)))
     if draw(st.booleans()):

@@ -44,6 +44,8 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "masks and lse": lambda: (
         *make(),
         mask_with_grad(),
+        None,
+        None,
         torch.tensor([9, 4]),
         5,
         0,
@@ -54,12 +56,20 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
         None,
         True,
     ),
-    "gradient without saved lse": lambda: (*make(), mask_with_grad(), None, -1, -1, False, 0.0, 0.3, 0.0, None, False),
-    "dropout": lambda: (*make(), None, None, -1, -1, False, 0.0, 0.3, 0.2, torch.tensor([3, 4]), True),
+    "gradient without saved lse": lambda: (
+        *make(),
+        mask_with_grad(),
+        *(None, None, None),
+        *(-1, -1, False, 0.0, 0.3, 0.0, None, False),
+    ),
+    "dropout": lambda: (
+        *make(),
+        *(None, None, None, None),
+        *(-1, -1, False, 0.0, 0.3, 0.2, torch.tensor([3, 4]), True),
+    ),
     "transposed, no gradient": lambda: (
         *(x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in make()),
-        None,
-        None,
+        *(None, None, None, None),
         -1,
         0,
         True,
@@ -71,8 +81,7 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
     ),
     "last dim strided": lambda: (
         *(x.detach().repeat_interleave(2, 3)[..., ::2] for x in make()),
-        None,
-        None,
+        *(None, None, None, None),
         -1,
         -1,
         False,
@@ -93,10 +102,11 @@ def test_opcheck_of_the_forward(arguments: str, backend: str) -> None:
 @pytest.mark.parametrize("grad_mask", [[True] * 4, [False, True, False, True]], ids=["all", "key and mask"])
 def test_opcheck_of_the_backward(grad_mask: list[bool], backend: str) -> None:
     inputs = (*make(), mask_with_grad())
-    options = (None, -1, -1, False, 0.0, 0.3, 0.0, None)
+    options = (None, None, None, -1, -1, False, 0.0, 0.3, 0.0, None)
     out, row_max, log_sum = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
     saved = (out.detach(), row_max, log_sum.detach())
-    arguments = (torch.randn_like(out), torch.randn_like(log_sum), *inputs, None, *saved, *options[1:], grad_mask)
+    arguments = (torch.randn_like(out), torch.randn_like(log_sum), *inputs, *options[:3], *saved, *options[3:])
+    arguments = (*arguments, [*grad_mask, False, False])
     torch.library.opcheck(torch.ops.mmkernels.cross_attention_backward.default, arguments)
 
 
@@ -362,6 +372,7 @@ def test_the_short_way_in_differentiates_twice() -> None:
 
 
 x = torch.zeros(2, 4, 7, 8)
+three = torch.zeros(3, 4, 7, 8)
 meta = torch.zeros(2, 4, 7, 8, device="meta")
 BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (TypeError, r"query: expected a torch.Tensor; got list", ([], x, x), {}),
@@ -370,7 +381,8 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (TypeError, r"key: expected the dtype of query, torch.float32; got torch.float16", (x, x.half(), x), {}),
     (RuntimeError, rf"value: expected the device of query, {HERE}; got meta", (x, x, meta), {}),
     (ValueError, r"query: expected 4 dims \(B, H, L, D\); got shape \(4, 7, 8\)", (x[0], x, x), {}),
-    (ValueError, r"key: expected shape \(2, Hkv, Lk, 8\); got \(1, 4, 7, 8\)", (x, x[:1], x[:1]), {}),
+    (ValueError, r"key: expected shape \(2, Hkv, Lk, 8\), or a batch of 1; got \(3, 4, 7, 8\)", (x, three, three), {}),
+    (ValueError, r"value: expected shape \(2, 4, 7, Dv\), or a batch of 1; got \(3, 4, 7, 8\)", (x, x[:1], three), {}),
     (ValueError, r"key: expected shape \(2, Hkv, Lk, 8\); got \(2, 4, 7, 5\)", (x, x[..., :5], x), {}),
     (ValueError, r"value: expected shape \(2, 4, 7, Dv\); got \(2, 4, 6, 8\)", (x, x, x[:, :, 1:]), {}),
     (ValueError, r"key: expected 4 heads .*enable_gqa.*; got 2 heads", (x, x[:, :2], x[:, :2]), {}),

@@ -122,7 +122,7 @@ def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch: pytest.Mon
 
     def spy(*args: object) -> tuple[torch.Tensor, ...]:
         ran.append(forced_backend())
-        return (torch.zeros_like(q),) * 3 + (torch.zeros(0),)
+        return (torch.zeros_like(q),) * 3 + (torch.zeros(0),) * 3
 
     monkeypatch.setattr(cross_attention_backward_op, "backends", (Backend("reference", spy, lambda *_: None),))
     leaf = q.clone().requires_grad_()

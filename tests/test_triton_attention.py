@@ -36,6 +36,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "float mask of all pairs": dict(attn_mask=leaf(70, 77)),
     "float mask of keys and heads": dict(attn_mask=leaf(2, 1, 77)),
     "float mask of queries and batch": dict(attn_mask=leaf(2, 1, 70, 1)),
+    "bool mask of keys, bias of all pairs": dict(attn_mask=torch.rand(2, 1, 1, 77) > 0.4, attn_bias=leaf(70, 77)),
+    "float mask and bias, both with gradients": dict(attn_mask=leaf(2, 1, 1, 77), attn_bias=leaf(1, 2, 70, 1)),
 }
 
 

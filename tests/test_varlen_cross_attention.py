@@ -90,6 +90,34 @@ def test_outputs_and_gradients(case: str, dtype: torch.dtype, backend: str) -> N
         check_op(mmk.varlen_cross_attention, *inputs, backend=backend, grad=False, **options)
 
 
+@pytest.mark.parametrize("case", CASES)
+@few_dtypes
+def test_outputs_and_gradients_with_sinks(case: str, dtype: torch.dtype, backend: str) -> None:
+    sizes, options = CASES[case]
+    inputs = make(dtype, **sizes)
+    for kind in (torch.float32, dtype):
+        sinks = leaf(inputs[0].shape[1], dtype=kind, gain=2.0)
+        check_op(
+            mmk.varlen_cross_attention, *inputs, backend=backend, **{**options, "sinks": sinks, "return_lse": True}
+        )
+        with torch.no_grad():
+            check_op(mmk.varlen_cross_attention, *inputs, backend=backend, grad=False, sinks=sinks, **options)
+
+
+def test_a_row_with_its_sink_alone_gives_zeros_even_if_it_is_nan(backend: str) -> None:
+    """The first queries of a member with fewer keys than queries, bottom right."""
+    q, k, v, *sizes = make(queries=(9, 5), keys=(4, 7))
+    q = q.detach().index_fill(0, torch.tensor([0, 3]), math.nan).requires_grad_()
+    sinks = leaf(4)
+    out, lse = mmk.varlen_cross_attention(q, k, v, *sizes, is_causal=True, sinks=sinks, return_lse=True)
+    assert not out[:5].any()
+    assert torch.equal(lse[:5], sinks.detach().expand(5, 4))
+    cotangent = torch.ones_like(out).index_fill(0, torch.tensor([1]), math.nan)
+    grads = torch.autograd.grad((out, lse), (q, k, v, sinks), (cotangent, torch.ones_like(lse)))
+    assert all(g.isfinite().all() for g in grads)
+    assert not grads[0][:5].any()
+
+
 @few_dtypes
 def test_each_member_is_cross_attention_bit_for_bit(dtype: torch.dtype, native_isa: str) -> None:
     queries, keys = (33, 0, 190, 20), (65, 7, 150, 301)
@@ -201,13 +229,13 @@ def test_second_derivatives() -> None:
 
 def test_opcheck(either_backend: str) -> None:
     q, k, v, *sizes = make(queries=(4, 0, 5), keys=(3, 2, 7), kv_heads=2)
-    arguments = (q, k, v, *sizes, 3, 0, True, None, 0.0)
+    arguments = (q, k, v, *sizes, 3, 0, True, None, 0.0, leaf(4))
     for return_lse, training in itertools.product((True, False), repeat=2):
         options = (*arguments, return_lse, training)
         torch.library.opcheck(torch.ops.mmkernels.varlen_cross_attention.default, options)
     out, lse, stats = (x.detach() for x in torch.ops.mmkernels.varlen_cross_attention(*arguments, True, True))
     grads = [torch.randn_like(out), torch.randn_like(lse)]
-    needed = [True, False, True, False, False]
+    needed = [True, False, True, False, False, True]
     backward = (grads, *arguments, True, [out, lse, stats], needed)
     # Not traced: the second derivative runs on the reference, which goes by the values of the starts.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -301,6 +329,8 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (ValueError, "window: expected sizes ≥ 0, or -1 for unbounded; got (-2, 0)", ok, {"window": (-2, 0)}),
     (TypeError, "scale: expected a number; got str", ok, {"scale": "1"}),
     (ValueError, "softcap: expected a finite number ≥ 0; got -1.0", ok, {"softcap": -1.0}),
+    (ValueError, "sinks: expected shape (4,), one for each head of query; got (3,)", ok, {"sinks": torch.zeros(3)}),
+    (TypeError, "sinks: expected a floating dtype; got torch.int64", ok, {"sinks": torch.tensor([1, 2, 3, 4])}),
 ]
 
 

@@ -50,6 +50,9 @@ def calls(draw: st.DrawFn) -> tuple[list[Any], dict[str, Any]]:
         options["window"] = (draw(st.integers(-1, 50)), draw(st.integers(-1, 50)))
     options["softcap"] = draw(st.sampled_from((0.0, 0.0, 2.0)))
     options["scale"] = draw(st.sampled_from((None, None, 0.3, -0.1)))
+    if draw(st.integers(0, 2)) == 0:
+        sinks = torch.randn(kv_heads * group, generator=generator) * 2
+        options["sinks"] = sinks.to(draw(st.sampled_from((dtype, torch.float32)))).requires_grad_(draw(st.booleans()))
     return inputs, options
 
 

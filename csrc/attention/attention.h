@@ -1,6 +1,6 @@
 // The attention core: every op of the family is one call of it with its own list of query and key segments.
 //
-//   S = scale · Q Kᵀ;  S = softcap · tanh(S / softcap);  S += mask + bias;  P = softmax(S);  O = dropout(P) V
+//   S = scale · Q Kᵀ;  S = softcap · tanh(S / softcap);  S += masks + bias;  P = softmax(S);  O = dropout(P) V
 //
 // The keys of all segments form one sequence, and so do the queries; nothing is concatenated. Torch-free.
 #pragma once
@@ -67,8 +67,10 @@ struct AttentionParams {
   int query_segments = 0, key_segments = 0;
   QuerySegment queries[kMaxSegments];
   KeySegment keys[kMaxSegments];
-  AttentionMask mask;
-  MaskGradient grad_mask;
+  AttentionMask mask, second_mask;  // both are added to S; never the second alone
+  MaskGradient grad_mask;           // of either, or of what both are broadcast to
+  const float* sinks = nullptr;     // [H], a logit more in the softmax of every row, without a key; -inf is none
+  float* grad_sinks = nullptr;      // [H]
   SegmentBias bias;
   int64_t window_left = -1, window_right = -1;  // around the diagonal, -1 unbounded; causal is window_right = 0
   bool bottom_right = false;                    // the diagonal ends at the last valid key, not starts at the first

@@ -1,6 +1,7 @@
 //
 //   P = exp(S - row_max - log_sum),   dP = dO Vᵀ,   dS = P ∘ (dP - δ),   δ = Σ_d O ∘ dO - d log_sum
-//   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dmask = dS,   dbias = Σ dS over two segments
+//   dQ = scale · dS K,   dK = scale · dSᵀ Q,   dV = Pᵀ dO,   dmask = dS,   dbias = Σ dS over two segments,
+//   dsink = -Σ exp(sink - row_max - log_sum) δ over the rows of its head
 //
 // Tiling     a task owns kQueryBlock queries of one head and walks the keys in blocks of as many, once: five products a
 //            block. S and dP are made with the queries in the lanes, as in the forward; dQ of the task stays in cache,
@@ -9,7 +10,8 @@
 //            turn at a block of keys: tasks follow one another through the keys like a wave, the sums need no copies,
 //            and no bit depends on the number of threads. The same holds for a broadcast mask's gradient. With few
 //            queries the keys are cut into parts instead, whose dQ are added in order; not so for the gradient of the
-//            segments' bias, which needs whole rows. Shares of that gradient are added up at the end, in order.
+//            segments' bias, which needs whole rows. Shares of that gradient and of the sinks' are added up at the
+//            end, in order.
 // Precision  P is recomputed by the very operations of the forward, from row_max and log_sum apart. A product starts
 //            its accumulators at zero and is added to the running sum at its end, in float32.
 // Limits     as the forward.
@@ -21,7 +23,7 @@ namespace {
 
 template <bool kPairs>
 void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const Task& task, const KeyHead* next_head,
-                   const BackwardTile& tile, float* partial_dq, float* bias_sums) {
+                   const BackwardTile& tile, float* partial_dq, float* bias_sums, float* sink_share) {
   const AttentionParams& p = call.p;
   const int64_t b = task.b, h = task.h, dq_stride = round_up(p.head_dim, VW);
   const QueryBlock q = blocks.query_block(task.t);
@@ -31,14 +33,21 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
   const Range part{blocks.key_blocks * task.part / call.parts, blocks.key_blocks * (task.part + 1) / call.parts};
   float* const dq = partial_dq != nullptr ? partial_dq : tile.dq;
 
+  RowStats stats;
+  load_stats(call, q, b, h, stats);
+  if (sink_share != nullptr) {
+    *sink_share = 0.f;
+    for (int64_t i = 0; task.part == 0 && i < q.count; ++i)
+      *sink_share += stats.sink_gradient(call.steps, p.sinks[h], i);
+    if (call.sinks_alone) return;
+  }
+
   const void* query = row_address(segment.query, p.dtype, b, h, q.first);
   const void* grad = row_address(segment.grad_out, p.dtype, b, h, q.first);
   pack_lanes<kPairs>(p.dtype, query, segment.query.row, q.count, p.head_dim, tile.query_lanes, kQueryBlock);
   pack_lanes<kPairs>(p.dtype, grad, segment.grad_out.row, q.count, p.value_dim, tile.grad_lanes, kQueryBlock);
   const Panel query_columns = pack_columns<kPairs>(p.dtype, segment.query, b, h, q, p.head_dim, tile.query_columns);
   const Panel grad_columns = pack_columns<kPairs>(p.dtype, segment.grad_out, b, h, q, p.value_dim, tile.grad_columns);
-  RowStats stats;
-  load_stats(call, q, b, h, stats);
 
   const int groups = static_cast<int>(ceil_div(q.vectors, kScoreVectors));
   const int64_t block_tiles = score_tiles(q.vectors, min(kKeyBlock, blocks.keys));
@@ -62,7 +71,8 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
     if (!call.wants(segment, keys.index)) block.keys = 0;
     MaskTile mask;
     mask.entries = tile.mask;
-    if (block.keys > 0) load_mask_tile(p.mask, block, kQueryBlock, mask);
+    mask.second = tile.second_mask;
+    if (block.keys > 0) load_mask_tile(p, block, kQueryBlock, mask);
     if (mask.all_masked) block.keys = 0;
     if (block.keys > 0) {
       const Panel key_rows = call.keys.rows(task.slot, b, task.kv_head, keys.index, block.key_in_segment);
@@ -86,7 +96,7 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
         next[0] = call.keys.prefetch(false, *head, ahead, block_tiles);
         next[1] = call.values.prefetch(false, *head, ahead, block_tiles);
       }
-      next[2] = prefetch_mask(p.mask, b, h, q.position + (same_task ? 0 : q.count), q.count,
+      next[2] = prefetch_mask(larger_mask(p), b, h, q.position + (same_task ? 0 : q.count), q.count,
                               blocks.key_block(same_task ? j + 1 : part.begin), block_tiles);
       for (int g = 0; g < groups; ++g) {
         const int64_t begin = q.vectors * g / groups, lane = begin * VW;
@@ -145,7 +155,12 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
     const MaskGradientSum::Place place{b, h, task.t, task.part, 0};
     call.grad_mask.wait(place);
     if (task.part == 0) {
-      call.grad_mask.add_rows({b, h, task.kv_head, nullptr, 0, 0, 0, q.position, q.count}, stats.grad_log_sum);
+      alignas(64) float rows[kQueryBlock];
+      for (int64_t i = 0; i < q.count; ++i) {
+        rows[i] = stats.grad_log_sum[i];
+        if (p.sinks != nullptr) rows[i] -= stats.sink_gradient(call.steps, p.sinks[h], i);
+      }
+      call.grad_mask.add_rows({b, h, task.kv_head, nullptr, 0, 0, 0, q.position, q.count}, rows);
     }
     call.grad_mask.end(place);
   }
@@ -190,6 +205,21 @@ inline void add_bias_gradient(const BackwardCall& call, const TaskGrid& grid, co
   for (int64_t i = 0; i < entries; ++i) p.bias.grad[i] = static_cast<float>(totals[i]);
 }
 
+// The gradient of the sinks from the shares [tasks], in their order.
+inline void add_sink_gradient(const BackwardCall& call, const TaskGrid& grid, const float* shares) {
+  const AttentionParams& p = call.p;
+  const Scratch scratch(2 * p.heads);
+  auto* const totals = reinterpret_cast<double*>(scratch.data());
+  for (int64_t h = 0; h < p.heads; ++h) totals[h] = 0.;
+  const int64_t tasks = grid.tasks(p.batch * p.kv_heads), group = p.heads / p.kv_heads;
+  for (int64_t x = 0; x < tasks; ++x) {
+    const TaskGrid::Place place = grid.place(x);
+    const int64_t blocks = BackwardBlocks(p, place.b).query_blocks;
+    totals[place.kv_head * group + place.task / call.parts / blocks] += static_cast<double>(shares[x]);
+  }
+  for (int64_t h = 0; h < p.heads; ++h) p.grad_sinks[h] = static_cast<float>(totals[h]);
+}
+
 template <bool kPairs>
 void backward(const AttentionParams& p) {
   BackwardCall call(p);
@@ -197,6 +227,7 @@ void backward(const AttentionParams& p) {
   call.values.plan<kPairs>(p, true, true, false);
   call.grad_key.plan(p, false);
   call.grad_value.plan(p, true);
+  call.sinks_alone = call.wants_sinks_alone();
   const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
   const int64_t per_head = packed + call.grad_key.floats_per_head() + call.grad_value.floats_per_head();
   const int64_t wave = heads_per_wave(p, per_head), group = p.heads / p.kv_heads;
@@ -212,6 +243,7 @@ void backward(const AttentionParams& p) {
   const int64_t partials = in_parts ? wave * group * call.longest.query_blocks * call.parts : 0;
   const Scratch scratch(p.workers.count * tile_size + wave * per_head + partials * partial_size);
   const Scratch shares(p.bias.grad == nullptr ? 0 : grid.tasks(p.batch * p.kv_heads) * p.key_segments);
+  const Scratch sink_shares(p.grad_sinks == nullptr ? 0 : grid.tasks(p.batch * p.kv_heads));
   const Scratch counters(wave * key_blocks * 2 + call.grad_mask.turns());
   float* memory = scratch.data() + p.workers.count * tile_size;
   call.keys.use(memory);
@@ -229,7 +261,7 @@ void backward(const AttentionParams& p) {
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
     const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
-    if (packed > 0) pack_wave<BackwardBlocks>(p, begin, heads, call.keys, call.values);
+    if (packed > 0 && !call.sinks_alone) pack_wave<BackwardBlocks>(p, begin, heads, call.keys, call.values);
     if (key_blocks > 0) std::memset(call.turns, 0, static_cast<size_t>(wave * key_blocks * 5));
     // A worker takes a whole head while there are plenty, so that dK and dV stay in its cache.
     const int64_t grain = heads >= 4 * p.workers.count ? max(1, tasks / heads) : 1;
@@ -253,7 +285,8 @@ void backward(const AttentionParams& p) {
         const bool meets_keys = following < begin + heads && (following != head || blocks.key_blocks > 1);
         backward_task<kPairs>(call, blocks, task, meets_keys ? &next : nullptr, tile,
                               in_parts ? partial_memory + x * partial_size : nullptr,
-                              p.bias.grad == nullptr ? nullptr : shares.data() + (before + x) * p.key_segments);
+                              p.bias.grad == nullptr ? nullptr : shares.data() + (before + x) * p.key_segments,
+                              p.grad_sinks == nullptr ? nullptr : sink_shares.data() + before + x);
       }
     });
     if (!in_parts) continue;
@@ -269,6 +302,7 @@ void backward(const AttentionParams& p) {
     });
   }
   if (p.bias.grad != nullptr) add_bias_gradient(call, grid, shares.data());
+  if (p.grad_sinks != nullptr) add_sink_gradient(call, grid, sink_shares.data());
 }
 
 }  // namespace

@@ -22,11 +22,14 @@ constexpr int64_t kScoreStride = kRun + 2 * VW;
 using KeyBlocks = Blocks<1, kKeys>;
 
 struct FewQueriesTile {
-  float *query, *scores, *mask, *total;  // [rows][features or pairs], [rows][kScoreStride], [kRun], [rows][features]
+  float *query, *scores;      // [rows][features or pairs], [rows][kScoreStride]
+  float *mask, *second_mask;  // [kRun]
+  float* total;               // [rows][features]
 
   static FewQueriesTile carve(const AttentionParams& p, Carver& memory) {
     return {memory.take(kRows * round_up(p.head_dim, VW)), memory.take(kRows * kScoreStride),
-            memory.take(p.mask.data != nullptr ? kRun + VW : 0), memory.take(kRows * round_up(p.value_dim, VW))};
+            memory.take(p.mask.data != nullptr ? kRun + VW : 0),
+            memory.take(p.second_mask.data != nullptr ? kRun + VW : 0), memory.take(kRows * round_up(p.value_dim, VW))};
   }
 };
 
@@ -267,9 +270,23 @@ float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock&
   return sum(sums);
 }
 
+// tile.mask[keys] of a row, with both masks in it.
+inline void load_row_of_masks(const AttentionParams& p, int64_t b, const QueryRow& row, const ScoreBlock& block,
+                              const FewQueriesTile& tile) {
+  const auto load_row = [&](const AttentionMask& m, float* entries) {
+    const int64_t at = b * m.batch + row.h * m.head + row.position * m.query + block.key * m.key;
+    load_mask_strided(m, at, m.key, block.keys, entries);
+  };
+  load_row(p.mask, tile.mask);
+  if (p.second_mask.data == nullptr) return;
+  load_row(p.second_mask, tile.second_mask);
+  for (int64_t i = 0; i < block.keys; i += VW)
+    store(tile.mask + i, joined_entry(load(tile.mask + i), load(tile.second_mask + i)));
+}
+
 template <bool kPairs, int NQ>
 void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const KeyBlocks& blocks, int64_t b,
-                      int64_t kv_head, const QueryRow* rows, Range part, const FewQueriesTile& tile,
+                      int64_t kv_head, const QueryRow* rows, Range part, bool first_part, const FewQueriesTile& tile,
                       const Partial& out) {
   const int64_t query_stride = round_up(p.head_dim, VW), stride = round_up(p.value_dim, VW);
   const Window window(p, b, blocks.queries, blocks.keys);
@@ -284,8 +301,9 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
       pack_rows_as_float(p.dtype, from, 0, 1, p.head_dim, to, query_stride);
     }
     any = {min(any.begin, window.begin(rows[x].position)), max(any.end, window.end(rows[x].position))};
-    out.row_max[x] = -FLT_MAX;
-    out.sum[x] = 0.f;
+    const SoftmaxStart start(p, steps, rows[x].h, first_part);
+    out.row_max[x] = start.row_max;
+    out.sum[x] = start.sum;
   }
   std::memset(out.total, 0, sizeof(float) * static_cast<size_t>(NQ * stride));
 
@@ -313,10 +331,7 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
       float* mask = nullptr;
       if (p.mask.data != nullptr) {
         mask = tile.mask;
-        load_mask_strided(
-            p.mask,
-            b * p.mask.batch + rows[x].h * p.mask.head + rows[x].position * p.mask.query + block.key * p.mask.key,
-            p.mask.key, block.keys, mask);
+        load_row_of_masks(p, b, rows[x], block, tile);
       }
       const int64_t end = window.end(rows[x].position);
       Range allowed{window.begin(rows[x].position) - block.key, min(block.keys, end - min(end, block.key))};
@@ -357,7 +372,7 @@ void few_queries(const AttentionParams& p) {
       const Range range{blocks.key_blocks * part / parts, blocks.key_blocks * (part + 1) / parts};
       with_constant<kRows>(n, [&](auto nq) {
         few_queries_task<kPairs, static_cast<int>(nq)>(p, steps, blocks, head / p.kv_heads, head % p.kv_heads, here,
-                                                       range, tile,
+                                                       range, part == 0, tile,
                                                        Partial::at(partials + task * partial_size, kRows, stride));
       });
     }

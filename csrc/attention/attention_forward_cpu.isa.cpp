@@ -24,12 +24,15 @@ using ForwardBlocks = Blocks<kMaxGroups, kKeyBlock>;
 
 // What a worker needs for one task: per group Qᵀ and the running O, and for the group at hand the rest.
 struct ForwardTile {
-  float *query, *total, *scores, *mask, *dropout;
+  float *query, *total, *scores, *mask, *second_mask, *dropout;
 
   static ForwardTile carve(const AttentionParams& p, Carver& memory) {
     const int64_t block = (kKeyBlock + 1) * kLanes;
-    return {memory.take(p.head_dim * kTaskLanes), memory.take(round_up(p.value_dim, VW) * kTaskLanes),
-            memory.take(block), memory.take(p.mask.data != nullptr ? block : 0),
+    return {memory.take(p.head_dim * kTaskLanes),
+            memory.take(round_up(p.value_dim, VW) * kTaskLanes),
+            memory.take(block),
+            memory.take(p.mask.data != nullptr ? block : 0),
+            memory.take(p.second_mask.data != nullptr ? block : 0),
             memory.take(p.dropout_p > 0.f ? block : 0)};
   }
 };
@@ -38,10 +41,11 @@ struct ForwardTile {
 struct RunningSoftmax {
   alignas(64) float row_max[kLanes], shift[kLanes], sum[kLanes];
 
-  void clear() {
+  void clear(const SoftmaxStart& start) {
     for (int i = 0; i < kLanes; ++i) {
-      row_max[i] = shift[i] = -FLT_MAX;
-      sum[i] = 0.f;
+      row_max[i] = start.row_max;
+      shift[i] = exponent_shift(start.row_max);
+      sum[i] = start.sum;
     }
   }
 
@@ -147,7 +151,8 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   float* const dropout = p.dropout_p > 0.f ? tile.dropout : nullptr;
   MaskTile mask;
   mask.entries = tile.mask;
-  load_mask_tile(p.mask, block, kLanes, mask);
+  mask.second = tile.second_mask;
+  load_mask_tile(p, block, kLanes, mask);
   if (mask.all_masked) return;
 
   RowPrefetch rows_of_out;  // met by the last block
@@ -190,7 +195,8 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
 // One task: a block of queries against the key blocks of `part`.
 template <bool kPairs>
 void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const QueryBlock& queries, int64_t b, int64_t h,
-                  int64_t slot, Range part, const KeyHead* next_head, const ForwardTile& tile, const Partial* partial) {
+                  int64_t slot, Range part, bool first_part, const KeyHead* next_head, const ForwardTile& tile,
+                  const Partial* partial) {
   const AttentionParams& p = call.p;
   const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, kScoreVectors);
   const QuerySegment& segment = *queries.segment;
@@ -199,6 +205,8 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
     return Destination{row_address(segment.out, p.dtype, b, h, q.first), p.dtype, segment.out.row, p.value_dim};
   };
 
+  const SoftmaxStart start(p, call.steps, h, first_part);
+  const AttentionMask& distant_mask = larger_mask(p);
   Group group[kMaxGroups];
   for (int64_t g = 0; g < groups; ++g) {
     Group& x = group[g];
@@ -207,7 +215,7 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
     x.any = window.any(x.queries.position, x.queries.count);
     x.all = window.all(x.queries.position, x.queries.count);
     x.started = x.finished = false;
-    x.softmax.clear();
+    x.softmax.clear(start);
     x.query = tile.query + g * p.head_dim * kLanes;
     x.total = (partial != nullptr ? partial->total : tile.total) + x.lane * stride;
     x.last_block = part.end - 1;
@@ -232,10 +240,10 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
       next[1] = call.keys.prefetch(false, *head, ahead, block_tiles);
       next[2] = call.values.prefetch(true, *head, ahead, block_tiles);
     }
-    next[3] = j < last_block
-                  ? prefetch_mask(p.mask, b, h, queries.position, queries.count, blocks.key_block(j + 1), block_tiles)
-                  : prefetch_mask(p.mask, b, h, queries.position + queries.count, queries.count,
-                                  blocks.key_block(part.begin), block_tiles);
+    next[3] = j < last_block ? prefetch_mask(distant_mask, b, h, queries.position, queries.count,
+                                             blocks.key_block(j + 1), block_tiles)
+                             : prefetch_mask(distant_mask, b, h, queries.position + queries.count, queries.count,
+                                             blocks.key_block(part.begin), block_tiles);
     for (int64_t g = 0; g < groups; ++g) {
       const ScoreBlock block = score_block<kPairs>(p, keys, group[g].any, group[g].queries, b, h);
       if (block.keys == 0) continue;
@@ -325,7 +333,7 @@ void forward(const AttentionParams& p) {
         const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
         const bool meets_keys = following < begin + heads && (following != head || blocks.key_blocks > 1);
         forward_task<kPairs>(call, blocks, blocks.query_block(block % blocks.query_blocks), place.b, h, head - begin,
-                             range, meets_keys ? &next : nullptr, tile, call.parts > 1 ? &partial : nullptr);
+                             range, part == 0, meets_keys ? &next : nullptr, tile, call.parts > 1 ? &partial : nullptr);
       }
     });
     if (call.parts == 1) continue;

@@ -15,6 +15,12 @@ using BackwardBlocks = Blocks<kQueryBlock / kLanes, kKeyBlock>;
 
 struct RowStats {
   alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
+
+  // dS of a row's sink: all of a row's dS add up to d log_sum.
+  float sink_gradient(const ScoreSteps& steps, float sink, int64_t i) const {
+    if (sink == -kInfinity || log2_sum[i] == kInfinity) return 0.f;
+    return -std::exp2(steps.sink_exponent(sink, shift[i]) - log2_sum[i]) * delta[i];
+  }
 };
 
 // What a worker needs for one task. The layouts named pairs exist for products on bfloat16 pairs only.
@@ -24,7 +30,7 @@ struct BackwardTile {
   float *p_pairs, *ds_pairs;                                       // [keys][kQueryBlock / 2], pairs of queries
   float* ds_key_pairs;                                             // [keys / 2][kQueryBlock], pairs of keys
   float* dq;                                                       // [queries][features]
-  float *mask, *dropped, *capped;                                  // [keys][kQueryBlock]
+  float *mask, *second_mask, *dropped, *capped;                    // [keys][kQueryBlock]
   float* mask_key_sums;                                            // [keys]
   float* bias_sums;  // [key segments][2][kQueryBlock]: sums of dS and of P
 
@@ -44,6 +50,7 @@ struct BackwardTile {
     t.ds_key_pairs = memory.take(pairs / 2 + kQueryBlock);
     t.dq = memory.take(d * kQueryBlock);
     t.mask = memory.take(p.mask.data != nullptr ? block : 0);
+    t.second_mask = memory.take(p.second_mask.data != nullptr ? block : 0);
     t.dropped = memory.take(p.dropout_p > 0.f ? block : 0);
     t.capped = memory.take(p.softcap > 0.f ? block : 0);
     t.mask_key_sums = memory.take(kKeyBlock + VW);
@@ -57,7 +64,7 @@ struct BackwardCall {
   ScoreSteps steps;
   BackwardBlocks longest;
   int64_t parts;
-  bool want_query = false;  // of some segment
+  bool want_query = false, sinks_alone = false;  // gradients: the queries' of some segment; none but the sinks'
   Panels keys, values;
   KeyGradient grad_key, grad_value;
   MaskGradientSum grad_mask;
@@ -78,6 +85,13 @@ struct BackwardCall {
     return q.grad_query.data != nullptr || grad_key.wanted(keys) || grad_mask.wanted() || p.bias.grad != nullptr;
   }
   bool wants(const QuerySegment& q, int keys) const { return wants_ds(q, keys) || grad_value.wanted(keys); }
+  bool wants_sinks_alone() const {
+    bool other = false;
+    for (int q = 0; q < p.query_segments; ++q) {
+      for (int k = 0; k < p.key_segments; ++k) other |= wants(p.queries[q], k);
+    }
+    return p.grad_sinks != nullptr && !other;
+  }
 };
 
 struct Task {

@@ -21,6 +21,7 @@ struct ScoreBlock {
 struct MaskTile {
   enum Kind { none, per_key, per_query, full } kind = none;
   float* entries = nullptr;  // [keys], [lanes] or [keys][stride]
+  float* second = nullptr;   // the same, for a second mask until it has joined the first
   bool all_masked = false;   // only told of a mask per key
 };
 
@@ -121,24 +122,60 @@ inline RowPrefetch prefetch_mask(const AttentionMask& mask, int64_t b, int64_t h
   return {static_cast<const char*>(mask.data) + at * size, keys.count * size, mask.query * size, queries, steps};
 }
 
-inline void load_mask_tile(const AttentionMask& mask, const ScoreBlock& block, int64_t stride, MaskTile& tile) {
-  if (mask.data == nullptr) return;
+inline MaskTile::Kind kind_of(const AttentionMask& mask) {
+  if (mask.data == nullptr) return MaskTile::none;
+  if (mask.query == 0) return MaskTile::per_key;  // also a mask that is the same everywhere
+  return mask.key == 0 ? MaskTile::per_query : MaskTile::full;
+}
+
+// Of two masks the one whose rows come from afar.
+inline const AttentionMask& larger_mask(const AttentionParams& p) {
+  return kind_of(p.second_mask) == MaskTile::full && kind_of(p.mask) != MaskTile::full ? p.second_mask : p.mask;
+}
+
+// What two masks add to a score; -inf hides whatever it is added to.
+MMK_INLINE vf joined_entry(vf a, vf b) {
+  const vf hidden = set1(-kInfinity);
+  return select(a == hidden, hidden, select(b == hidden, hidden, a + b));
+}
+
+inline bool hides_all(const float* entries, int64_t count) {
+  int64_t i = 0;
+  while (i < count && entries[i] == -kInfinity) ++i;
+  return i == count;
+}
+
+// tile.entries become those of both masks, of `kind` (per_key or per_query) in tile.second and of tile.kind so far.
+inline void join_entries(MaskTile& tile, MaskTile::Kind kind, int64_t lanes, int64_t keys, int64_t stride) {
+  if (tile.kind == kind) {
+    const int64_t count = kind == MaskTile::per_key ? round_up(keys, VW) : lanes;
+    for (int64_t i = 0; i < count; i += VW)
+      store(tile.entries + i, joined_entry(load(tile.entries + i), load(tile.second + i)));
+    return;
+  }
+  for (int64_t i = 0; i < keys; ++i) {
+    float* const row = tile.entries + i * stride;
+    if (kind == MaskTile::per_key && tile.second[i] == 0.f) continue;
+    for (int64_t x = 0; x < lanes; x += VW) {
+      const vf entry = kind == MaskTile::per_key ? set1(tile.second[i]) : load(tile.second + x);
+      store(row + x, joined_entry(entry, load(row + x)));
+    }
+  }
+}
+
+inline void load_mask(const AttentionMask& mask, const ScoreBlock& block, int64_t stride, MaskTile::Kind kind,
+                      float* entries) {
   const int64_t queries = block.queries, keys = block.keys;
   const int64_t at = block.b * mask.batch + block.h * mask.head + block.query * mask.query + block.key * mask.key;
-  if (mask.query == 0) {  // also a mask that is the same everywhere
-    tile.kind = MaskTile::per_key;
-    load_mask_strided(mask, at, mask.key, keys, tile.entries);
-    tile.all_masked = true;
-    for (int64_t i = 0; i < keys && tile.all_masked; ++i) tile.all_masked = tile.entries[i] == -kInfinity;
-  } else if (mask.key == 0) {
-    tile.kind = MaskTile::per_query;
-    for (int64_t i = queries; i < round_up(queries, VW); ++i) tile.entries[i] = 0.f;
-    load_mask_strided(mask, at, mask.query, queries, tile.entries);
+  if (kind == MaskTile::per_key) {
+    load_mask_strided(mask, at, mask.key, keys, entries);
+  } else if (kind == MaskTile::per_query) {
+    for (int64_t i = queries; i < round_up(queries, VW); ++i) entries[i] = 0.f;
+    load_mask_strided(mask, at, mask.query, queries, entries);
   } else {
-    tile.kind = MaskTile::full;
     with_entries(mask, at, [&](const auto* from) {
       if (mask.key == 1) {
-        report_hidden(mask, transpose_rows(from, mask.query, queries, keys, tile.entries, stride));
+        report_hidden(mask, transpose_rows(from, mask.query, queries, keys, entries, stride));
         return;
       }
       vf lowest = zero();
@@ -147,12 +184,50 @@ inline void load_mask_tile(const AttentionMask& mask, const ScoreBlock& block, i
         for (int64_t k = 0; k < keys; ++k) {
           const vf x = load_entries(row + k * mask.key, 1);
           lowest = min(x, lowest);
-          store_partial(tile.entries + k * stride + i, x, 1);
+          store_partial(entries + k * stride + i, x, 1);
         }
       }
       report_hidden(mask, lowest);
     });
   }
+}
+
+// The entries of both masks, or of one, for a block. One per key comes first: where it hides them all, that is all.
+inline void load_mask_tile(const AttentionParams& p, const ScoreBlock& block, int64_t stride, MaskTile& tile) {
+  const MaskTile::Kind kinds[] = {kind_of(p.mask), kind_of(p.second_mask)};
+  if (kinds[0] == MaskTile::none) return;
+  if (kinds[1] == MaskTile::none) {
+    tile.kind = kinds[0];
+    load_mask(p.mask, block, stride, tile.kind, tile.entries);
+    tile.all_masked = tile.kind == MaskTile::per_key && hides_all(tile.entries, block.keys);
+    return;
+  }
+  const int64_t lanes = round_up(block.queries, VW);
+  const bool first_is_smaller = kinds[0] <= kinds[1];
+  const AttentionMask &small = first_is_smaller ? p.mask : p.second_mask,
+                      &large = first_is_smaller ? p.second_mask : p.mask;
+  const MaskTile::Kind small_kind = kinds[first_is_smaller ? 0 : 1], large_kind = kinds[first_is_smaller ? 1 : 0];
+  load_mask(small, block, stride, small_kind, tile.second);
+  if (small_kind == MaskTile::per_key && hides_all(tile.second, block.keys)) {
+    tile.all_masked = true;
+    return;
+  }
+  load_mask(large, block, stride, large_kind, tile.entries);
+  tile.kind = large_kind;
+  if (small_kind == MaskTile::full) {
+    for (int64_t i = 0; i < block.keys; ++i) {
+      for (int64_t x = i * stride; x < i * stride + lanes; x += VW)
+        store(tile.entries + x, joined_entry(load(tile.second + x), load(tile.entries + x)));
+    }
+    return;
+  }
+  if (small_kind == MaskTile::per_key && large_kind == MaskTile::per_query) {
+    for (int64_t i = block.keys - 1; i >= 0; --i)  // the first row, which all are made from, comes last
+      std::memmove(tile.entries + i * stride, tile.entries, sizeof(float) * static_cast<size_t>(lanes));
+    tile.kind = MaskTile::full;
+  }
+  join_entries(tile, small_kind, lanes, block.keys, stride);
+  tile.all_masked = tile.kind == MaskTile::per_key && hides_all(tile.entries, block.keys);
 }
 
 }  // namespace

@@ -92,16 +92,16 @@ class MaskGradientSum {
       add(at(block, 0, block.key + k), g_.key, load_as_float(sums + k, n), n);
     }
   }
-  // A mask that is the same for all keys shifts whole rows: their sum of dS is d log_sum, exactly.
-  void add_rows(const ScoreBlock& block, const float* grad_log_sum) const {
+  // A mask that is the same for all keys shifts whole rows: their sums of dS are d log_sum, exactly, less the sink's.
+  void add_rows(const ScoreBlock& block, const float* sums) const {
     if (g_.query != 0) {
       for (int64_t i = 0; i < block.queries; i += VW) {
         const int64_t n = min(VW, block.queries - i);
-        add(at(block, block.query + i, 0), g_.query, load_as_float(grad_log_sum + i, n), n);
+        add(at(block, block.query + i, 0), g_.query, load_as_float(sums + i, n), n);
       }
     } else {
       float total = 0.f;
-      for (int64_t i = 0; i < block.queries; ++i) total += grad_log_sum[i];
+      for (int64_t i = 0; i < block.queries; ++i) total += sums[i];
       add(at(block, 0, 0), 1, set1(total), 1);
     }
   }

@@ -94,7 +94,8 @@ ScoreBlock score_block(const AttentionParams& p, const KeyBlock& k, Range any, c
 // Which of the steps between product and softmax a call needs.
 struct ScoreSteps {
   explicit ScoreSteps(const AttentionParams& p) {
-    float_mask = p.mask.data != nullptr && p.mask.dtype != Dtype::boolean;
+    for (const AttentionMask* mask : {&p.mask, &p.second_mask})
+      float_mask |= mask->data != nullptr && mask->dtype != Dtype::boolean;
     // Scores are scaled before a step that needs their value, or when the maximum would not survive the scaling;
     // else the scale is part of the exponent.
     scale_first = p.softcap > 0.f || float_mask || !(p.scale > 0.f);
@@ -107,15 +108,34 @@ struct ScoreSteps {
 
   // What the rounding of a row's shift hides from row_max, and log_sum has to make up for.
   float hidden_by_shift(float row_max) const {
-    return scale_first ? 0.f : static_cast<float>(exponent_shift(row_max) * 0.6931471805599453 - row_max);
+    const float shift = exponent_shift(row_max);
+    return scale_first || shift == -FLT_MAX ? 0.f : static_cast<float>(shift * 0.6931471805599453 - row_max);
+  }
+
+  // A sink as an exponent of 2 less the shift of its row, rounded as scores are.
+  float sink_exponent(float sink, float shift) const {
+    const float exponent = exponent_shift(sink);
+    return scale_first || exponent == -FLT_MAX ? exponent - shift : std::fma(sink, kLog2e, -shift);
   }
 
   // Whether all there is to do is to scale and to add a float mask's entries, but for a window.
   bool only_mask() const { return float_mask && !softcap && !poisoned; }
 
-  bool float_mask, scale_first, softcap, poisoned = false, always;
+  bool float_mask = false, scale_first, softcap, poisoned = false, always;
   float score_scale;     // what is left to multiply a maximum by
   float exponent_scale;  // what is left to multiply a finished score by to make it an exponent of 2
+};
+
+// A row's softmax before its first key: empty, or the sink alone.
+struct SoftmaxStart {
+  float row_max = -FLT_MAX, sum = 0.f;
+
+  // `first`: whether this is the first part of the keys, the one that takes the sink.
+  SoftmaxStart(const AttentionParams& p, const ScoreSteps& steps, int64_t h, bool first) {
+    if (p.sinks == nullptr || !first || p.sinks[h] == -kInfinity) return;
+    row_max = p.sinks[h];
+    sum = std::exp2(steps.sink_exponent(row_max, exponent_shift(row_max)));
+  }
 };
 
 // Scale, softcap, mask and window, in place, and the way to an exponent of 2 where the scale came first; `best`

@@ -27,7 +27,9 @@ inline at::DimVector order_of(const at::Tensor& t) {
   at::DimVector order;
   order.resize(static_cast<size_t>(t.dim() - 1));
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  const bool expanded_batch = !order.empty() && t.stride(0) == 0;  // stays outermost
+  std::stable_sort(order.begin() + (expanded_batch ? 1 : 0), order.end(),
+                   [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
   return order;
 }
 

@@ -21,7 +21,7 @@ struct PlainCrossAttention : torch::autograd::Function<PlainCrossAttention> {
   static Tensor forward(AutogradContext* ctx, const Tensor& query, const Tensor& key, const Tensor& value,
                         double scale) {
     auto [out, row_max, log_sum] =
-        cross_attention_forward(query, key, value, {}, {}, -1, -1, false, 0., scale, 0., {}, true);
+        cross_attention_forward(query, key, value, {}, {}, {}, {}, -1, -1, false, 0., scale, 0., {}, true);
     ctx->save_for_backward({query, key, value, out, row_max, log_sum});
     ctx->saved_data["scale"] = scale;
     return out;
@@ -30,18 +30,17 @@ struct PlainCrossAttention : torch::autograd::Function<PlainCrossAttention> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list saved = ctx->get_saved_variables();
     const double scale = ctx->saved_data["scale"].toDouble();
-    const std::array<bool, 4> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                                     false};
+    const std::array<bool, 6> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     const auto call = [&](auto&& backward, const Tensor& grad) {
-      return backward(grad, std::nullopt, saved[0], saved[1], saved[2], std::nullopt, std::nullopt, saved[3], saved[4],
-                      saved[5], -1, -1, false, 0., scale, 0., std::nullopt, wanted);
+      return backward(grad, std::nullopt, saved[0], saved[1], saved[2], std::nullopt, std::nullopt, std::nullopt,
+                      std::nullopt, saved[3], saved[4], saved[5], -1, -1, false, 0., scale, 0., std::nullopt, wanted);
     };
     // A gradient that will itself be differentiated goes through the op that knows how.
     static const auto op = c10::Dispatcher::singleton()
                                .findSchemaOrThrow("mmkernels::cross_attention_backward", "")
                                .typed<decltype(cross_attention_backward)>();
     const bool plain = pulls_plainly(grads[0]);
-    auto [dq, dk, dv, unused] =
+    const auto [dq, dk, dv, dmask, dbias, dsinks] =
         plain ? call(cross_attention_backward, has_dense_rows(grads[0]) ? grads[0] : grads[0].contiguous())
               : call([](auto&&... arguments) { return op.call(arguments...); }, grads[0]);
     const auto given = [](bool is_wanted, const Tensor& t) { return is_wanted ? t : Tensor(); };
@@ -81,7 +80,8 @@ PyObject* cross_attention_door(PyObject*, PyObject* const* arguments, Py_ssize_t
       out = PlainCrossAttention::apply(query, key, value, scale);
     } else {
       at::AutoDispatchBelowADInplaceOrView below;
-      out = std::get<0>(cross_attention_forward(query, key, value, {}, {}, -1, -1, false, 0., scale, 0., {}, false));
+      out = std::get<0>(
+          cross_attention_forward(query, key, value, {}, {}, {}, {}, -1, -1, false, 0., scale, 0., {}, false));
     }
   }
   return THPVariable_Wrap(out);

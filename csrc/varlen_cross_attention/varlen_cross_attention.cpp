@@ -2,6 +2,8 @@
 // checked at the door (mmkernels/ops/varlen_cross_attention): query [Tq, Hq, D], key [Tk, Hkv, D], value [Tk, Hkv, Dv],
 // where a member of the batch starts [B + 1]; what those hold is checked here.
 #include <ATen/ops/add.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -54,10 +56,12 @@ struct Inputs {
   int64_t window_left, window_right;
   bool bottom_right;
   double scale, softcap;
+  std::optional<Tensor> sinks;  // [Hq] float32
 
   Inputs(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens_q,
          const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, int64_t window_left,
-         int64_t window_right, bool bottom_right, std::optional<double> scale, double softcap)
+         int64_t window_right, bool bottom_right, std::optional<double> scale, double softcap,
+         const std::optional<Tensor>& sinks)
       : query(heads_first(query)),
         key(heads_first(key)),
         value(heads_first(value)),
@@ -66,7 +70,8 @@ struct Inputs {
         window_left(window_left),
         window_right(window_right),
         bottom_right(bottom_right),
-        softcap(softcap) {
+        softcap(softcap),
+        sinks(sinks ? std::optional(sinks->contiguous()) : sinks) {
     for (const auto& [members, name, total, longest] :
          {std::tuple(&queries, "q", query.size(0), max_seqlen_q), std::tuple(&keys, "k", key.size(0), max_seqlen_k)}) {
       TORCH_CHECK_VALUE(members->valid, kName, ": cu_seqlens_", name, ": expected starts from 0 to ", total,
@@ -102,6 +107,7 @@ struct Inputs {
     p.bottom_right = bottom_right;
     p.scale = static_cast<float>(scale);
     p.softcap = static_cast<float>(softcap);
+    if (sinks) p.sinks = sinks->const_data_ptr<float>();
     double scores = 0.;
     for (int64_t b = 0; b < p.batch; ++b) {
       scores += static_cast<double>(length_of(queries, b)) * static_cast<double>(length_of(keys, b));
@@ -120,13 +126,27 @@ void set_stats(AttentionParams& p, const Tensor& stats) {
   p.queries[0].log_sum = p.queries[0].row_max + stats.numel() / 2;
 }
 
+// Rows that may attend to no key, [Hq, Tq], where a sink hides that from row_max.
+Tensor idle_rows(Inputs in) {
+  in.sinks.reset();
+  in.query = at::zeros_like(in.query);
+  take_out_poison(in.key, in.value);
+  const Tensor out = at::empty({1, in.query.size(1), in.query.size(2), in.value.size(3)}, in.query.options());
+  const Tensor stats = at::empty({2, in.query.size(1), in.query.size(2)}, in.query.options().dtype(at::kFloat));
+  AttentionParams p = in.params(2., {});
+  p.queries[0].out = packed_rows(out, in.queries);
+  set_stats(p, stats);
+  MMK_DISPATCH(attention_forward)(p);
+  return stats[0].eq(-kInfinity);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                            int64_t max_seqlen_k, int64_t window_left, int64_t window_right,
                                            bool bottom_right, std::optional<double> scale, double softcap,
-                                           bool return_lse, bool training) {
+                                           const std::optional<Tensor>& sinks, bool return_lse, bool training) {
   Inputs in(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
-            bottom_right, scale, softcap);
+            bottom_right, scale, softcap, sinks);
   const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), value.size(2)});
   const bool with_stats = return_lse || training;
   const auto options = query.options().dtype(at::kFloat);
@@ -139,6 +159,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   if (in.has_no_scores()) {
     out.zero_();
     stats.fill_(-kInfinity);
+    if (sinks) {                                      // of rows without a key
+      const Tensor column = in.sinks->view({-1, 1});  // [Hq, 1]
+      out.masked_fill_(column.isnan(), std::numeric_limits<double>::quiet_NaN());
+      if (with_stats) {
+        stats[0].copy_(column.expand_as(stats[0]));
+        stats[1].masked_fill_(column.ne(-kInfinity), 0);
+      }
+    }
     return results();
   }
   const auto run = [&](const Tensor& poisoned) {
@@ -160,17 +188,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
 std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Tensor& key, const Tensor& value,
                              const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                              int64_t max_seqlen_k, int64_t window_left, int64_t window_right, bool bottom_right,
-                             std::optional<double> scale, double softcap, bool return_lse, at::TensorList saved,
-                             const c10::List<bool>& needed) {
+                             std::optional<double> scale, double softcap, const std::optional<Tensor>& sinks,
+                             bool return_lse, at::TensorList saved, const c10::List<bool>& needed) {
   Inputs in(query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, window_left, window_right,
-            bottom_right, scale, softcap);
-  std::vector<Tensor> result;  // of cu_seqlens too
+            bottom_right, scale, softcap, sinks);
+  std::vector<Tensor> result;  // of cu_seqlens and sinks too
   for (const Tensor& leaf : {query, key, value, cu_seqlens_q, cu_seqlens_k}) {
     const bool wanted = needed[result.size()];
     result.push_back(wanted ? empty_in_order_of(leaf, leaf.sizes()) : at::empty({0}, query.options()));
   }
+  const bool of_sinks = sinks && needed[5];
+  result.push_back(of_sinks ? at::empty_like(*in.sinks) : at::empty({0}, query.options()));
   if (in.has_no_scores()) {
     for (const Tensor& t : result) t.zero_();
+    if (of_sinks && return_lse) {  // each row's lse is its sink
+      result[5].copy_(grads[1].sum(0).masked_fill(in.sinks->eq(-kInfinity), 0));
+    }
     return result;
   }
   if (in.queries.shortest == 0) {  // nobody comes to the keys of such a member
@@ -189,11 +222,12 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
     if (needed[0]) p.queries[0].grad_query = packed_rows(heads_first(result[0]), in.queries);
     if (needed[1]) p.keys[0].grad_key = packed_rows(heads_first(result[1]), in.keys);
     if (needed[2]) p.keys[0].grad_value = packed_rows(heads_first(result[2]), in.keys);
+    if (of_sinks) p.grad_sinks = result[5].data_ptr<float>();
     MMK_DISPATCH(attention_backward)(p);
   };
   run({});
   if (in.is_masked() && !std::all_of(result.begin(), result.end(), is_finite)) {
-    const Tensor empty = stats[0].eq(-kInfinity).unsqueeze(-1);  // [Hq, Tq, 1]
+    const Tensor empty = (sinks ? idle_rows(in) : stats[0].eq(-kInfinity)).unsqueeze(-1);  // [Hq, Tq, 1]
     in.query = in.query.masked_fill(empty, 0);
     grad_out = grad_out.masked_fill(empty, 0);
     run(take_out_poison(in.key, in.value));
@@ -213,6 +247,10 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   const bool shapes = key.size(2) == query.size(2) && value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
                       key.size(1) > 0 && query.size(1) % key.size(1) == 0 && starts_q.numel() == starts_k.numel();
   const double softcap = arguments[11].toDouble();
+  if (!arguments[12].isNone()) {  // a floating tensor is of query's dtype here
+    const Tensor sinks = arguments[12].toTensor();
+    if (sinks.scalar_type() != at::kFloat || sinks.dim() != 1 || sinks.size(0) != query.size(1)) return false;
+  }
   return shapes && softcap >= 0. && softcap < std::numeric_limits<double>::infinity() && arguments[7].toInt() >= -1 &&
          arguments[8].toInt() >= -1 && Members(starts_q, query.size(0), arguments[5].toInt()).valid &&
          Members(starts_k, key.size(0), arguments[6].toInt()).valid;
@@ -224,11 +262,11 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_varlen_cross_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
       "int max_seqlen_q, int max_seqlen_k, int window_left, int window_right, bool bottom_right, float? scale, "
-      "float softcap, bool return_lse, bool training) -> (Tensor out, Tensor lse, Tensor stats)");
+      "float softcap, Tensor? sinks, bool return_lse, bool training) -> (Tensor out, Tensor lse, Tensor stats)");
   m.def(
       "_varlen_cross_attention_bwd(Tensor[] grads, Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, "
       "Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, int window_left, int window_right, bool bottom_right, "
-      "float? scale, float softcap, bool return_lse, Tensor[] saved, bool[] needed) -> Tensor[]");
+      "float? scale, float softcap, Tensor? sinks, bool return_lse, Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

@@ -46,6 +46,17 @@ def check_window(op: str, window: tuple[int, int]) -> tuple[int, int]:
     return left, right
 
 
+def check_sinks(op: str, sinks: Tensor, query: Tensor, heads: int) -> Tensor:
+    """The sinks in the dtype of the scores."""
+    checks.check_tensor(op, "sinks", sinks)
+    if not sinks.is_floating_point():
+        raise checks.type_error(op, "sinks", "a floating dtype", sinks.dtype)
+    if sinks.dim() != 1 or sinks.shape[0] != heads:
+        raise checks.value_error(op, "sinks", f"shape ({heads},), one for each head of query", tuple(sinks.shape))
+    checks.check_same_device(op, "sinks", sinks, "query", query.device)
+    return sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
 def check_softcap(op: str, softcap: float) -> None:
     checks.check_number(op, "softcap", softcap)
     if not 0.0 < softcap < math.inf:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmkernels._dispatch import may_use_door, native_door, needs_grad
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
-from mmkernels.ops.cross_attention.op import cross_attention_op
+from mmkernels.ops.cross_attention.op import cross_attention_op, unexpanded
 
 __all__ = ["cross_attention", "scaled_dot_product_attention"]
 
@@ -25,6 +25,8 @@ def cross_attention(
     value: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: attention.CausalAlignment = "top_left",
@@ -44,6 +46,8 @@ def cross_attention(
     value: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: attention.CausalAlignment = "top_left",
@@ -62,6 +66,8 @@ def cross_attention(
     value: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
     causal_alignment: attention.CausalAlignment = "top_left",
@@ -74,19 +80,24 @@ def cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of ``query`` over ``key`` and ``value``, without ever holding the Lq×Lk scores.
 
-        S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap) if softcap > 0,  S ← S + masks,
-        out = dropout(softmax(S)) · V
+        S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap) if softcap > 0,  S ← S + attn_mask + attn_bias,
+        out = dropout(P) · V,  P = softmax(S), or with sinks exp(S) / (Σ exp(S) + exp(sink))
 
     Scaled dot-product attention is Vaswani et al., "Attention Is All You Need", 2017 (arXiv:1706.03762); computing it
-    in tiles with a running softmax is Dao et al., "FlashAttention", 2022 (arXiv:2205.14135).
+    in tiles with a running softmax is Dao et al., "FlashAttention", 2022 (arXiv:2205.14135); a learned logit that takes
+    weight and gives nothing is Miller, "Attention Is Off By One", 2023, and OpenAI's gpt-oss (arXiv:2508.10925).
 
     Args:
         query: (B, Hq, Lq, D), float32, bfloat16, float16, or float64 (reference backend alone). Any strides; a last
             dim that is not contiguous costs a copy of that tensor. The output takes its memory order.
+            A batch of 1 is broadcast to that of the others, for each of query, key and value.
         key: (B, Hkv, Lk, D), of query's dtype and device.
         value: (B, Hkv, Lk, Dv), of query's dtype and device. Dv may differ from D.
         attn_mask: 2-D to 4-D, broadcastable to (B, Hq, Lq, Lk), never expanded in memory. bool: True = attend. Float,
-            in query's dtype or float32: added to S; −inf forbids. It may require grad.
+            of any floating dtype: added to S; −inf forbids. It may require grad.
+        attn_bias: float, broadcastable as ``attn_mask``: added to S beside it, each in a shape and dtype of its own.
+        sinks: (Hq,) of any floating dtype, read in float32: a logit per query head that joins the softmax's denominator
+            and attends to nothing; −inf is none. Softcap, masks and dropout leave it alone.
         key_lengths: (B,) int32 or int64: keys at and beyond the length are padding.
         is_causal: a query attends to no key after its diagonal position. Combines with the other masks.
         causal_alignment: "top_left": query i has diagonal position i, as in torch. "bottom_right": the last query sits
@@ -98,15 +109,15 @@ def cross_attention(
         enable_gqa: Hq may be a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
         dropout_p: probability with which an entry of softmax(S) is dropped, the rest being scaled by 1/(1 − p). Always
             applied, training or not. Seeded from torch's default generator; forward and backward draw the same mask.
-        return_lse: also return the log-sum-exp of each row of S.
+        return_lse: also return the log-sum-exp of each row of S, its sink included.
 
     Returns:
         out (B, Hq, Lq, Dv) in query's dtype, and with ``return_lse`` also lse (B, Hq, Lq), natural log, float32
         (float64 for float64 inputs), differentiable.
 
-    A row that may attend to nothing gives output 0, lse −inf and gradient 0. With any mask, a key whose K or V row
-    holds NaN or inf turns the query rows that may attend to it into NaN and touches no other row. Under autocast,
-    query, key and value are cast as torch's own attention casts them.
+    A row that may attend to nothing gives output 0, lse −inf (with sinks, its sink) and gradient 0. With any mask, a
+    key whose K or V row holds NaN or inf turns the query rows that may attend to it into NaN and touches no other row.
+    Under autocast, query, key and value are cast as torch's own attention casts them; masks and sinks are not.
 
     Raises:
         ValueError: shapes or values that do not fit.
@@ -119,7 +130,8 @@ def cross_attention(
         >>> cross_attention(text, image, image, key_lengths=torch.tensor([576, 196])).shape
         torch.Size([2, 8, 77, 64])
     """
-    if attn_mask is None and key_lengths is None and window is None and may_use_door():
+    plain = attn_mask is None and attn_bias is None and sinks is None and key_lengths is None and window is None
+    if plain and may_use_door():
         aligned = causal_alignment == "top_left" or causal_alignment == "bottom_right"
         if aligned and softcap == 0.0 and dropout_p == 0.0 and not is_causal and not return_lse:
             out = _plain_call(query, key, value, scale)
@@ -128,7 +140,13 @@ def cross_attention(
     name = "cross_attention"
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
-        attn_mask = _check_mask(name, attn_mask, query, key)
+        attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
+    if attn_bias is not None:
+        attn_bias = _check_mask(name, "attn_bias", attn_bias, query, key)
+        if attn_mask is None:
+            attn_mask, attn_bias = attn_bias, None
+    if sinks is not None:
+        sinks = attention.check_sinks(name, sinks, query, query.shape[1])
     if key_lengths is not None:
         key_lengths = attention.check_key_lengths(name, "key_lengths", key_lengths, query, key)
     left, right = (-1, -1) if window is None else attention.check_window(name, window)
@@ -143,6 +161,8 @@ def cross_attention(
         key,
         value,
         attn_mask,
+        attn_bias,
+        sinks,
         key_lengths,
         left,
         right,
@@ -206,9 +226,11 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
-        attn_mask = _check_mask(name, attn_mask, query, key)
+        attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
     right = 0 if is_causal else -1
-    out, _ = _attend(name, query, key, value, attn_mask, None, -1, right, False, 0.0, scale, dropout_p, False)
+    out, _ = _attend(
+        name, query, key, value, attn_mask, None, None, None, -1, right, False, 0.0, scale, dropout_p, False
+    )
     return out if lead is None else out.reshape(*lead, *out.shape[2:])
 
 
@@ -218,6 +240,8 @@ def _attend(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
     key_lengths: Tensor | None,
     window_left: int,
     window_right: int,
@@ -239,12 +263,14 @@ def _attend(
         if not 0.0 <= dropout_p <= 1.0:
             raise checks.value_error(name, "dropout_p", "a probability in [0, 1]", dropout_p)
         rng_state = torch.randint(0, 2**62, (2,), device="cpu")
-    with_lse = return_lse or needs_grad(query, key, value, attn_mask)
+    with_lse = return_lse or needs_grad(query, key, value, attn_mask, attn_bias, sinks)
     out, row_max, log_sum = cross_attention_op(
         query,
         key,
         value,
         attn_mask,
+        attn_bias,
+        sinks,
         key_lengths,
         window_left,
         window_right,
@@ -277,9 +303,11 @@ def _check_inputs(
     batch, heads, _, head_dim = query.shape
     key_batch, key_heads, key_len, key_dim = key.shape
     value_batch, value_heads, value_len, _ = value.shape
-    if key_batch != batch or key_dim != head_dim:
+    if key_batch != batch or value_batch != batch:
+        query, key, value = _with_one_batch(op, query, key, value)
+    if key_dim != head_dim:
         raise checks.value_error(op, "key", f"shape ({batch}, Hkv, Lk, {head_dim})", tuple(key.shape))
-    if value_batch != key_batch or value_heads != key_heads or value_len != key_len:
+    if value_heads != key_heads or value_len != key_len:
         raise checks.value_error(op, "value", f"shape ({key_batch}, {key_heads}, {key_len}, Dv)", tuple(value.shape))
     if key_heads != heads:
         if not enable_gqa:
@@ -289,20 +317,41 @@ def _check_inputs(
     return query, key, value
 
 
-def _check_mask(op: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask with 4 dims."""
-    checks.check_tensor(op, "attn_mask", mask)
-    if mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        expected = f"dtype bool, {query.dtype} or torch.float32"
-        raise checks.type_error(op, "attn_mask", expected, mask.dtype)
-    checks.check_same_device(op, "attn_mask", mask, "query", query.device)
+def _with_one_batch(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value with those of batch 1 expanded to the batch of the others."""
+    batch = next((t.shape[0] for t in (query, key, value) if t.shape[0] != 1), 1)
+    if key.shape[0] not in (1, batch):
+        expected = f"shape ({batch}, Hkv, Lk, {query.shape[3]}), or a batch of 1"
+        raise checks.value_error(op, "key", expected, tuple(key.shape))
+    if value.shape[0] not in (1, batch):
+        expected = f"shape ({batch}, {key.shape[1]}, {key.shape[2]}, Dv), or a batch of 1"
+        raise checks.value_error(op, "value", expected, tuple(value.shape))
+    query, key, value = (t if t.shape[0] == batch else t.expand(batch, -1, -1, -1) for t in (query, key, value))
+    return query, key, value
+
+
+def _check_mask(op: str, argument: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The mask with 4 dims, bool, in query's dtype, or wider."""
+    checks.check_tensor(op, argument, mask)
+    is_bias = argument == "attn_bias"
+    if not mask.is_floating_point() and (is_bias or mask.dtype != torch.bool):
+        raise checks.type_error(
+            op, argument, "a floating dtype" if is_bias else "dtype bool or a floating one", mask.dtype
+        )
+    checks.check_same_device(op, argument, mask, "query", query.device)
     full = (*query.shape[:3], key.shape[2])
     if not 2 <= mask.dim() <= 4:
-        raise checks.value_error(op, "attn_mask", "2 to 4 dims", f"shape {tuple(mask.shape)}")
+        raise checks.value_error(op, argument, "2 to 4 dims", f"shape {tuple(mask.shape)}")
     for size, full_size in zip(mask.shape, full[4 - mask.dim() :], strict=True):
         if size != full_size and size != 1:
-            raise checks.value_error(op, "attn_mask", f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
-    return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
+            raise checks.value_error(op, argument, f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
+    if mask.dim() < 4:
+        mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype in (torch.bool, torch.float32, query.dtype):
+        return mask
+    if not mask.requires_grad:  # else each of its elements has a gradient of its own
+        mask = unexpanded(mask)
+    return mask.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
 def _leading_dims_agree(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:

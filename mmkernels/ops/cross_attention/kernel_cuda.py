@@ -16,6 +16,8 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: None,
+    sinks: None,
     key_lengths: Tensor | None,
     window_left: int,
     window_right: int,
@@ -48,14 +50,16 @@ def backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: None,
+    sinks: None,
     key_lengths: Tensor | None,
     out: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *of_attention, (of_query, of_key, of_value, of_mask) = options
-    attention = _attention(key, value, attn_mask, key_lengths, *of_attention)
+) -> tuple[Tensor, ...]:
+    *of_attention, (of_query, of_key, of_value, of_mask, _, _) = options
+    attention = _attention(key, value, attn_mask, attn_bias, sinks, key_lengths, *of_attention)
     stream = short_keys.Queries(query, grad_out, out, row_max, log_sum, grad_log_sum)
     dq, dk, dv = (
         empty_in_order_of(x, x.shape) if needed else None
@@ -69,5 +73,4 @@ def backward(
     dmask = None
     if dscores is not None and attn_mask is not None:
         dmask = dscores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    dq, dk, dv, dmask = (query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask))
-    return dq, dk, dv, dmask
+    return tuple(query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, None, None))

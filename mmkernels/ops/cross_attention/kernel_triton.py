@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._triton import dense
-from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.cross_attention.op import apart, empty_in_order_of
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -18,10 +18,22 @@ from mmkernels.triton.attention_mask_gradient import mask_gradient
 from mmkernels.triton.attention_query_gradient import query_gradient
 
 
+def _one_mask(attn_mask: Tensor | None, attn_bias: Tensor | None) -> Tensor | None:
+    """What both add to the scores, in the shape that they broadcast to; −inf hides whatever it is added to."""
+    if attn_mask is None or attn_bias is None:
+        return attn_mask
+    if attn_mask.dtype == torch.bool:
+        return torch.where(attn_mask, attn_bias, -torch.inf)
+    total = attn_mask.to(torch.float32) + attn_bias
+    return total.masked_fill((attn_mask == -torch.inf) | (attn_bias == -torch.inf), -torch.inf)
+
+
 def _attention(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: None,
     key_lengths: Tensor | None,
     window_left: int,
     window_right: int,
@@ -37,7 +49,7 @@ def _attention(
         padding=[None if key_lengths is None else key_lengths.contiguous()],
         scale=scale,
         softcap=softcap,
-        mask=attn_mask,
+        mask=_one_mask(attn_mask, attn_bias),
         window=(window_left, window_right),
         bottom_right=bottom_right,
         dropout_p=dropout_p,
@@ -63,16 +75,18 @@ def backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: None,
     key_lengths: Tensor | None,
     out: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *of_attention, (of_query, of_key, of_value, of_mask) = options
+) -> tuple[Tensor, ...]:
+    *of_attention, (of_query, of_key, of_value, of_mask, of_bias, _) = options
     batch, _, queries, _ = query.shape
     stream = Queries(dense(query), dense(grad_out), dense(out), row_max, log_sum, grad_log_sum, batch, queries)
-    attention = _attention(key, value, attn_mask, key_lengths, *of_attention)
+    attention = _attention(key, value, attn_mask, attn_bias, sinks, key_lengths, *of_attention)
     dq, dk, dv = (
         empty_in_order_of(x, x.shape) if needed else None
         for x, needed in ((query, of_query), (key, of_key), (value, of_value))
@@ -82,9 +96,15 @@ def backward(
         query_gradient(stream, deltas, attention, dq, with_bias=False)
     if dk is not None or dv is not None:
         key_gradients([stream], [deltas], attention, 0, key.shape[2], dk, dv, None)
-    dmask = mask_gradient(stream, deltas, attention) if of_mask else None
-    dq, dk, dv, dmask = (query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask))
-    return dq, dk, dv, dmask
+    dscores = mask_gradient(stream, deltas, attention) if of_mask or of_bias else None
+    dmask, dbias = (
+        dscores.sum_to_size(x.shape).to(x.dtype) if needed and dscores is not None and x is not None else None
+        for x, needed in ((attn_mask, of_mask), (attn_bias, of_bias))
+    )
+    dq, dk, dv, dmask, dbias, dsinks = (
+        query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, dbias, None)
+    )
+    return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -17,18 +17,20 @@ from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops.cross_attention import reference
 
 _FORWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, int window_left, "
-    "int window_right, bool bottom_right, float softcap, float scale, float dropout_p, Tensor? rng_state, "
-    "bool with_lse) -> (Tensor out, Tensor row_max, Tensor log_sum)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? attn_bias, Tensor? sinks, "
+    "Tensor? key_lengths, int window_left, int window_right, bool bottom_right, float softcap, float scale, "
+    "float dropout_p, Tensor? rng_state, bool with_lse) -> (Tensor out, Tensor row_max, Tensor log_sum)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor? grad_log_sum, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-    "Tensor? key_lengths, Tensor out, Tensor row_max, Tensor log_sum, int window_left, int window_right, "
-    "bool bottom_right, float softcap, float scale, float dropout_p, Tensor? rng_state, bool[4] grad_mask)"
-    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)"
+    "Tensor? attn_bias, Tensor? sinks, Tensor? key_lengths, Tensor out, Tensor row_max, Tensor log_sum, "
+    "int window_left, int window_right, bool bottom_right, float softcap, float scale, float dropout_p, "
+    "Tensor? rng_state, bool[6] grad_mask)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dbias, Tensor dsinks)"
 )
 
 Tensors = tuple[Tensor, ...]
+_LEAVES = 6  # query, key, value, attn_mask, attn_bias, sinks: what has a gradient, first in the schema
 
 
 # --- memory order -----------------------------------------------------------------------------------------------------
@@ -39,7 +41,8 @@ def empty_in_order_of(like: Tensor, shape: Sequence[int]) -> Tensor:
     strides_of_like = like.stride()
     order = list(range(len(shape) - 1))
     if strides_of_like[-1] == 1 or like.shape[-1] <= 1:
-        order.sort(key=strides_of_like.__getitem__, reverse=True)
+        first = 1 if order and strides_of_like[0] == 0 else 0  # an expanded batch stays outermost
+        order[first:] = sorted(order[first:], key=strides_of_like.__getitem__, reverse=True)
     strides, step = [1] * len(shape), shape[-1]
     for dim in reversed(order):
         strides[dim] = step
@@ -62,9 +65,22 @@ def _cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: A
     return out, statistics, torch.empty_like(statistics)
 
 
+def _reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments: tuple[Any, ...] = (query, key, value, attn_mask, *options, attn_bias, sinks)
+    return reference.cross_attention(*arguments)
+
+
 def _reference_forward(query: Tensor, *rest: Any) -> Tensors:
     *arguments, with_lse = rest
-    out, row_max, log_sum = reference.cross_attention(query, *arguments)
+    out, row_max, log_sum = _reference(query, *arguments)
     out = _in_order_of(query, out)
     return (out, row_max, log_sum) if with_lse else (out, row_max.new_empty(0), row_max.new_empty(0))
 
@@ -73,14 +89,24 @@ def _last_dim_dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def _unexpanded(mask: Tensor | None) -> Tensor | None:
-    """The mask with every repeated (stride 0) dim at length 1: the kernels broadcast by themselves."""
-    if mask is not None:
-        for dim in range(4):
-            if mask.stride(dim) == 0 and mask.shape[dim] > 1:
-                mask = mask.narrow(dim, 0, 1)
-        mask = _last_dim_dense(mask)
+def unexpanded(mask: Tensor) -> Tensor:
+    """The mask [B, Hq, Lq, Lk] with every repeated (stride 0) dim at length 1."""
+    for dim in range(4):
+        if mask.stride(dim) == 0 and mask.shape[dim] > 1:
+            mask = mask.narrow(dim, 0, 1)
     return mask
+
+
+def apart(dmask: Tensor, dbias: Tensor) -> Tensor:
+    """The second of two gradients that may be one tensor, in memory of its own."""
+    return dbias.clone() if dmask.shape == dbias.shape else dbias
+
+
+def _kernel_mask(mask: Tensor | None, of_gradient: bool = False) -> Tensor | None:
+    """As the kernels, which broadcast by themselves, read a mask. Its gradient is that of the shape that is given."""
+    if mask is None:
+        return None
+    return _last_dim_dense(mask if of_gradient else unexpanded(mask))
 
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -98,14 +124,25 @@ def _cpu_supports(query: Tensor, *_: Any) -> str | None:
     return None
 
 
-def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any) -> Tensors:
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, attn_bias: Tensor | None, *rest: Any
+) -> Tensors:
     return _native_forward(
-        _last_dim_dense(query), _last_dim_dense(key), _last_dim_dense(value), _unexpanded(attn_mask), *rest
+        _last_dim_dense(query),
+        _last_dim_dense(key),
+        _last_dim_dense(value),
+        _kernel_mask(attn_mask),
+        _kernel_mask(attn_bias),
+        *rest,
     )
 
 
 def _cuda_supports(query: Tensor, key: Tensor, value: Tensor, *options: Any, backward: bool = False) -> str | None:
-    attn_mask, _, window_left, window_right, _, softcap, _, dropout_p, *_ = options
+    attn_mask, attn_bias, sinks, _, window_left, window_right, _, softcap, _, dropout_p, *_ = options
+    if sinks is not None:
+        return "its kernel has no sinks"
+    if attn_bias is not None:
+        return "its kernel takes attn_mask or attn_bias, not both"
     if window_left >= 0 or window_right >= 0 or softcap or dropout_p > 0:
         return "its kernel has no window, causal mask, softcap or dropout"
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
@@ -117,7 +154,17 @@ def _cuda_loses(query: Tensor, key: Tensor, *_: Any) -> str | None:
     return short_keys.loses([key])
 
 
-def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+def _triton_supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
+    *_: Any,
+) -> str | None:
+    if sinks is not None:
+        return "its kernels have no sinks"
     return attention_checks.too_wide_for_triton(query, value)
 
 
@@ -140,12 +187,16 @@ cross_attention_op = Operator(
 def _cross_attention_backward_fake(
     grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *options: Any
 ) -> Tensors:
-    attn_mask, grad_mask = options[0], options[-1]
+    grad_mask = options[-1]
     dq, dk, dv = (
         empty_in_order_of(x, x.shape) if needed else x.new_empty(0)
         for x, needed in zip((query, key, value), grad_mask, strict=False)
     )
-    return dq, dk, dv, attn_mask.new_empty(attn_mask.shape) if grad_mask[3] else query.new_empty(0)
+    rest = (
+        x.new_empty(x.shape) if needed else query.new_empty(0)
+        for x, needed in zip(options[:3], grad_mask[3:], strict=True)
+    )
+    return dq, dk, dv, *rest
 
 
 def _pull_back(
@@ -156,11 +207,11 @@ def _pull_back(
     grad_mask: Sequence[bool],
     pull: Callable[..., tuple[Tensor | None, ...]],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the reference for the inputs (query, key, value, attn_mask) that ``grad_mask`` asks for."""
+    """Gradients of the reference for the inputs, query to sinks, that ``grad_mask`` asks for."""
 
     def forward(*needed: Tensor | None) -> Tensors:
         full: list[Any] = [given if new is None else new for new, given in zip(needed, inputs, strict=True)]
-        out, _, log_sum = reference.cross_attention(*full, *options)
+        out, _, log_sum = _reference(*full, *options)
         return out, log_sum
 
     needed = [x if wanted else None for x, wanted in zip(inputs, grad_mask, strict=True)]
@@ -174,6 +225,8 @@ def _reference_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
     key_lengths: Tensor | None,
     out: Tensor,
     row_max: Tensor,
@@ -181,12 +234,14 @@ def _reference_backward(
     *rest: Any,
 ) -> Tensors:
     *options, grad_mask = rest
-    inputs = (query, key, value, attn_mask)
-    dq, dk, dv, dmask = _pull_back(grad_out, grad_log_sum, inputs, (key_lengths, *options), grad_mask, kernel_vjp)
+    inputs = (query, key, value, attn_mask, attn_bias, sinks)
+    pulled = _pull_back(grad_out, grad_log_sum, inputs, (key_lengths, *options), grad_mask, kernel_vjp)
     dq, dk, dv = (
-        x.new_empty(0) if g is None else _in_order_of(x, g) for x, g in zip(inputs[:3], (dq, dk, dv), strict=True)
+        x.new_empty(0) if g is None else _in_order_of(x, g)
+        for x, g in zip((query, key, value), pulled[:3], strict=True)
     )
-    return dq, dk, dv, query.new_empty(0) if dmask is None else dmask.contiguous()
+    dmask, dbias, dsinks = (query.new_empty(0) if g is None else g.contiguous() for g in pulled[3:])
+    return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
 
 
 def _cpu_backward_supports(grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, *_: Any) -> str | None:
@@ -200,21 +255,22 @@ def _cpu_backward(
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    attn_bias: Tensor | None,
+    sinks: Tensor | None,
     key_lengths: Tensor | None,
     out: Tensor,
     *rest: Any,
 ) -> Tensors:
-    if not rest[-1][3]:
-        attn_mask = _unexpanded(attn_mask)
-    elif attn_mask is not None:
-        attn_mask = _last_dim_dense(attn_mask)
+    *_, of_mask, of_bias, _ = rest[-1]
     return _native_backward(
         _last_dim_dense(grad_out),
         grad_log_sum,
         _last_dim_dense(query),
         _last_dim_dense(key),
         _last_dim_dense(value),
-        attn_mask,
+        _kernel_mask(attn_mask, of_mask),
+        _kernel_mask(attn_bias, of_bias),
+        sinks,
         key_lengths,
         _last_dim_dense(out),
         *rest,
@@ -222,8 +278,8 @@ def _cpu_backward(
 
 
 def _cuda_backward_supports(grad_out: Tensor, grad_log_sum: Tensor | None, *arguments: Any) -> str | None:
-    *tensors, _, _, _ = arguments[:8]
-    return _cuda_supports(*tensors, *arguments[8:], backward=True)
+    *tensors, _, _, _ = arguments[:10]
+    return _cuda_supports(*tensors, *arguments[10:], backward=True)
 
 
 def _cuda_backward_loses(
@@ -236,7 +292,10 @@ def _triton_backward_supports(
     grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> str | None:
     *_, dropout_p, _, grad_mask = rest
-    return attention_checks.too_wide_for_triton(query, value, heavy=dropout_p > 0 or grad_mask[3])
+    if rest[2] is not None:
+        return "its kernels have no sinks"
+    heavy = dropout_p > 0 or grad_mask[3] or grad_mask[4]
+    return attention_checks.too_wide_for_triton(query, value, heavy=heavy)
 
 
 cross_attention_backward_op = Operator(
@@ -256,9 +315,9 @@ cross_attention_backward_op = Operator(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    query, key, value, attn_mask, key_lengths, *options, rng_state, with_lse = inputs
-    out, row_max, log_sum = outputs
-    ctx.save_for_backward(query, key, value, attn_mask, key_lengths, rng_state, out, row_max, log_sum)
+    *options, rng_state, with_lse = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], rng_state, *outputs)
+    _, row_max, _ = outputs
     ctx.options = options
     ctx.with_lse = with_lse
     ctx.backend = forced_backend()
@@ -269,11 +328,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor,
 def _cross_attention_grad(
     ctx: Any, grad_out: Tensor | None, _: Tensor | None, grad_log_sum: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    query, key, value, attn_mask, key_lengths, rng_state, out, row_max, log_sum = ctx.saved_tensors
-    grad_mask = list(ctx.needs_input_grad[:4])
-    grads: Sequence[Tensor | None] = (None,) * 4
+    *inputs, rng_state, out, row_max, log_sum = ctx.saved_tensors
+    grad_mask = list(ctx.needs_input_grad[:_LEAVES])
+    grads: Sequence[Tensor | None] = (None,) * _LEAVES
     if grad_out is not None or grad_log_sum is not None:
-        inputs = (query, key, value, attn_mask, key_lengths)
         if not ctx.with_lse:
             grad_log_sum = None
             _, row_max, log_sum = cross_attention_op(*inputs, *ctx.options, rng_state, True)
@@ -289,8 +347,8 @@ def _cross_attention_grad(
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Tensors) -> None:
-    grad_out, grad_log_sum, query, key, value, attn_mask, key_lengths, _, _, _, *options, rng_state, grad_mask = inputs
-    ctx.save_for_backward(grad_out, grad_log_sum, query, key, value, attn_mask, key_lengths, rng_state)
+    *options, rng_state, grad_mask = inputs[12:]
+    ctx.save_for_backward(*inputs[:9], rng_state)
     ctx.options = options
     ctx.grad_mask = grad_mask
     ctx.set_materialize_grads(False)
@@ -298,19 +356,18 @@ def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], outputs: Tensor
 
 def _cross_attention_double_grad(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of the backward through the reference's; out, row_max and log_sum count as functions of the inputs."""
-    grad_out, grad_log_sum, query, key, value, attn_mask, key_lengths, rng_state = ctx.saved_tensors
+    *given, key_lengths, rng_state = ctx.saved_tensors
     options = (key_lengths, *ctx.options, rng_state)
     wanted = [bool(w) and g is not None for w, g in zip(ctx.grad_mask, grads, strict=True)]
-    given = (grad_out, grad_log_sum, query, key, value, attn_mask)
 
     def backward(*needed: Tensor | None) -> Tensors:
         grad_out, grad_log_sum, *inputs = (x if n is None else n for n, x in zip(needed, given, strict=True))
         pulled = _pull_back(grad_out, grad_log_sum, inputs, options, wanted, vjp)
         return tuple(g for g in pulled if g is not None)
 
-    pulled: Sequence[Tensor | None] = (None,) * 6
+    pulled: Sequence[Tensor | None] = (None,) * len(given)
     if any(wanted):
-        needed = [x if n else None for x, n in zip(given, ctx.needs_input_grad[:6], strict=True)]
+        needed = [x if n else None for x, n in zip(given, ctx.needs_input_grad, strict=False)]
         pulled = vjp(backward, needed, [g for g, w in zip(grads, wanted, strict=True) if w])
     return (*pulled, *(None,) * 12)
 
@@ -335,46 +392,38 @@ def _fold_mask(mask: Tensor | None, dim: int | None, size: int, batch: int, for_
 
 
 def _cross_attention_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    query, key, value, attn_mask, key_lengths, *options, rng_state, with_lse = args
-    if rng_state is not None:  # the dropout mask depends on the batch index: each example draws its own, unfolded
+    query, key, value, attn_mask, attn_bias, sinks, key_lengths, *options, rng_state, with_lse = args
+    # The dropout mask depends on the batch index: each example draws its own, unfolded. Sinks have no batch.
+    if rng_state is not None or in_dims[5] is not None:
         return loop_vmap(cross_attention_op, info, in_dims, args)
     size = info.batch_size
     folded = [_fold(t, d, size) for t, d in zip((query, key, value), in_dims, strict=False)]
     batch = folded[0].shape[0] // size
-    mask = _fold_mask(attn_mask, in_dims[3], size, batch, for_grad=False)
-    lengths = _fold(key_lengths, in_dims[4], size)
-    outputs = cross_attention_op(*folded, mask, lengths, *options, rng_state, with_lse)
+    masks = [
+        _fold_mask(m, d, size, batch, for_grad=False) for m, d in zip((attn_mask, attn_bias), in_dims[3:5], strict=True)
+    ]
+    lengths = _fold(key_lengths, in_dims[6], size)
+    outputs = cross_attention_op(*folded, *masks, sinks, lengths, *options, rng_state, with_lse)
     out, row_max, log_sum = (o.unflatten(0, (size, batch)) if o.dim() > 1 else o for o in outputs)
     return (out, row_max, log_sum), (0, 0, 0) if with_lse else (0, None, None)
 
 
 def _cross_attention_backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    (
-        grad_out,
-        grad_log_sum,
-        query,
-        key,
-        value,
-        attn_mask,
-        key_lengths,
-        out,
-        row_max,
-        log_sum,
-        *options,
-        rng_state,
-        grad_mask,
-    ) = args
-    if rng_state is not None:
+    tensors, (*options, rng_state, grad_mask) = args[:12], args[12:]
+    if rng_state is not None or in_dims[7] is not None or grad_mask[5]:
         return loop_vmap(cross_attention_backward_op, info, in_dims, args)
     size = info.batch_size
-    fold = {i: _fold(args[i], in_dims[i], size) for i in (0, 1, 2, 3, 4, 6, 7, 8, 9)}
-    batch = fold[2].shape[0] // size
-    mask = _fold_mask(attn_mask, in_dims[5], size, batch, for_grad=grad_mask[3])
-    arguments = [mask if i == 5 else fold[i] for i in range(10)]
-    grads = cross_attention_backward_op(*arguments, *options, rng_state, grad_mask)
+    folded = [
+        t if i in (5, 6, 7) else _fold(t, d, size) for i, (t, d) in enumerate(zip(tensors, in_dims, strict=False))
+    ]
+    batch = folded[2].shape[0] // size
+    for i, wanted in ((5, grad_mask[3]), (6, grad_mask[4])):
+        folded[i] = _fold_mask(tensors[i], in_dims[i], size, batch, for_grad=wanted)
+    grads = cross_attention_backward_op(*folded, *options, rng_state, grad_mask)
     unfolded = [g.unflatten(0, (size, batch)) if wanted else g for g, wanted in zip(grads, grad_mask, strict=True)]
-    if grad_mask[3] and attn_mask.shape[1 if in_dims[5] == 0 else 0] == 1 and batch != 1:
-        unfolded[3] = unfolded[3].sum(1, keepdim=True)
+    for i, wanted in ((5, grad_mask[3]), (6, grad_mask[4])):
+        if wanted and tensors[i].shape[1 if in_dims[i] == 0 else 0] == 1 and batch != 1:
+            unfolded[i - 2] = unfolded[i - 2].sum(1, keepdim=True)
     return tuple(unfolded), tuple(0 if wanted else None for wanted in grad_mask)
 
 

@@ -1,6 +1,7 @@
 """cross_attention in plain PyTorch: the specification every kernel is tested against.
 
-    S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap),  S ← S + mask,  P = softmax(S),  O = dropout(P) · V
+    S = scale · Q Kᵀ,  S ← softcap · tanh(S / softcap),  S ← S + mask + bias,  P = exp(S) / (Σ exp(S) + exp(sink)),
+    O = dropout(P) · V
 
 Runs on every device and dtype. Products are formed in the inputs' dtype, as plain torch code would; everything between
 them (softcap, masks, softmax, dropout) in float32, or float64 for float64 inputs. Every step is differentiable any
@@ -8,6 +9,8 @@ number of times. It holds the Lq×Lk scores, so it is for reading and checking, 
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,17 +36,21 @@ def cross_attention(
     scale: float,
     dropout_p: float,
     rng_state: Tensor | None,  # [2] int64: seed, offset
+    attn_bias: Tensor | None = None,  # as attn_mask, in a shape of its own
+    sinks: Tensor | None = None,  # [Hq] float32, or float64 as the inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, Lq, Dv] and the two parts of the LSE: row_max, a constant shift, and log_sum, each [B, Hq, Lq].
 
     With any mask, a key whose K or V row holds a non-finite value turns every query row that may attend to it into NaN
-    and touches no other row. A row with nothing to attend to gives output 0, row_max = log_sum = −inf and gradient 0.
+    and touches no other row. A row with nothing to attend to gives output 0 and gradient 0; its row_max and log_sum are
+    −inf or, with a sink, add up to that. A sink of −inf is none; one of NaN makes NaN of its head.
     """
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if key.shape[1] != query.shape[1]:
         group = query.shape[1] // max(key.shape[1], 1)
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    allowed = allowed_keys(query, key, attn_mask, key_lengths, window_left, window_right, bottom_right)
+    masks = [mask for mask in (attn_mask, attn_bias) if mask is not None]
+    allowed = allowed_keys(query, key, masks, key_lengths, window_left, window_right, bottom_right)
     if allowed is not None:
         bad_key = ~(key.isfinite().all(-1) & value.isfinite().all(-1))  # [B, Hq, Lk]
         idle_row = ~allowed.any(-1, keepdim=True)  # [1|B, 1|Hq, 1|Lq, 1]
@@ -53,8 +60,9 @@ def cross_attention(
     scores = (matmul(query, key.mT) * scale).to(wide)  # [B, Hq, Lq, Lk]
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.to(wide)
+    for mask in masks:
+        if mask.dtype != torch.bool:
+            scores = scores + mask.to(wide)
     if allowed is not None:
         scores = scores.masked_fill(bad_key[:, :, None], torch.nan).masked_fill(~allowed, -torch.inf)
 
@@ -62,12 +70,17 @@ def cross_attention(
         row_max = scores.detach().amax(-1)  # [B, Hq, Lq]
     else:
         row_max = torch.full(scores.shape[:-1], -torch.inf, dtype=wide, device=scores.device)
+    if sinks is not None:
+        row_max = torch.maximum(row_max, sinks.detach()[:, None])
     empty = row_max == -torch.inf
     shifted = scores - row_max.masked_fill(empty, 0)[..., None]
     if allowed is not None:
         shifted = shifted.masked_fill(~allowed, -torch.inf)  # again: a NaN row made all of it NaN
     weights = torch.exp(shifted)
-    total = weights.sum(-1).masked_fill(empty, 1)
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + torch.exp(sinks[:, None] - row_max.masked_fill(empty, 0))
+    total = total.masked_fill(empty, 1)
     log_sum = total.log().masked_fill(empty, -torch.inf)
     probabilities = weights / total[..., None]
     if allowed is not None:
@@ -80,13 +93,15 @@ def cross_attention(
     out = matmul(probabilities.to(value.dtype), value)
     if allowed is not None:
         out = out.masked_fill(idle_row, 0)
+    if sinks is not None:
+        out = out.masked_fill(sinks.isnan()[:, None, None], torch.nan)
     return out, row_max, log_sum
 
 
 def allowed_keys(
     query: Tensor,
     key: Tensor,
-    attn_mask: Tensor | None,
+    masks: Sequence[Tensor],
     key_lengths: Tensor | None,
     window_left: int,
     window_right: int,
@@ -111,8 +126,7 @@ def allowed_keys(
             rules.append(position >= diagonal - window_left)
         if window_right >= 0:
             rules.append(position <= diagonal + window_right)
-    if attn_mask is not None:
-        rules.append(attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf)
+    rules.extend(mask if mask.dtype == torch.bool else mask != -torch.inf for mask in masks)
     if not rules:
         return None
     allowed = rules[0]

@@ -32,6 +32,7 @@ def varlen_cross_attention(
     causal_alignment: attention.CausalAlignment = "bottom_right",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -51,6 +52,7 @@ def varlen_cross_attention(
     causal_alignment: attention.CausalAlignment = "bottom_right",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -69,6 +71,7 @@ def varlen_cross_attention(
     causal_alignment: attention.CausalAlignment = "bottom_right",
     window: tuple[int, int] | None = None,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -94,14 +97,16 @@ def varlen_cross_attention(
         window: (left, right): a query attends to keys from ``left`` before to ``right`` after its diagonal position;
             −1 = unbounded on that side.
         softcap: bounds the scores to ±softcap; 0 = off.
+        sinks: (Hq,) of any floating dtype, read in float32: a logit per query head that joins the softmax's denominator
+            and attends to nothing; −inf is none.
         scale: factor of QKᵀ; None = 1/√D.
-        return_lse: also return the log-sum-exp of each row of scores.
+        return_lse: also return the log-sum-exp of each row of scores, its sink included.
 
     Returns:
         out (Tq, Hq, Dv), in query's memory order, and with ``return_lse`` also lse (Tq, Hq), natural log, float32
         (float64 for float64 inputs), differentiable.
 
-    A row that may attend to nothing gives output 0, lse −inf and gradient 0.
+    A row that may attend to nothing gives output 0, lse −inf (with sinks, its sink) and gradient 0.
 
     Raises:
         ValueError: shapes or values that do not fit.
@@ -120,17 +125,19 @@ def varlen_cross_attention(
         right = 0
     bottom_right = attention.is_bottom_right(_NAME, causal_alignment)
     starts = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    options = (left, right, bottom_right, scale, softcap, return_lse)
+    options = (left, right, bottom_right, scale, softcap)
     outputs: Any = None
     if may_use_door():
-        outputs = varlen_cross_attention_op.unchecked(query, key, value, *starts, *options)
+        outputs = varlen_cross_attention_op.unchecked(query, key, value, *starts, *options, sinks, return_lse)
     if outputs is None:
         inputs = _checked(query, key, value, *starts)
         if scale is not None:
             checks.check_number(_NAME, "scale", scale)
         if softcap != 0.0:
             attention.check_softcap(_NAME, softcap)
-        outputs = varlen_cross_attention_op(*inputs, *starts, *options)
+        if sinks is not None:
+            sinks = attention.check_sinks(_NAME, sinks, query, query.shape[1])
+        outputs = varlen_cross_attention_op(*inputs, *starts, *options, sinks, return_lse)
     out, lse = outputs
     return (out, lse) if return_lse else out
 

@@ -28,6 +28,7 @@ def _attention(
     bottom_right: bool,
     scale: float | None,
     softcap: float,
+    sinks: None,
 ) -> Attention:
     dim = query.shape[2]
     return Attention(
@@ -90,7 +91,7 @@ def backward(
         query_gradient(stream, deltas, attention, dq, with_bias=False)
     if dk is not None or dv is not None:
         key_gradients([stream], [deltas], attention, 0, max_seqlen_k, dk, dv, None)
-    return [query.new_empty(0) if x is None else x for x in (dq, dk, dv, None, None)]
+    return [query.new_empty(0) if x is None else x for x in (dq, dk, dv, None, None, None)]
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -22,7 +22,10 @@ def _varlen_cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *res
     return out, lse, query.new_empty((2, heads, rows), dtype=wide)
 
 
-def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> str | None:
+def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
+    *_, sinks, _ = rest
+    if sinks is not None:
+        return "its kernels have no sinks"
     return too_wide_for_triton(query, value)
 
 
@@ -30,7 +33,7 @@ varlen_cross_attention_op = DifferentiableOp(
     "varlen_cross_attention",
     "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, int window_left, int window_right, bool bottom_right, float? scale, float softcap, "
-    "bool return_lse",
+    "Tensor? sinks, bool return_lse",
     outputs="Tensor out, Tensor lse",
     saved="Tensor stats",  # row_max and log_sum
     reference=reference.varlen_cross_attention,

@@ -27,6 +27,7 @@ def varlen_cross_attention(
     bottom_right: bool,
     scale: float | None,
     softcap: float,
+    sinks: Tensor | None,  # [Hq] float32, or float64 as the inputs
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, Hq, Dv] and, with ``return_lse``, the LSE [Tq, Hq]."""
@@ -39,7 +40,7 @@ def varlen_cross_attention(
     rows, keys = itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist())
     for (row, row_end), (first, end) in zip(rows, keys, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[row:row_end], key[first:end], value[first:end]))
-        out, row_max, log_sum = reference.cross_attention(q, k, v, *options)
+        out, row_max, log_sum = reference.cross_attention(q, k, v, *options, sinks=sinks)
         outs.append(out[0].transpose(0, 1))
         lses.append((row_max + log_sum)[0].T)
     return torch.cat(outs), torch.cat(lses) if return_lse else query.new_empty(0, dtype=wide)
