@@ -248,6 +248,8 @@ def test_finite_inputs_with_huge_logits(keys: int, queries: int, gain: float, ba
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_logits_huge_on_one_side(sign: float, dtype: torch.dtype, backend: str) -> None:
     """All logits of some rows are far below, or far above, zero; others are small."""
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("the reference rounds its scores to the inputs' dtype")
     gain = 1e5 if dtype != torch.float16 else 6e4
     q, k = torch.full((1, 1, 40, 64), sign * gain), torch.full((1, 1, 50, 64), gain)
     q[:, :, ::2] = 0.01 / gain
@@ -374,7 +376,7 @@ def test_numbers_of_other_ops(backend: str) -> None:
     x, w = torch.randn(3, 4), torch.randn(5, 8)
     tokens, shift = torch.randn(2, 3, 4), torch.randn(2, 4)
     calls = {
-        "concat_norm_linear": lambda eps: mmk.concat_norm_linear([x, x], None, None, w, eps=eps),
+        "concat_norm_linear": lambda eps: mmk.concat_norm_linear([x, x], torch.ones(8), None, w, eps=eps),
         "concat_tokens": lambda eps: mmk.concat_tokens([tokens, tokens], norm="rms", eps=eps),
         "modulated_norm": lambda eps: mmk.modulated_norm(tokens, shift, shift, eps=eps),
     }
@@ -411,9 +413,6 @@ def test_a_scale_of_another_kind_works_inside_torch() -> None:
 
 # --- tensors that are not dense ---------------------------------------------------------------------------------------
 
-dense = torch.randn(4, 4)
-OTHERS = {"sparse_coo": dense.to_sparse(), "sparse_csr": dense.to_sparse_csr(), "_mkldnn": dense.to_mkldnn()}
-
 
 def _other(layout: str, *shape: int) -> Tensor:
     x = torch.randn(shape)
@@ -441,7 +440,7 @@ def test_tensors_without_strides_are_refused_by_name(layout: str) -> None:
     refused("concat_linear", "xs[1]", lambda: mmk.concat_linear([row, _other(layout, 3, 4)], weight))
     refused("concat_linear", "xs[0]", lambda: mmk.concat_linear([_other(layout, 3, 4), row], weight))
     refused("concat_linear", "weight", lambda: mmk.concat_linear([row, row], _other(layout, 5, 8)))
-    norm = (None, None)
+    norm = (torch.ones(8), None)
     refused("concat_norm_linear", "weight", lambda: mmk.concat_norm_linear([row, row], *norm, _other(layout, 5, 8)))
     tokens = torch.randn(2, 3, 4)
     refused("concat_tokens", "xs[1]", lambda: mmk.concat_tokens([tokens, _other(layout, 2, 3, 4)]))

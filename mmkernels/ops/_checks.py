@@ -6,7 +6,7 @@ import functools
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def check_same_kind(op: str, first: Tensor, first_name: str, **others: Tensor) -
 def check_number(op: str, argument: str, value: Any) -> float:
     """The value as torch takes numbers: of Python, of NumPy, or a tensor without dims."""
     if type(value) is float or isinstance(value, (torch.SymInt, torch.SymFloat)):
-        return value
+        return cast(float, value)
     if isinstance(value, Tensor):
         check_tensor(op, argument, value)
         if value.dim() != 0 or value.dtype == torch.bool or value.is_complex():
@@ -76,7 +76,7 @@ def check_number(op: str, argument: str, value: Any) -> float:
 def check_index(op: str, argument: str, value: Any, expected: str = "an int") -> int:
     """The value as an int, where it is one of Python, of NumPy, or symbolic."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)
     try:
         if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
             raise TypeError
@@ -87,9 +87,10 @@ def check_index(op: str, argument: str, value: Any, expected: str = "an int") ->
 
 def check_count(op: str, argument: str, what: str, *sizes: int) -> None:
     """The product of the sizes can be counted in 64 bits; expanded tensors have any sizes for nothing."""
-    if torch.compiler.is_compiling() or any(type(size) is not int for size in sizes):
+    if torch.compiler.is_compiling():
         return
-    if math.prod(sizes) >= 2**63:
+    count = math.prod(sizes)
+    if type(count) is int and count >= 2**63:  # no guard on symbolic sizes
         raise value_error(op, argument, f"fewer than 2**63 {what}", " · ".join(map(str, sizes)))
 
 

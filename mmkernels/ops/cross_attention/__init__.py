@@ -260,8 +260,13 @@ def _check_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, cast where autocast is on, once their types, dtypes, devices and shapes fit."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.check_tensor(op, argument, tensor)
-        if tensor.dim() != 4:
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.dim() != 4
+        ):
+            checks.check_tensor(op, argument, tensor)
             raise checks.value_error(op, argument, "4 dims (B, H, L, D)", f"shape {tuple(tensor.shape)}")
     device, dtype = query.device, query.dtype
     if checks.autocast_is_on(device):
