@@ -181,9 +181,10 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, Lq, Dv).
 
-    Jagged ``NestedTensor``s (B, H, rows, D) run packed, as in `varlen_cross_attention`; with a mask or dropout torch's
-    own function serves them. For more than four dims, a mask that varies over some but not all of the dims before the
-    heads is repeated over those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
+    Jagged ``NestedTensor``s (B, H, rows, D) run packed, as in `varlen_cross_attention`; with a mask or dropout, and of
+    the strided layout, torch's own function serves them. For more than four dims, a mask that varies over some but not
+    all of the dims before the heads is repeated over those; over heads, queries and keys a mask is never expanded.
+    Errors as in `cross_attention`.
     """
     if attn_mask is None and dropout_p == 0.0 and not is_causal and may_use_door():
         out = _plain_call(query, key, value, scale)
