@@ -266,6 +266,8 @@ def test_logits_huge_on_one_side(sign: float, dtype: torch.dtype, backend: str) 
 @pytest.mark.parametrize("gain", [1e5, 3e6], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_huge_logits_of_every_kind(gain: float, dtype: torch.dtype, backend: str) -> None:
+    if backend == "reference" and dtype != torch.float32:
+        pytest.skip("the reference rounds its scores to the inputs' dtype")
     q, k, v = (_huge(1, 2, n, 64, gain=g, dtype=dtype) for n, g in ((40, gain), (70, gain), (70, 1.0)))
 
     def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
