@@ -126,10 +126,16 @@ bool take(PyObject* object, Kind kind, Call& call) {
       if (object != Py_None) return take(object, Kind::number, call);
       arguments.emplace_back();
       return true;
-    case Kind::integer:  // or none
-      if (object != Py_None && !PyLong_CheckExact(object)) return false;
-      arguments.push_back(object == Py_None ? IValue() : IValue(static_cast<int64_t>(PyLong_AsLongLong(object))));
-      return true;
+    case Kind::integer: {  // or none
+      if (object == Py_None) {
+        arguments.emplace_back();
+        return true;
+      }
+      if (!PyLong_CheckExact(object)) return false;
+      int overflow = 0;
+      arguments.emplace_back(static_cast<int64_t>(PyLong_AsLongLongAndOverflow(object, &overflow)));
+      return overflow == 0;
+    }
     case Kind::integers: {
       if (!PyList_CheckExact(object)) return false;
       c10::List<int64_t> list;

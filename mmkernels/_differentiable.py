@@ -34,6 +34,7 @@ from mmkernels._dispatch import (
     reference_backend,
     use_backend,
 )
+from mmkernels.ops import _checks as checks
 
 Tensors = tuple[Tensor, ...]
 
@@ -161,6 +162,7 @@ class DifferentiableOp:
         self._is_list = tuple("List[Tensor]" in t for t in types)
         self._positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
         self._arguments = len(types)
+        self._names = tuple(a.name for a in self.forward.overload._schema.arguments[:-1])
         self.forward.register_gradient(self._save, self._grad, self._forward_vmap)
         self.backward.register_gradient(self._save_for_double, self._double_grad, self._backward_vmap)
         # torch's old vmap (is_grads_batched, jacobian(vectorize=True)) knows no lists: it takes the reference apart.
@@ -178,6 +180,7 @@ class DifferentiableOp:
             and (out := _plain_call(self._handle, True, self._keeps_outputs(*args), *args)) is not None
         ):
             return (out,) if isinstance(out, Tensor) else tuple(out)
+        checks.check_layouts(self.name, self._names, args)
         training = needs_grad(*self._leaves(args))
         return tuple(self._split(self.forward(*args, training))[0])
 

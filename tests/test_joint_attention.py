@@ -27,6 +27,7 @@ from op_contract import (
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels.ops.joint_attention import op as joint_attention_op
 from mmkernels.ops.joint_attention import reference
 from mmkernels.testing import check_op, same_bits
 
@@ -42,14 +43,16 @@ def make(
     dim: int = 16,
     value_dim: int | None = None,
     gain: float = 1.0,
+    key_heads: int | None = None,
 ) -> tuple[Streams, Streams, Streams]:
     """Random streams that require grad; as many keys as queries unless given."""
+    key_heads = heads if key_heads is None else key_heads
     keys = queries if keys is None else keys
     value_dim = dim if value_dim is None else value_dim
     return (
         [leaf(batch, heads, n, dim, dtype=dtype, gain=gain) for n in queries],
-        [leaf(batch, heads, n, dim, dtype=dtype) for n in keys],
-        [leaf(batch, heads, n, value_dim, dtype=dtype) for n in keys],
+        [leaf(batch, key_heads, n, dim, dtype=dtype) for n in keys],
+        [leaf(batch, key_heads, n, value_dim, dtype=dtype) for n in keys],
     )
 
 
@@ -108,6 +111,24 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "16 queries, many keys": (dict(batch=1, queries=(16,), keys=(1000, 400), dim=32), bias(1, 2)),
     "large logits": (dict(gain=40.0), {}),
+    "grouped heads": (dict(heads=6, key_heads=2), dict(enable_gqa=True, return_lse=True)),
+    "grouped heads with bias and lengths": (
+        dict(heads=4, key_heads=1, queries=(21, 3), keys=(9, 40)),
+        lambda dtype: {**bias(4, 2, 2, forbidden=[(0, 1)])(dtype), **lengths((9, 2), None), "enable_gqa": True},
+    ),
+    "grouped heads, few queries": (dict(heads=4, key_heads=2, queries=(1, 2), keys=(300, 70)), dict(enable_gqa=True)),
+    "dropout": ({}, dict(dropout_p=0.3)),
+    "dropout, odd streams": (dict(queries=(7, 63, 1), keys=(5, 0, 130, 2), dim=19), dict(dropout_p=0.5)),
+    "dropout, one row": (dict(queries=(1,), keys=(33, 70)), dict(dropout_p=0.4)),
+    "dropout of everything": ({}, dict(dropout_p=1.0)),
+    "dropout with everything else": (
+        dict(heads=6, key_heads=2),
+        lambda dtype: {
+            **bias(6, 2, 2, forbidden=[(1, 0)])(dtype),
+            **lengths(None, (20, 7)),
+            **dict(enable_gqa=True, dropout_p=0.2, softcap=3.0, return_lse=True),
+        },
+    ),
 }
 
 
@@ -117,7 +138,53 @@ def test_outputs_and_gradients(case: str, dtype: torch.dtype, backend: str) -> N
     sizes, options = CASES[case]
     factor = 3.0 if "large" in case else 2.0  # the rounding of large scores enters the exponent, whoever adds them up
     options = options(dtype) if callable(options) else options
+    if backend == "triton" and options.get("dropout_p") and len(sizes.get("queries", (1, 1))) > 1:
+        pytest.skip("Triton's kernels count dropout within a stream")
     check_op(outputs, *make(dtype, **sizes), backend=backend, factor=factor, **options)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["", "grouped heads"])
+def test_dropout_is_that_of_the_concatenation(grouped: bool, either_backend: str) -> None:
+    streams = make(queries=(7, 63, 1), keys=(5, 0, 130, 2), heads=4, key_heads=2 if grouped else 4)
+    torch.manual_seed(5)
+    outs = mmk.joint_attention(*streams, dropout_p=0.4, enable_gqa=grouped)
+    torch.manual_seed(5)
+    joined = (torch.cat(x, 2) for x in streams)
+    want = mmk.cross_attention(*joined, dropout_p=0.4, enable_gqa=grouped)
+    torch.testing.assert_close(torch.cat(outs, 2), want)
+    assert not agree([torch.cat(mmk.joint_attention(*streams, dropout_p=0.4, enable_gqa=grouped), 2)], [want])
+
+
+def test_dropout_and_grouped_heads_inside_torch(either_backend: str) -> None:
+    queries, keys, values = make(heads=4, key_heads=2, queries=(5, 3), keys=(4, 6))
+    leaves = [*queries, *keys, *values]
+
+    def call(*leaves: Tensor, p: float = 0.0) -> Tensor:
+        parts = (list(leaves[i : i + 2]) for i in (0, 2, 4))
+        return torch.cat(mmk.joint_attention(*parts, enable_gqa=True, dropout_p=p), 2)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert agree([compiled(*leaves)], [call(*leaves)])
+    assert compiled(*leaves, p=0.5).shape == call(*leaves).shape
+
+
+def test_second_derivatives_of_grouped_heads() -> None:
+    queries, keys, values = make(heads=2, key_heads=1, batch=1, queries=(2, 1), keys=(2, 1), dim=3)
+    check_second_order(
+        lambda *x: torch.cat(mmk.joint_attention(x[:2], x[2:4], x[4:], enable_gqa=True), 2), [*queries, *keys, *values]
+    )
+
+
+def test_what_gpus_cannot_drop_says_why() -> None:
+    queries, keys, values = make()
+    rest = ([], [], None, None, 0.0)
+    supports = joint_attention_op._triton_supports, joint_attention_op._cuda_supports
+    reasons = [f(queries, keys, values, *rest, 0.1, None, False) for f in supports]
+    assert reasons == [
+        "its kernels count dropout within a stream, not along all of them",
+        "its kernel has no softcap or dropout",
+    ]
+    assert supports[0](queries[:1], keys[:1], values[:1], *rest, 0.1, None, False) is None
 
 
 def test_a_float32_bias_goes_with_half_precision(backend: str) -> None:
@@ -300,12 +367,12 @@ def test_opcheck(return_lse: bool, either_backend: str) -> None:
     queries, keys, values = make(queries=(5, 3), keys=(4, 6))
     queries[0] = queries[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     entries, padded = torch.randn(2, 2, requires_grad=True), [torch.tensor([6, 2])]
-    arguments = (queries, keys, values, padded, [1], entries, 0.3, 0.0, return_lse)
+    arguments = (queries, keys, values, padded, [1], entries, 0.3, 0.0, 0.0, None, return_lse)
     torch.library.opcheck(torch.ops.mmkernels.joint_attention.default, (*arguments, True))
     torch.library.opcheck(torch.ops.mmkernels.joint_attention.default, (*arguments, False))
     outs, lses, stats = torch.ops.mmkernels.joint_attention(*arguments, True)
     results = [x.detach() for x in (*outs, *lses)]
-    needed = [True, False, True, True, False, True, False, True]
+    needed = [True, False, True, True, False, True, False, True, False]
     backward = ([torch.randn_like(x) for x in results], *arguments, [*results, stats.detach()], needed)
     torch.library.opcheck(torch.ops.mmkernels.joint_attention_backward.default, backward)
 
@@ -340,6 +407,20 @@ BAD: list[tuple[type[Exception], str, tuple[Any, Any, Any], dict[str, Any]]] = [
     ),
     (TypeError, "scale: expected a number; got str", one, {"scale": "1"}),
     (ValueError, "softcap: expected a finite number ≥ 0; got -1.0", one, {"softcap": -1.0}),
+    (ValueError, "dropout_p: expected a probability in [0, 1]; got 1.5", one, {"dropout_p": 1.5}),
+    (ValueError, "keys[0]: expected shape (2, 4, L, 8); got (2, 2, 3, 8)", ([x], [x[:, :2]], [x[:, :2]]), {}),
+    (
+        ValueError,
+        "keys[0]: expected a number of heads that divides the queries' 4; got 3",
+        ([x], [x[:, :3]], [x[:, :3]]),
+        {"enable_gqa": True},
+    ),
+    (
+        ValueError,
+        "keys[1]: expected shape (2, 2, L, 8); got (2, 4, 3, 8)",
+        ([x], [x[:, :2], x], [x[:, :2], x]),
+        {"enable_gqa": True},
+    ),
 ]
 
 

@@ -17,14 +17,15 @@ def plain(module: JointAttention, streams: list[Tensor], mask: Tensor | None) ->
     """The forward in plain torch, from the module's own parameters."""
     heads: list[list[Tensor]] = [[], [], []]
     for i, x in enumerate(streams):
-        parts = module.in_proj[i](x).chunk(3, -1)
+        counts = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
+        parts = module.in_proj[i](x).split([n * module.head_dim for n in counts], -1)
         for j, part in enumerate(parts):
-            part = part.unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            part = part.unflatten(-1, (counts[j], -1)).transpose(1, 2)
             weights = (module.query_norm_weights, module.key_norm_weights, None)[j]
             if weights is not None:
                 part = F.rms_norm(part, part.shape[-1:], weights[i], module.eps)
             heads[j].append(part)
-    out = F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in heads), attn_mask=mask)
+    out = F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in heads), attn_mask=mask, enable_gqa=True)
     split = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams], 1)
     return [module.out_proj[i](y) for i, y in enumerate(split)]
 
@@ -34,6 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "query and key norm": dict(qk_norm=True),
     "narrow heads without bias": dict(head_dim=5, bias=False),
     "everything": dict(head_dim=6, qk_norm=True, eps=1e-3),
+    "one head of keys": dict(num_kv_heads=1, qk_norm=True, head_dim=4),
 }
 
 
@@ -55,6 +57,18 @@ def test_output_and_gradients_equal_plain_torch(options: str, padded: bool, back
     grads = (torch.autograd.grad(sum(y.sin().sum() for y in outs), leaves) for outs in (ours, want))
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_applied_in_training_alone() -> None:
+    module = JointAttention([12, 8], 4, dropout=0.5, num_kv_heads=2)
+    streams = [torch.randn(2, n, w) for n, w in ((4, 12), (9, 8))]
+    first, second = module(streams), module(streams)
+    assert not torch.equal(first[0], second[0])
+    torch.testing.assert_close(module.eval()(streams), plain(module, streams, None))
+    with pytest.raises(ValueError, match=r"^JointAttention: dropout: expected a probability in \[0, 1\]; got 2"):
+        JointAttention([12], 3, dropout=2.0)
+    with pytest.raises(ValueError, match=r"^JointAttention: num_kv_heads: expected a divisor of num_heads, 4; got 3"):
+        JointAttention([12], 4, num_kv_heads=3)
 
 
 def test_a_stream_that_is_forbidden_changes_nothing() -> None:

@@ -97,6 +97,17 @@ def test_joint_attention(dtype: torch.dtype, triton_backend: str) -> None:
         check_op(mmk.joint_attention, *streams, backend=triton_backend, **options)
 
 
+def test_joint_attention_of_grouped_heads_with_dropout(triton_backend: str) -> None:
+    queries = [leaf(2, 4, n, 24) for n in (33, 5)]
+    keys, values = ([leaf(2, 2, n, 24) for n in (7, 40)] for _ in range(2))
+    with poisoned_memory():
+        check_op(mmk.joint_attention, queries, keys, values, backend=triton_backend, enable_gqa=True)
+        one = queries[:1], keys[1:], values[1:]
+        check_op(mmk.joint_attention, *one, backend=triton_backend, enable_gqa=True, dropout_p=0.3)
+    with pytest.raises(mmk.UnsupportedError, match="count dropout within a stream"):
+        mmk.joint_attention(queries, keys, values, enable_gqa=True, dropout_p=0.3)
+
+
 @each_dtype
 def test_varlen_cross_attention(dtype: torch.dtype, triton_backend: str) -> None:
     query, key, value = leaf(50, 4, 24, dtype=dtype), leaf(95, 2, 24, dtype=dtype), leaf(95, 2, 16, dtype=dtype)

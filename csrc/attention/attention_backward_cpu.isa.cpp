@@ -123,7 +123,7 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
           }
           const auto probabilities =
               finish ? make_probabilities<kPairs, true, NR> : make_probabilities<kPairs, false, NR>;
-          probabilities(tile, lane, block.keys, call.steps.exponent_scale, block.bias, stats, p.dropout_p > 0.f);
+          probabilities(tile, lane, block.keys, call.steps, block.bias, stats, p.dropout_p > 0.f);
           if (call.wants_ds(segment, keys.index))
             make_ds<kPairs, NR>(call, task, block, j, value_rows, lane, tile, stats);
         });

@@ -240,6 +240,7 @@ float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock&
       const vf entry = load(mask + i);
       s = select(entry == set1(-kInfinity), entry, s + entry);
     }
+    if (steps.scale_first) s = s + set1(bias);
     alignas(64) float lanes[VW];
     store(lanes, s);
     if (i < allowed.begin || i + VW > allowed.end) {
@@ -251,15 +252,23 @@ float weigh(const AttentionParams& p, const ScoreSteps& steps, const ScoreBlock&
     best = max(best, s);
     store(scores + i, steps.scale_first ? exponent_or_hidden(s) : s);
   }
-  const float block_max = max_lane(best) * steps.score_scale + bias;
+  bias = steps.late_bias(bias);
+  const float block_max = max_lane(fma(best, set1(steps.score_scale), set1(bias)));
   const float raised = !(block_max <= row_max) ? block_max : row_max;
   const float shift = exponent_shift(raised);
-  factor = std::exp2(exponent_shift(row_max) - shift);
+  factor = factor_of_older(row_max, raised);
   row_max = raised;
-  const vf minus_shift = bias_less_shift(bias, set1(shift));
+  vf minus_shift[1] = {bias_less_shift(bias, set1(shift))}, exponent_scale = set1(steps.exponent_scale);
+  if (!steps.scale_first && is_huge(raised)) {
+    float tops[VW];
+    store(tops, set1(raised));
+    make_huge_exponents<1, VW>(steps, bias, tops, minus_shift, round_up(keys, VW) / VW, scores);
+    exponent_scale = set1(1.f);
+    minus_shift[0] = zero();
+  }
   vf sums = zero();
   for (int64_t i = 0; i < round_up(keys, VW); i += VW) {
-    const vf w = exp2<kPairs ? 3 : 5>(fma(load(scores + i), set1(steps.exponent_scale), minus_shift));
+    const vf w = exp2<kPairs ? 3 : 5>(fma(load(scores + i), exponent_scale, minus_shift[0]));
     if constexpr (kPairs) {
       store_bf16(reinterpret_cast<uint16_t*>(scores) + i, w);
     } else {

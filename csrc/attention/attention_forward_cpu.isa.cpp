@@ -55,16 +55,23 @@ struct RunningSoftmax {
   MMK_NOINLINE void take_block(const ScoreSteps& steps, float* scores, int64_t keys, float bias, const vf (&best)[NR],
                                float* dropout, float* old_factor) {
     constexpr int kDegree = kPairs ? 3 : 5;
-    const vf scale = set1(steps.exponent_scale);
-    vf block_sum[NR], minus_shift[NR];
+    vf scale = set1(steps.exponent_scale), block_sum[NR], minus_shift[NR];
+    bias = steps.late_bias(bias);
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       const vf raised = max(load(row_max + j * VW), fma(best[j], set1(steps.score_scale), set1(bias)));
       const vf raised_shift = exponent_shift(raised);
-      store(old_factor + j * VW, exp2<5>(load(shift + j * VW) - raised_shift));
+      const vi apart = is_huge(raised);
+      const vf lowered = (load(row_max + j * VW) - raised) * set1(kLog2e);
+      store(old_factor + j * VW, exp2<5>(select(apart, lowered, load(shift + j * VW) - raised_shift)));
       store(row_max + j * VW, raised);
       store(shift + j * VW, raised_shift);
       minus_shift[j] = bias_less_shift(bias, raised_shift);
       block_sum[j] = zero();
+    }
+    if (!steps.scale_first && any_is_huge(row_max, NR * VW)) {
+      make_huge_exponents<NR, kLanes>(steps, bias, row_max, minus_shift, keys, scores);
+      scale = set1(1.f);
+      MMK_UNROLL for (int j = 0; j < NR; ++j) minus_shift[j] = zero();
     }
     if (kPairs && keys % 2 != 0) {
       MMK_UNROLL for (int j = 0; j < NR; ++j) store(scores + keys * kLanes + j * VW, set1(-kInfinity));

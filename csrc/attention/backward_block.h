@@ -14,12 +14,14 @@ constexpr int kQueryBlock = 96, kKeyBlock = 96;
 using BackwardBlocks = Blocks<kQueryBlock / kLanes, kKeyBlock>;
 
 struct RowStats {
-  alignas(64) float shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock], grad_log_sum[kQueryBlock];
+  alignas(64) float row_max[kQueryBlock], shift[kQueryBlock], log2_sum[kQueryBlock], delta[kQueryBlock],
+      grad_log_sum[kQueryBlock];
+  bool huge;  // whether some row_max is
 
   // dS of a row's sink: all of a row's dS add up to d log_sum.
   float sink_gradient(const ScoreSteps& steps, float sink, int64_t i) const {
     if (sink == -kInfinity || log2_sum[i] == kInfinity) return 0.f;
-    return -std::exp2(steps.sink_exponent(sink, shift[i]) - log2_sum[i]) * delta[i];
+    return -std::exp2(steps.sink_exponent(sink, row_max[i]) - log2_sum[i]) * delta[i];
   }
 };
 
@@ -102,14 +104,19 @@ struct Task {
 
 // Replaces scores by probabilities [keys][NR·VW]; with dropout, `dropped` goes from the factors to P times the factors.
 template <bool kPairs, bool kMasked, int NR>
-MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int64_t keys, float exponent_scale,
+MMK_NOINLINE void make_probabilities(const BackwardTile& tile, int64_t lane, int64_t keys, const ScoreSteps& steps,
                                      float bias, const RowStats& stats, bool dropout) {
   constexpr int kDegree = kPairs ? 3 : 5;
-  const vf scale = set1(exponent_scale);
-  vf minus_shift[NR], log2_sum[NR];
+  vf scale = set1(steps.exponent_scale), minus_shift[NR], log2_sum[NR];
+  bias = steps.late_bias(bias);
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
     minus_shift[j] = bias_less_shift(bias, load(stats.shift + lane + j * VW));
     log2_sum[j] = load(stats.log2_sum + lane + j * VW);
+  }
+  if (stats.huge) {
+    make_huge_exponents<NR, kQueryBlock>(steps, bias, stats.row_max + lane, minus_shift, keys, tile.scores + lane);
+    scale = set1(1.f);
+    MMK_UNROLL for (int j = 0; j < NR; ++j) minus_shift[j] = zero();
   }
   for (int64_t i = 0; i < keys; ++i) {
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
@@ -271,9 +278,12 @@ inline void load_stats(const BackwardCall& call, const QueryBlock& q, int64_t b,
   const QuerySegment& s = *q.segment;
   const int64_t row = number_at(call.p, s, call.p.heads, b, h, q.first);
   const int64_t features = call.p.value_dim;
+  stats.huge = false;
   for (int64_t i = 0; i < q.vectors * VW; ++i) {
     const bool empty = i >= q.count || s.row_max[row + i] == -kInfinity;
-    stats.shift[i] = empty ? 0.f : exponent_shift(s.row_max[row + i]);
+    stats.row_max[i] = empty ? 0.f : s.row_max[row + i];
+    stats.shift[i] = exponent_shift(stats.row_max[i]);
+    stats.huge |= !call.steps.scale_first && is_huge(stats.row_max[i]);
     stats.log2_sum[i] =
         empty ? kInfinity : (s.log_sum[row + i] - call.steps.hidden_by_shift(s.row_max[row + i])) * kLog2e;
     stats.grad_log_sum[i] = empty || s.grad_log_sum == nullptr ? 0.f : s.grad_log_sum[row + i];

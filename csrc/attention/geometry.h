@@ -115,7 +115,7 @@ class Blocks {
 class Window {
  public:
   Window(const AttentionParams& p, int64_t batch, int64_t queries, int64_t keys)
-      : left_(p.window_left), right_(p.window_right) {
+      : left_(min(p.window_left, kLongest)), right_(min(p.window_right, kLongest)) {
     if (!p.bottom_right) return;
     const int64_t* lengths = p.keys[0].lengths;
     shift_ = (lengths != nullptr ? lengths[batch] : keys) - queries;
@@ -128,6 +128,7 @@ class Window {
   Range all(int64_t first, int64_t count) const { return {begin(first + count - 1), end(first)}; }
 
  private:
+  static constexpr int64_t kLongest = int64_t{1} << 62;  // no position is beyond, and no sum of two overflows
   int64_t left_, right_, shift_ = 0;
 };
 

@@ -30,7 +30,7 @@ inline void merge_partials(const Partial* parts, int64_t count, int64_t rows, in
     float* total = out.total + i * stride;
     std::memset(total, 0, sizeof(float) * static_cast<size_t>(stride));
     for (int64_t c = 0; c < count; ++c) {
-      const float factor = std::exp2(exponent_shift(parts[c].row_max[i]) - exponent_shift(row_max));
+      const float factor = factor_of_older(parts[c].row_max[i], row_max);
       sum += factor * parts[c].sum[i];
       for (int64_t x = 0; x < stride; x += VW) {
         store(total + x, fma(set1(factor), load(parts[c].total + i * stride + x), load(total + x)));

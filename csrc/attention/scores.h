@@ -20,6 +20,27 @@ MMK_INLINE float exponent_shift(float row_max) {
 MMK_INLINE vf exponent_shift(vf row_max) { return max(set1(-FLT_MAX), row_max * set1(kLog2e)); }
 // What to add to scores as exponents of 2: their bias, less the shift.
 MMK_INLINE vf bias_less_shift(float bias, vf shift) { return fma(set1(bias), set1(kLog2e), -shift); }
+// Where scores are so large that the rounding of a shift is no small number of exponents, the difference of a score and
+// row_max is formed first, both rounded alike, so that no exponent is above 0 and the largest is 0. A row_max of
+// -FLT_MAX is that of a row without scores. Scores that are scaled first are exponents by then, and need none of this.
+constexpr float kHugeScore = 67108864.f;  // 2^26: shifts are multiples of 8
+MMK_INLINE bool is_huge(float row_max) {
+  const float size = std::fabs(row_max);
+  return size > kHugeScore && size < FLT_MAX;
+}
+MMK_INLINE vi is_huge(vf row_max) {
+  const vf size = max(-row_max, row_max);
+  return (size > set1(kHugeScore)) & (size < set1(FLT_MAX));
+}
+inline bool any_is_huge(const float* row_max, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) any |= is_huge(row_max[i]);
+  return any;
+}
+// What becomes of sums of exponentials when the maximum goes up.
+MMK_INLINE float factor_of_older(float row_max, float raised) {
+  return std::exp2(is_huge(raised) ? (row_max - raised) * kLog2e : exponent_shift(row_max) - exponent_shift(raised));
+}
 // A score as an exponent of 2; one of -inf stays hidden.
 MMK_INLINE vf exponent_or_hidden(vf s) { return select(s == set1(-kInfinity), s, exponent_shift(s)); }
 
@@ -109,14 +130,19 @@ struct ScoreSteps {
   // What the rounding of a row's shift hides from row_max, and log_sum has to make up for.
   float hidden_by_shift(float row_max) const {
     const float shift = exponent_shift(row_max);
-    return scale_first || shift == -FLT_MAX ? 0.f : static_cast<float>(shift * 0.6931471805599453 - row_max);
+    if (scale_first || is_huge(row_max) || shift == -FLT_MAX) return 0.f;
+    return static_cast<float>(shift * 0.6931471805599453 - row_max);
   }
 
   // A sink as an exponent of 2 less the shift of its row, rounded as scores are.
-  float sink_exponent(float sink, float shift) const {
-    const float exponent = exponent_shift(sink);
+  float sink_exponent(float sink, float row_max) const {
+    if (!scale_first && is_huge(row_max)) return (sink - row_max) * kLog2e;
+    const float exponent = exponent_shift(sink), shift = exponent_shift(row_max);
     return scale_first || exponent == -FLT_MAX ? exponent - shift : std::fma(sink, kLog2e, -shift);
   }
+
+  // What of a block's bias is not yet in its finished scores.
+  float late_bias(float bias) const { return scale_first ? 0.f : bias; }
 
   // Whether all there is to do is to scale and to add a float mask's entries, but for a window.
   bool only_mask() const { return float_mask && !softcap && !poisoned; }
@@ -134,7 +160,7 @@ struct SoftmaxStart {
   SoftmaxStart(const AttentionParams& p, const ScoreSteps& steps, int64_t h, bool first) {
     if (p.sinks == nullptr || !first || p.sinks[h] == -kInfinity) return;
     row_max = p.sinks[h];
-    sum = std::exp2(steps.sink_exponent(row_max, exponent_shift(row_max)));
+    sum = std::exp2(steps.sink_exponent(row_max, row_max));
   }
 };
 
@@ -146,7 +172,7 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
   const float scale_or_1 = steps.scale_first ? p.scale : 1.f;
   const vf scale = set1(scale_or_1), cap = set1(p.softcap);
   vf first[NR], last[NR];  // positions of the first and last key that the query in a lane attends to
-  const bool windowed = window.bounded();
+  const bool windowed = window.bounded(), biased = steps.scale_first && block.bias != 0.f;
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
     alignas(64) float begin[VW] = {}, end[VW] = {};
     for (int x = 0; windowed && x < VW; ++x) {
@@ -181,6 +207,7 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
       } else {
         s = s * factor;
       }
+      if (biased) s = s + set1(block.bias);
       if (windowed) {
         s = select(index < first[j], set1(-kInfinity), s);
         s = select(index >= last[j], set1(-kInfinity), s);
@@ -188,6 +215,22 @@ void finish_scores(const AttentionParams& p, const ScoreSteps& steps, const Scor
       best[j] = max(best[j], s);
       if (steps.scale_first) s = exponent_or_hidden(s);
       store(at, s);
+    }
+  }
+}
+
+// Scores as exponents of 2, in place, for a call in which some are huge: where they are, less row_max and more exactly
+// so than by a shift, elsewhere as everywhere else.
+template <int NR, int kStride>
+MMK_NOINLINE void make_huge_exponents(const ScoreSteps& steps, float bias, const float* row_max,
+                                      const vf (&minus_shift)[NR], int64_t keys, float* scores) {
+  const vf score_scale = set1(steps.score_scale), exponent_scale = set1(steps.exponent_scale), b = set1(bias);
+  for (int64_t i = 0; i < keys; ++i) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      float* const at = scores + i * kStride + j * VW;
+      const vf s = load(at), top = load(row_max + j * VW);
+      const vf exact = (fma(s, score_scale, b) - top) * set1(kLog2e);
+      store(at, select(is_huge(top), exact, fma(s, exponent_scale, minus_shift[j])));
     }
   }
 }

@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <numeric>
+#include <optional>
 
 #include "csrc/attention/attention.h"
 #include "csrc/cpu/large_output.h"
@@ -18,8 +20,21 @@
 namespace mmk {
 
 inline Rows rows_of(const at::Tensor& t) {
-  TORCH_INTERNAL_ASSERT(t.dim() == 4 && (t.size(3) <= 1 || t.stride(3) == 1));
+  TORCH_INTERNAL_ASSERT(t.dim() == 4 && (t.size(3) <= 1 || t.stride(3) == 1 || t.numel() == 0));
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// Lengths, or words of a random state, as kernels read them: dense int64, whatever the layout they came in.
+inline at::Tensor dense_integers(const at::Tensor& t) { return t.to(at::kLong).contiguous(); }
+inline std::optional<at::Tensor> dense_integers(const std::optional<at::Tensor>& t) {
+  return t ? std::optional(dense_integers(*t)) : std::nullopt;
+}
+
+// Whether a product of sizes can be counted in int64; sizes of expanded tensors are free. Said without a wrap.
+inline bool is_countable(std::initializer_list<int64_t> sizes) {
+  double product = 1.;
+  for (const int64_t size : sizes) product *= static_cast<double>(size);
+  return product < 0x1p63;
 }
 
 // The leading dims of a tensor, all but the last, from the outermost in memory to the innermost.

@@ -105,14 +105,25 @@ MMK_NOINLINE void make_probabilities(const BackwardCall& call, const BackwardTil
     log2_sum[j] = load(t.log2_sum + lane + j * VW);
     hidden[j] = load(t.hidden + lane + j * VW);
   }
+  const bool huge = !e.finishes && (any_is_huge(t.shift + lane, NR * VW) || any_is_huge(y_shift, keys));
+  if (huge) {
+    for (int64_t i = 0; i < keys; ++i)
+      round_exponents(t.scores + i * kSideBlock + lane, e.scale, NR, t.p + i * kSideBlock + lane);
+  }
   for (int64_t i = 0; i < keys; ++i) {
     const bool hides = visible != nullptr && visible[i] == 0;
     const vf shift_y = set1(y_shift[i]), log2_sum_y = set1(y_log2_sum[i]);
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       const int64_t at = i * kSideBlock + lane + j * VW;
       const vf product = load(t.scores + at), s = e.finishes ? e.finished(product) : product;
-      const vf p = hides ? zero() : exp2<kDegree>(fma(s, scale, -shift[j]) - log2_sum[j]);
-      const vf r = select(hidden[j] == zero(), exp2<kDegree>(fma(s, scale, -shift_y) - log2_sum_y), zero());
+      vf of_x = fma(s, scale, -shift[j]), of_y = fma(s, scale, -shift_y);
+      if (huge) {
+        const vf rounded = load(t.p + at);
+        of_x = select(is_huge(shift[j]), rounded - shift[j], of_x);
+        of_y = select(is_huge(shift_y), rounded - shift_y, of_y);
+      }
+      const vf p = hides ? zero() : exp2<kDegree>(of_x - log2_sum[j]);
+      const vf r = select(hidden[j] == zero(), exp2<kDegree>(of_y - log2_sum_y), zero());
       store(t.p + at, p);
       store(t.r + at, r);
       if constexpr (kPairs) {

@@ -82,7 +82,9 @@ struct Call {
     this->scale = scale.value_or(features == 0 ? 1. : 1. / std::sqrt(static_cast<double>(features)));
   }
 
-  bool has_no_scores() const { return x.query.size(0) * x.query.size(1) * x.length() * y.length() == 0; }
+  bool has_no_scores() const {
+    return x.query.size(0) == 0 || x.query.size(1) == 0 || x.length() == 0 || y.length() == 0;
+  }
   bool is_masked() const { return x.mask.defined() || y.mask.defined(); }
   bool clean_padding() {
     const bool of_x = x.clean_padding();
@@ -189,7 +191,8 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   for (const Tensor* t : {&q, &k, &xv, &yv}) {
     if (t->scalar_type() != dtype || t->dim() != 4 || t->size(0) != q.size(0) || t->size(1) != q.size(1)) return false;
   }
-  return k.size(3) == q.size(3) && xv.size(2) == q.size(2) && yv.size(2) == k.size(2) && xv.size(3) == yv.size(3);
+  return k.size(3) == q.size(3) && xv.size(2) == q.size(2) && yv.size(2) == k.size(2) && xv.size(3) == yv.size(3) &&
+         is_countable({q.size(0), q.size(1), q.size(2), k.size(2)});
 }
 
 const DoorCheck door_check(kName, fits);

@@ -81,18 +81,22 @@ template <bool kPairs, int NR>
 MMK_NOINLINE void take_rows_of_x(const Exponents& e, const float* scores, const uint8_t* visible, int64_t keys,
                                  const vf (&best)[NR], const Softmax& softmax, float* old_factor, float* out) {
   constexpr int kDegree = kPairs ? 3 : 5;
-  const vf scale = set1(e.scale);
-  vf minus_shift[NR], total[NR];
+  vf scale[NR], minus_shift[NR], total[NR];
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
-    const vf old = load(softmax.shift + j * VW), raised = max(old, best[j] * scale);
+    const vf old = load(softmax.shift + j * VW), raised = max(old, best[j] * set1(e.scale));
+    scale[j] = set1(e.scale);
     store(old_factor + j * VW, exp2<5>(old - raised));
     store(softmax.shift + j * VW, raised);
     minus_shift[j] = -raised;
     total[j] = zero();
   }
+  if (!e.finishes && any_is_huge(softmax.shift, NR * VW)) {
+    round_huge_lanes<NR>(scores, softmax.shift, keys, scale, out);
+    scores = out;
+  }
   const auto at = [&](int64_t i, int j) {
     const bool hides = i >= keys || (visible != nullptr && visible[i] == 0);
-    return hides ? zero() : exp2<kDegree>(fma(load(scores + i * kSideBlock + j * VW), scale, minus_shift[j]));
+    return hides ? zero() : exp2<kDegree>(fma(load(scores + i * kSideBlock + j * VW), scale[j], minus_shift[j]));
   };
   for (int64_t i = 0; i < keys; i += 2) {
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
@@ -117,11 +121,12 @@ MMK_NOINLINE void take_rows_of_y(const Exponents& e, const float* scores, const 
                                  int64_t vectors, const Softmax& softmax, float* old_factor, float* out) {
   constexpr int kDegree = kPairs ? 3 : 5;
   const vf scale = set1(e.scale);
-  const auto score = [&](int64_t i, int64_t v) {
-    const vf s = load(scores + i * kSideBlock + v * VW);
+  const auto visible = [&](const float* row, int64_t v) {
+    const vf s = load(row + v * VW);
     if constexpr (kHidden) return select(load(hidden + v * VW) == zero(), s, set1(-kInfinity));
     return s;
   };
+  const auto score = [&](int64_t i, int64_t v) { return visible(scores + i * kSideBlock, v); };
   for (int64_t first = 0; first < keys; first += VW) {
     vf r[VW];
     MMK_UNROLL for (int x = 0; x < VW; ++x) {
@@ -138,8 +143,13 @@ MMK_NOINLINE void take_rows_of_y(const Exponents& e, const float* scores, const 
       r[x] = zero();
       if (i >= keys) continue;
       const vf minus_shift = set1(-softmax.shift[i]);
+      const bool huge = !e.finishes && is_huge(softmax.shift[i]);
+      alignas(64) float rounded[kSideBlock];
+      if (huge) round_exponents(scores + i * kSideBlock, e.scale, vectors, rounded);
+      const float* const row = huge ? rounded : scores + i * kSideBlock;
+      const vf row_scale = huge ? set1(1.f) : scale;
       for (int64_t v = 0; v < vectors; ++v) {
-        const vf p = exp2<kDegree>(fma(score(i, v), scale, minus_shift));
+        const vf p = exp2<kDegree>(fma(visible(row, v), row_scale, minus_shift));
         r[x] = r[x] + p;
         if constexpr (kPairs) {
           store_bf16(reinterpret_cast<uint16_t*>(out + i * (kSideBlock / 2)) + v * VW, p);

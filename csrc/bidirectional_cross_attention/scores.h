@@ -37,6 +37,25 @@ struct Exponents {
   float product_scale, scale;
 };
 
+// Exponents of x's lanes where their shift is huge, rounded before the shift is taken off them, as `raised` was;
+// elsewhere what they are made of. `scale` becomes what is left to multiply by.
+template <int NR>
+MMK_NOINLINE void round_huge_lanes(const float* scores, const float* shift, int64_t keys, vf (&scale)[NR], float* to) {
+  for (int64_t i = 0; i < keys; ++i) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const int64_t at = i * kSideBlock + j * VW;
+      const vf s = load(scores + at);
+      store(to + at, select(is_huge(load(shift + j * VW)), s * scale[j], s));
+    }
+  }
+  MMK_UNROLL for (int j = 0; j < NR; ++j) { scale[j] = select(is_huge(load(shift + j * VW)), set1(1.f), scale[j]); }
+}
+
+// The same of a row of y.
+MMK_NOINLINE inline void round_exponents(const float* scores, float scale, int64_t vectors, float* to) {
+  for (int64_t v = 0; v < vectors; ++v) store(to + v * VW, load(scores + v * VW) * set1(scale));
+}
+
 // Lanes of x that y attends to, as 0 or -inf: [kSideBlock]. Whether any is hidden.
 inline bool hidden_lanes(const BidirectionalParams& p, const QueryBlock& q, int64_t b, float* hidden) {
   bool any = false;

@@ -118,7 +118,7 @@ AttentionParams make_params(const Inputs& in, const Options& o, double products,
 
 // Whether there is no score at all: no batch, head, query or key.
 bool has_no_scores(const Inputs& in) {
-  return in.query.size(0) * in.query.size(1) * in.query.size(2) * in.key.size(2) == 0;
+  return in.query.size(0) == 0 || in.query.size(1) == 0 || in.query.size(2) == 0 || in.key.size(2) == 0;
 }
 
 // row_max [B, Hq, Lq] of rows without a key: that of their sinks, which need no log_sum.
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias,
     const OptionalTensor& sinks, const OptionalTensor& key_lengths, int64_t window_left, int64_t window_right,
     bool bottom_right, double softcap, double scale, double dropout_p, const OptionalTensor& rng_state, bool with_lse) {
-  Inputs in{query, key, value, mask, bias, contiguous(sinks), key_lengths, rng_state};
+  Inputs in{query, key, value, mask, bias, contiguous(sinks), dense_integers(key_lengths), dense_integers(rng_state)};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
   const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), query.size(2), value.size(3)});
   const auto stats_options = query.options().dtype(at::kFloat);
@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
     const OptionalTensor& key_lengths, const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
     int64_t window_left, int64_t window_right, bool bottom_right, double softcap, double scale, double dropout_p,
     const OptionalTensor& rng_state, std::array<bool, 6> grad_mask) {
-  Inputs in{query, key, value, mask, bias, contiguous(sinks), key_lengths, rng_state};
+  Inputs in{query, key, value, mask, bias, contiguous(sinks), dense_integers(key_lengths), dense_integers(rng_state)};
   const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
   const Tensor dq = empty_gradient(grad_mask[0], query), dk = empty_gradient(grad_mask[1], key),
                dv = empty_gradient(grad_mask[2], value);

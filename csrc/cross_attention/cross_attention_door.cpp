@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "csrc/attention/torch_rows.h"
 #include "csrc/cross_attention/cross_attention.h"
 #include "csrc/door.h"
 #include "csrc/plain_call.h"
@@ -67,7 +68,7 @@ PyObject* cross_attention_door(PyObject*, PyObject* const* arguments, Py_ssize_t
   const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
   const bool fits = k[0] == q[0] && k[1] == q[1] && k[3] == q[3] && v[0] == q[0] && v[1] == q[1] && v[2] == k[2] &&
                     key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type();
-  if (!fits || q[3] == 0) Py_RETURN_NONE;
+  if (!fits || q[3] == 0 || !is_countable({q[0], q[1], q[2], k[2]})) Py_RETURN_NONE;
   double scale = 1. / std::sqrt(static_cast<double>(q[3]));
   if (arguments[3] != Py_None) {
     if (!PyFloat_CheckExact(arguments[3])) Py_RETURN_NONE;

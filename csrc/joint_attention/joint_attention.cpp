@@ -1,7 +1,7 @@
 // joint_attention on the CPU, as torch sees it: one call of the attention core with a segment for every stream.
-// Arguments were checked at the door (mmkernels/ops/joint_attention): queries [B, H, L_s, D], keys and values of as
+// Arguments were checked at the door (mmkernels/ops/joint_attention): queries [B, Hq, L_s, D], keys and values, of Hkv heads, of as
 // many streams as one another, stream_bias [1 or H, Sq, Sk] as [Sq, Sk] or [H, Sq, Sk], key_lengths[i] [B] that of
-// stream padded_streams[i].
+// stream padded_streams[i], rng_state [2] there where dropout_p is not 0.
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -32,26 +32,30 @@ int64_t total_length(at::TensorList streams) {
 struct Inputs {
   at::TensorList queries;
   std::vector<Tensor> keys, values;  // NaN in them may have to give way
-  at::TensorList key_lengths;
+  std::vector<Tensor> key_lengths;   // dense int64
   at::IntArrayRef padded_streams;
   Tensor bias;  // float32, contiguous; undefined if there is none
-  double scale, softcap;
+  double scale, softcap, dropout_p;
+  OptionalTensor rng_state;  // dense
 
   Inputs(at::TensorList queries, at::TensorList keys, at::TensorList values, at::TensorList key_lengths,
-         at::IntArrayRef padded_streams, const OptionalTensor& stream_bias, std::optional<double> scale, double softcap)
+         at::IntArrayRef padded_streams, const OptionalTensor& stream_bias, std::optional<double> scale, double softcap,
+         double dropout_p, const OptionalTensor& rng_state)
       : queries(queries),
         keys(keys.vec()),
         values(values.vec()),
-        key_lengths(key_lengths),
         padded_streams(padded_streams),
         bias(stream_bias ? stream_bias->to(at::kFloat).contiguous() : Tensor()),
-        softcap(softcap) {
+        softcap(softcap),
+        dropout_p(dropout_p),
+        rng_state(dense_integers(rng_state)) {
+    for (const Tensor& t : key_lengths) this->key_lengths.push_back(dense_integers(t));
     const int64_t features = queries[0].size(3);
     this->scale = scale.value_or(features == 0 ? 1. : 1. / std::sqrt(static_cast<double>(features)));
   }
 
   int64_t rows() const { return queries[0].size(0) * queries[0].size(1) * total_length(queries); }
-  bool has_no_scores() const { return rows() * total_length(keys) == 0; }
+  bool has_no_scores() const { return rows() == 0 || total_length(keys) == 0; }
   // Whether something is hidden from some query.
   bool is_masked() const {
     if (!key_lengths.empty()) return true;
@@ -74,7 +78,8 @@ struct Inputs {
     const Tensor& q = queries[0];
     AttentionParams p;
     p.batch = q.size(0);
-    p.heads = p.kv_heads = q.size(1);
+    p.heads = q.size(1);
+    p.kv_heads = keys[0].size(1);
     p.head_dim = q.size(3);
     p.value_dim = values[0].size(3);
     p.dtype = floating_dtype_of(kName, q);
@@ -99,6 +104,12 @@ struct Inputs {
     }
     p.scale = static_cast<float>(scale);
     p.softcap = static_cast<float>(softcap);
+    if (dropout_p > 0.) {
+      p.dropout_p = static_cast<float>(dropout_p);
+      const auto* state = rng_state->const_data_ptr<int64_t>();
+      p.seed = static_cast<uint64_t>(state[0]);
+      p.offset = static_cast<uint32_t>(state[1]);
+    }
     p.workers = torch_workers(products * static_cast<double>(rows()) * static_cast<double>(total_length(keys)) *
                               static_cast<double>(p.head_dim + p.value_dim));
     return p;
@@ -129,13 +140,11 @@ std::vector<Tensor> log_sum_exps(at::TensorList queries, const Tensor& stats) {
   return lses;
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(at::TensorList queries, at::TensorList keys,
-                                                                     at::TensorList values, at::TensorList key_lengths,
-                                                                     at::IntArrayRef padded_streams,
-                                                                     const OptionalTensor& stream_bias,
-                                                                     std::optional<double> scale, double softcap,
-                                                                     bool return_lse, bool training) {
-  Inputs in(queries, keys, values, key_lengths, padded_streams, stream_bias, scale, softcap);
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(
+    at::TensorList queries, at::TensorList keys, at::TensorList values, at::TensorList key_lengths,
+    at::IntArrayRef padded_streams, const OptionalTensor& stream_bias, std::optional<double> scale, double softcap,
+    double dropout_p, const OptionalTensor& rng_state, bool return_lse, bool training) {
+  Inputs in(queries, keys, values, key_lengths, padded_streams, stream_bias, scale, softcap, dropout_p, rng_state);
   std::vector<Tensor> outs;
   for (const Tensor& q : queries) {
     outs.push_back(empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), values[0].size(3)}));
@@ -156,7 +165,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(at::TensorL
     for (size_t s = 0; s < outs.size(); ++s) p.queries[s].out = rows_of(outs[s]);
     if (with_stats) set_stats(p, stats);
     constexpr int64_t kFew = 4;
-    const bool few = !with_stats && total_length(queries) <= kFew;
+    const bool few = !with_stats && dropout_p == 0. && total_length(queries) <= kFew;
     (few ? MMK_DISPATCH(attention_few_queries) : MMK_DISPATCH(attention_forward))(p);
   };
   run({});
@@ -170,8 +179,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(at::TensorL
 std::vector<Tensor> backward(at::TensorList grads, at::TensorList queries, at::TensorList keys, at::TensorList values,
                              at::TensorList key_lengths, at::IntArrayRef padded_streams,
                              const OptionalTensor& stream_bias, std::optional<double> scale, double softcap,
-                             bool return_lse, at::TensorList saved, c10::List<bool> needed) {
-  Inputs in(queries, keys, values, key_lengths, padded_streams, stream_bias, scale, softcap);
+                             double dropout_p, const OptionalTensor& rng_state, bool return_lse, at::TensorList saved,
+                             c10::List<bool> needed) {
+  Inputs in(queries, keys, values, key_lengths, padded_streams, stream_bias, scale, softcap, dropout_p, rng_state);
   const size_t streams = queries.size(), sources = keys.size();
   const at::TensorList outs = saved.slice(0, streams);
   const Tensor stats = saved.back().contiguous();
@@ -227,6 +237,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList queries, at::T
     }
   }
   result.push_back(wants_bias ? grad_bias.to(stream_bias->scalar_type()) : grad_bias);
+  result.push_back(at::empty({0}, grads[0].options()));  // of rng_state
   return result;
 }
 
@@ -261,8 +272,13 @@ bool fits(const std::vector<c10::IValue>& arguments) {
       return false;
     }
   }
+  if (arguments[8].toDouble() != 0.) return false;
+  int64_t rows = 0, columns = 0;
+  for (const Tensor& q : queries) rows += q.size(2);
+  for (const Tensor& k : keys) columns += k.size(2);
   const double softcap = arguments[7].toDouble();
-  return softcap >= 0. && softcap < std::numeric_limits<double>::infinity();
+  return is_countable({batch, heads, rows, columns}) && softcap >= 0. &&
+         softcap < std::numeric_limits<double>::infinity();
 }
 
 const DoorCheck door_check(kName, fits);
@@ -270,11 +286,13 @@ const DoorCheck door_check(kName, fits);
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_joint_attention_fwd(Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] key_lengths, "
-      "int[] padded_streams, Tensor? stream_bias, float? scale, float softcap, bool return_lse, bool training) "
+      "int[] padded_streams, Tensor? stream_bias, float? scale, float softcap, float dropout_p, Tensor? rng_state, "
+      "bool return_lse, bool training) "
       "-> (Tensor[] outs, Tensor[] lses, Tensor stats)");
   m.def(
       "_joint_attention_bwd(Tensor[] grads, Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] key_lengths, "
-      "int[] padded_streams, Tensor? stream_bias, float? scale, float softcap, bool return_lse, Tensor[] saved, "
+      "int[] padded_streams, Tensor? stream_bias, float? scale, float softcap, float dropout_p, Tensor? rng_state, "
+      "bool return_lse, Tensor[] saved, "
       "bool[] needed) -> Tensor[]");
 }
 

@@ -29,7 +29,7 @@ struct Members {
   bool valid;
 
   Members(const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen)
-      : starts(cu_seqlens.to(at::kLong).contiguous()), count(starts.numel() - 1) {
+      : starts(dense_integers(cu_seqlens)), count(starts.numel() - 1) {
     const int64_t* const at = data();
     valid = count >= 0 && at[0] == 0 && at[count] == total;
     for (int64_t b = 0; b < count; ++b) {
@@ -81,8 +81,7 @@ struct Inputs {
     this->scale = scale.value_or(features == 0 ? 1. : 1. / std::sqrt(static_cast<double>(features)));
   }
 
-  int64_t rows() const { return query.size(1) * query.size(2); }
-  bool has_no_scores() const { return rows() * key.size(2) == 0; }
+  bool has_no_scores() const { return query.size(1) == 0 || query.size(2) == 0 || key.size(2) == 0; }
   bool is_masked() const { return window_left >= 0 || window_right >= 0; }
 
   AttentionParams params(double products, const Tensor& poisoned) const {
@@ -245,7 +244,8 @@ bool fits(const std::vector<c10::IValue>& arguments) {
     if (t.dim() != 1 || t.numel() == 0 || (t.scalar_type() != at::kInt && t.scalar_type() != at::kLong)) return false;
   }
   const bool shapes = key.size(2) == query.size(2) && value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
-                      key.size(1) > 0 && query.size(1) % key.size(1) == 0 && starts_q.numel() == starts_k.numel();
+                      key.size(1) > 0 && query.size(1) % key.size(1) == 0 && starts_q.numel() == starts_k.numel() &&
+                      is_countable({query.size(0), query.size(1), key.size(0)});
   const double softcap = arguments[11].toDouble();
   if (!arguments[12].isNone()) {  // a floating tensor is of query's dtype here
     const Tensor sinks = arguments[12].toTensor();

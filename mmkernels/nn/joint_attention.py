@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.joint_attention import joint_attention
 
@@ -28,6 +29,8 @@ class JointAttention(nn.Module):
         bias: whether the projections have biases.
         qk_norm: normalise each head's queries and keys by RMSNorm, with weights per stream.
         eps: of that norm.
+        dropout: probability with which a weight of the attention is dropped in training.
+        num_kv_heads: Hkv, a divisor of H: heads of keys and values that groups of query heads share; None = H.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -47,6 +50,8 @@ class JointAttention(nn.Module):
         bias: bool = True,
         qk_norm: bool = False,
         eps: float = 1e-6,
+        dropout: float = 0.0,
+        num_kv_heads: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -58,12 +63,19 @@ class JointAttention(nn.Module):
                 expected = f"a multiple of num_heads, {num_heads} (or head_dim)"
                 raise ValueError(f"JointAttention: embed_dims[0]: expected {expected}; got {embed_dims[0]}")
             head_dim = embed_dims[0] // num_heads
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+            expected = f"a divisor of num_heads, {num_heads}"
+            raise ValueError(f"JointAttention: num_kv_heads: expected {expected}; got {num_kv_heads}")
         self.embed_dims = tuple(embed_dims)
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.dropout = attention.check_dropout("JointAttention", dropout, "dropout")
         self.head_dim = head_dim
         self.qk_norm = qk_norm
         self.eps = eps
-        width = num_heads * head_dim
+        width, joined = num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -72,7 +84,7 @@ class JointAttention(nn.Module):
             weights = [nn.Parameter(torch.ones(head_dim, device=device, dtype=dtype)) for _ in embed_dims]
             return nn.ParameterList(weights) if qk_norm else None
 
-        self.in_proj = nn.ModuleList(linear(features, 3 * width) for features in embed_dims)
+        self.in_proj = nn.ModuleList(linear(features, joined) for features in embed_dims)
         self.out_proj = nn.ModuleList(linear(width, features) for features in embed_dims)
         self.query_norm_weights = norm_weights()
         self.key_norm_weights = norm_weights()
@@ -115,12 +127,21 @@ class JointAttention(nn.Module):
             raise ValueError(f"JointAttention: streams: expected {len(self.embed_dims)} tensors; got {len(streams)}")
         heads = [self._heads(i, x) for i, x in enumerate(streams)]
         queries, keys, values = ([parts[j] for parts in heads] for j in range(3))
-        outs = joint_attention(queries, keys, values, key_lengths=key_lengths, stream_bias=stream_bias)
+        outs = joint_attention(
+            queries,
+            keys,
+            values,
+            key_lengths=key_lengths,
+            stream_bias=stream_bias,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
         return [out(y.transpose(1, 2).flatten(2)) for y, out in zip(outs, self.out_proj, strict=True)]
 
     def _heads(self, stream: int, x: Tensor) -> list[Tensor]:
         """Query, key and value of a stream, views [B, H, L, D] of its projection where they are not normalised."""
-        q, k, v = self.in_proj[stream](x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)  # [B, L, H, D]
+        heads = self.in_proj[stream](x).unflatten(-1, (-1, self.head_dim))  # [B, L, H + 2 Hkv, D]
+        q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
         if self.query_norm_weights is not None and self.key_norm_weights is not None:
             q = self._normalised(q, self.query_norm_weights[stream])
             k = self._normalised(k, self.key_norm_weights[stream])
@@ -133,4 +154,5 @@ class JointAttention(nn.Module):
         return normed.unflatten(0, x.shape[:2])
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dims}, num_heads={self.num_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
+        heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{self.embed_dims}, {heads}, qk_norm={self.qk_norm}, dropout={self.dropout}"

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mmkernels.ops import _checks as checks
 
+LONGEST = 2**62  # no sequence is longer, and twice that is within int64
+
 CausalAlignment = Literal["top_left", "bottom_right"]
 
 
@@ -35,15 +37,14 @@ def check_key_lengths(op: str, argument: str, lengths: Tensor, query: Tensor, ke
 
 
 def check_window(op: str, window: tuple[int, int]) -> tuple[int, int]:
+    """Both sides as ints; one that no sequence is long enough for is −1, unbounded."""
+    expected = "a pair (left, right) of ints"
     if not isinstance(window, (tuple, list)) or len(window) != 2:
-        raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
-    for side in window:
-        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
-            raise checks.type_error(op, "window", "a pair (left, right) of ints", repr(window))
-        if side < -1:
-            raise checks.value_error(op, "window", "sizes ≥ 0, or -1 for unbounded", repr(window))
-    left, right = window
-    return left, right
+        raise checks.type_error(op, "window", expected, repr(window))
+    left, right = (checks.check_index(op, "window", side, expected) for side in window)
+    if left < -1 or right < -1:
+        raise checks.value_error(op, "window", "sizes ≥ 0, or -1 for unbounded", repr(window))
+    return (-1 if left >= LONGEST else left), (-1 if right >= LONGEST else right)
 
 
 def check_sinks(op: str, sinks: Tensor, query: Tensor, heads: int) -> Tensor:
@@ -57,10 +58,23 @@ def check_sinks(op: str, sinks: Tensor, query: Tensor, heads: int) -> Tensor:
     return sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
 
 
-def check_softcap(op: str, softcap: float) -> None:
-    checks.check_number(op, "softcap", softcap)
-    if not 0.0 < softcap < math.inf:
+def check_softcap(op: str, softcap: float) -> float:
+    softcap = checks.check_number(op, "softcap", softcap)
+    if not 0.0 <= softcap < math.inf:
         raise checks.value_error(op, "softcap", "a finite number ≥ 0", softcap)
+    return softcap
+
+
+def check_dropout(op: str, dropout_p: float, argument: str = "dropout_p") -> float:
+    dropout_p = checks.check_number(op, argument, dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise checks.value_error(op, argument, "a probability in [0, 1]", dropout_p)
+    return dropout_p
+
+
+def random_state() -> Tensor:
+    """Seed and offset of one call's dropout, [2] int64 on the CPU, from torch's generator."""
+    return torch.randint(0, 2**62, (2,), device="cpu")
 
 
 def too_wide_for_triton(query: Tensor, value: Tensor, *, heavy: bool = False) -> str | None:

@@ -22,11 +22,11 @@ def normalize(x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor |
 
 def check_norm(
     op: str, norm: object, weight: Tensor | None, bias: Tensor | None, eps: float, features: int, like: Tensor
-) -> None:
-    """The arguments fit each other and rows of ``features`` features in the dtype and on the device of ``like``."""
+) -> float:
+    """eps, once all fit each other and rows of ``features`` features in the dtype and on the device of ``like``."""
     if norm not in NORMS:
         raise checks.value_error(op, "norm", "None, 'layer' or 'rms'", repr(norm))
-    checks.check_number(op, "eps", eps)
+    eps = checks.check_number(op, "eps", eps)
     for argument, tensor in (("norm_weight", weight), ("norm_bias", bias)):
         if tensor is None:
             continue
@@ -36,3 +36,4 @@ def check_norm(
         if tensor.dim() != 1 or tensor.shape[0] != features:
             raise checks.value_error(op, argument, f"shape ({features},)", tuple(tensor.shape))
         checks.check_same_kind(op, like, "the tokens", **{argument: tensor})
+    return eps

@@ -62,8 +62,9 @@ class Attention:
         return mask, bias, mask_strides, bias_stride
 
     def windows(self) -> tuple[int | None, int | None]:
-        left, right = self.window
-        return left if left >= 0 else None, right if right >= 0 else None
+        """Left and right, None where unbounded; positions and their sums are 32 bits in the kernels."""
+        left, right = (None if side < 0 or side >= 2**30 else side for side in self.window)
+        return left, right
 
     def randomness(self) -> tuple[int, int, int, int, float]:
         """Seed, offset and threshold as signed words, and what a survivor is multiplied by."""

@@ -89,12 +89,13 @@ def bidirectional_cross_attention(
     _check_shape("y_key", y_key, (batch, heads, "Ly", features))
     _check_shape("x_value", x_value, (batch, heads, x_length, "Dv"))
     _check_shape("y_value", y_value, (batch, heads, y_key.shape[2], x_value.shape[3]))
+    checks.check_count(_NAME, "y_key", "scores", batch, heads, x_length, y_key.shape[2])
     _check_mask("x_mask", x_mask, x_query)
     _check_mask("y_mask", y_mask, y_key)
     if scale is not None:
-        checks.check_number(_NAME, "scale", scale)
+        scale = checks.check_number(_NAME, "scale", scale)
     if clamp is not None:
-        checks.check_number(_NAME, "clamp", clamp)
+        clamp = checks.check_number(_NAME, "clamp", clamp)
         if not 0.0 <= clamp < math.inf:
             raise checks.value_error(_NAME, "clamp", "a finite number ≥ 0, or None", clamp)
     x_out, y_out = bidirectional_cross_attention_op(x_query, y_key, x_value, y_value, x_mask, y_mask, scale, clamp)

@@ -83,7 +83,7 @@ def concat_norm_linear(
     if norm != "layer" and norm != "rms":
         raise checks.value_error(name, "norm", "'layer' or 'rms'", repr(norm))
     if type(eps) is not float:
-        checks.check_number(name, "eps", eps)
+        eps = checks.check_number(name, "eps", eps)
     if not eps >= 0:
         raise checks.value_error(name, "eps", "a number ≥ 0", eps)
     if activation is not None:

@@ -104,7 +104,7 @@ def concat_tokens(
         checks.check_same_kind(_NAME, first, "xs[0]", **{argument: position})
         if position.shape != (xs[i].shape[1], features):
             raise checks.value_error(_NAME, argument, f"shape ({xs[i].shape[1]}, {features})", tuple(position.shape))
-    check_norm(_NAME, norm, norm_weight, norm_bias, eps, features, first)
+    eps = check_norm(_NAME, norm, norm_weight, norm_bias, eps, features, first)
     if out_dtype is not None and out_dtype not in checks.FLOATING:
         raise checks.type_error(_NAME, "out_dtype", "float32, bfloat16, float16 or float64", out_dtype)
     (out,) = concat_tokens_op(xs, type_embedding, present, sources, norm, norm_weight, norm_bias, float(eps), out_dtype)

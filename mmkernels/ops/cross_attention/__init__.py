@@ -153,8 +153,8 @@ def cross_attention(
     if is_causal:
         right = 0
     bottom_right = attention.is_bottom_right(name, causal_alignment)
-    if softcap != 0.0:
-        attention.check_softcap(name, softcap)
+    if type(softcap) is not float or softcap != 0.0:
+        softcap = attention.check_softcap(name, softcap)
     out, lse = _attend(
         name,
         query,
@@ -201,9 +201,10 @@ def scaled_dot_product_attention(
     Returns:
         (..., Hq, Lq, Dv).
 
-    Jagged ``NestedTensor``s (B, H, rows, D) run packed, as in `varlen_cross_attention`; with a mask or dropout torch's
-    own function serves them. For more than four dims, a mask that varies over some but not all of the dims before the
-    heads is repeated over those; over heads, queries and keys a mask is never expanded. Errors as in `cross_attention`.
+    Jagged ``NestedTensor``s (B, H, rows, D) run packed, as in `varlen_cross_attention`; with a mask or dropout, and of
+    the strided layout, torch's own function serves them. For more than four dims, a mask that varies over some but not
+    all of the dims before the heads is repeated over those; over heads, queries and keys a mask is never expanded.
+    Errors as in `cross_attention`.
     """
     if attn_mask is None and dropout_p == 0.0 and not is_causal and may_use_door():
         out = _plain_call(query, key, value, scale)
@@ -212,15 +213,14 @@ def scaled_dot_product_attention(
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise checks.value_error(name, "attn_mask", "None where is_causal=True", "both")
-    checks.check_tensor(name, "query", query)
-    checks.check_tensor(name, "key", key)
-    checks.check_tensor(name, "value", value)
-    if query.is_nested or key.is_nested or value.is_nested:
+    if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
         from mmkernels.ops.varlen_cross_attention import nested  # which is made of this package
 
         return nested.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         )
+    for argument, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.check_tensor(name, argument, tensor)
     lead: torch.Size | None = None
     if not _leading_dims_agree(query, key, value, enable_gqa):
         query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)
@@ -256,13 +256,11 @@ def _attend(
         head_dim = query.shape[3]
         scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
     else:
-        checks.check_number(name, "scale", scale)
+        scale = checks.check_number(name, "scale", scale)
     rng_state = None
-    if dropout_p != 0.0:
-        checks.check_number(name, "dropout_p", dropout_p)
-        if not 0.0 <= dropout_p <= 1.0:
-            raise checks.value_error(name, "dropout_p", "a probability in [0, 1]", dropout_p)
-        rng_state = torch.randint(0, 2**62, (2,), device="cpu")
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = attention.check_dropout(name, dropout_p)
+        rng_state = attention.random_state() if dropout_p > 0.0 else None
     with_lse = return_lse or needs_grad(query, key, value, attn_mask, attn_bias, sinks)
     out, row_max, log_sum = cross_attention_op(
         query,
@@ -289,7 +287,12 @@ def _check_inputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, cast where autocast is on, once their types, dtypes, devices and shapes fit."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4:
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.dim() != 4
+        ):
             checks.check_tensor(op, argument, tensor)
             raise checks.value_error(op, argument, "4 dims (B, H, L, D)", f"shape {tuple(tensor.shape)}")
     device, dtype = query.device, query.dtype
@@ -309,6 +312,7 @@ def _check_inputs(
         raise checks.value_error(op, "key", f"shape ({batch}, Hkv, Lk, {head_dim})", tuple(key.shape))
     if value_heads != key_heads or value_len != key_len:
         raise checks.value_error(op, "value", f"shape ({key_batch}, {key_heads}, {key_len}, Dv)", tuple(value.shape))
+    checks.check_count(op, "key", "scores", *query.shape[:3], key_len)
     if key_heads != heads:
         if not enable_gqa:
             raise checks.value_error(op, "key", f"{heads} heads as in query (or enable_gqa=True)", f"{key_heads} heads")

@@ -29,6 +29,8 @@ def joint_attention(
     stream_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
 ) -> list[Tensor]: ...
 
@@ -43,6 +45,8 @@ def joint_attention(
     stream_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
     return_lse: Literal[True],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 
@@ -56,31 +60,37 @@ def joint_attention(
     stream_bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    enable_gqa: bool = False,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> list[Tensor] | tuple[list[Tensor], list[Tensor]]:
     """Attention of every query stream over the keys of all streams, as if they were concatenated; nothing is.
 
         S_ij = scale · Q_i K_jᵀ,  S_ij ← softcap · tanh(S_ij / softcap) if softcap > 0,  S_ij ← S_ij + stream_bias[i, j]
-        out_i = softmax over all keys (S_i1, S_i2, …) · (V_1; V_2; …)
+        out_i = dropout(softmax over all keys (S_i1, S_i2, …)) · (V_1; V_2; …)
 
     Streams of one kind of token each that attend jointly are those of Esser et al., "Scaling Rectified Flow
     Transformers for High-Resolution Image Synthesis", 2024 (arXiv:2403.03206). The numbers of query and of key streams
     may differ: one query stream over several sources is cross-attention to all of them.
 
     Args:
-        queries: Sq tensors (B, H, L_i, D), float32, bfloat16, float16, or float64 (reference backend alone). Any
+        queries: Sq tensors (B, Hq, L_i, D), float32, bfloat16, float16, or float64 (reference backend alone). Any
             strides; a last dim that is not contiguous costs a copy of that tensor. Up to 8 streams are fast.
-        keys: Sk tensors (B, H, L_j, D), of the queries' dtype and device.
-        values: Sk tensors (B, H, L_j, Dv).
+        keys: Sk tensors (B, Hkv, L_j, D), of the queries' dtype and device.
+        values: Sk tensors (B, Hkv, L_j, Dv).
         key_lengths: per key stream None or a tensor (B,) of int32 or int64: keys at and beyond the length are padding.
-        stream_bias: (Sq, Sk) or (H, Sq, Sk), in the queries' dtype or float32: added to all scores of that pair of
+        stream_bias: (Sq, Sk) or (Hq, Sq, Sk), in the queries' dtype or float32: added to all scores of that pair of
             streams; −inf forbids the pair. It may require grad.
         scale: factor of QKᵀ; None = 1/√D.
         softcap: bounds QKᵀ to ±softcap before the bias; 0 = off.
+        enable_gqa: Hq may be a multiple of Hkv, the same of all streams; query head h reads key head h // (Hq / Hkv).
+        dropout_p: probability with which an entry of the softmax is dropped, the rest being scaled by 1/(1 − p). Always
+            applied, training or not. Seeded from torch's default generator; the mask is `cross_attention`'s of the
+            concatenated streams.
         return_lse: also return the log-sum-exp of each row of S.
 
     Returns:
-        Sq tensors (B, H, L_i, Dv), each in the memory order of its query; with ``return_lse`` also Sq of (B, H, L_i),
+        Sq tensors (B, Hq, L_i, Dv), each in the memory order of its query; with ``return_lse`` also Sq of (B, Hq, L_i),
         natural log, float32 (float64 for float64 inputs), differentiable.
 
     A row that may attend to nothing gives output 0, lse −inf and gradient 0. What stands in padding or in a forbidden
@@ -98,11 +108,18 @@ def joint_attention(
         [torch.Size([2, 8, 77, 64]), torch.Size([2, 8, 576, 64])]
     """
     outputs: Any = None
-    if key_lengths is None and may_use_door():
-        outputs = joint_attention_op.unchecked(queries, keys, values, [], [], stream_bias, scale, softcap, return_lse)
+    if key_lengths is None and dropout_p == 0.0 and may_use_door():
+        outputs = joint_attention_op.unchecked(
+            queries, keys, values, [], [], stream_bias, scale, softcap, 0.0, None, return_lse
+        )
     if outputs is None:
-        arguments = _checked(queries, keys, values, key_lengths, stream_bias, scale, softcap)
-        outputs = joint_attention_op(*arguments, bool(return_lse))
+        inputs = _checked(queries, keys, values, key_lengths, stream_bias, enable_gqa)
+        if scale is not None:
+            scale = checks.check_number(_NAME, "scale", scale)
+        softcap = attention.check_softcap(_NAME, softcap)
+        dropout_p = attention.check_dropout(_NAME, dropout_p)
+        rng_state = attention.random_state() if dropout_p > 0.0 else None
+        outputs = joint_attention_op(*inputs, scale, softcap, dropout_p, rng_state, bool(return_lse))
     if return_lse:
         count = len(queries)
         return list(outputs[:count]), list(outputs[count:])
@@ -115,10 +132,9 @@ def _checked(
     values: Sequence[Tensor],
     key_lengths: Sequence[Tensor | None] | None,
     stream_bias: Tensor | None,
-    scale: float | None,
-    softcap: float,
+    enable_gqa: bool,
 ) -> tuple[Any, ...]:
-    """The op's arguments, all but the last, once they fit."""
+    """The op's tensors and which streams are padded, once they fit."""
     first = fusion.first_source(_NAME, queries, "queries")
     fusion.first_source(_NAME, keys, "keys")
     fusion.first_source(_NAME, values, "values")
@@ -139,12 +155,16 @@ def _checked(
                 raise checks.value_error(_NAME, f"{argument}[{i}]", "4 dims (B, H, L, D)", shape)
             fusion.check_kind(_NAME, f"{argument}[{i}]", stream, first, "queries[0]")
     batch, heads, _, features = first.shape
-    width = values[0].shape[3]
-    for argument, streams in (("queries", queries), ("keys", keys)):
+    key_heads, width = keys[0].shape[1] if enable_gqa else heads, values[0].shape[3]
+    if key_heads != heads and (key_heads == 0 or heads % key_heads != 0):
+        raise checks.value_error(_NAME, "keys[0]", f"a number of heads that divides the queries' {heads}", key_heads)
+    for argument, streams, of_streams in (("queries", queries, heads), ("keys", keys, key_heads)):
         for i, stream in enumerate(streams):
-            _check_shape(f"{argument}[{i}]", stream, (batch, heads, None, features))
+            _check_shape(f"{argument}[{i}]", stream, (batch, of_streams, None, features))
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        _check_shape(f"values[{i}]", value, (batch, heads, key.shape[2], width))
+        _check_shape(f"values[{i}]", value, (batch, key_heads, key.shape[2], width))
+    rows, columns = (sum(stream.shape[2] for stream in streams) for streams in (queries, keys))
+    checks.check_count(_NAME, "keys", "scores", batch, heads, rows, columns)
     lengths, padded_streams = [], []
     if key_lengths is not None:
         if not isinstance(key_lengths, (list, tuple)):
@@ -157,11 +177,7 @@ def _checked(
                 padded_streams.append(i)
     if stream_bias is not None:
         _check_bias(stream_bias, first, len(queries), len(keys))
-    if scale is not None:
-        checks.check_number(_NAME, "scale", scale)
-    if softcap != 0.0:
-        attention.check_softcap(_NAME, softcap)
-    return list(queries), list(keys), list(values), lengths, padded_streams, stream_bias, scale, softcap
+    return list(queries), list(keys), list(values), lengths, padded_streams, stream_bias
 
 
 def _check_shape(argument: str, stream: Tensor, shape: tuple[int | None, ...]) -> None:

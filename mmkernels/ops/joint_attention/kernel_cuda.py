@@ -45,6 +45,8 @@ def forward(
     stream_bias: Tensor | None,
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
     return_lse: bool,
     training: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -69,6 +71,8 @@ def backward(
     stream_bias: Tensor | None,
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
     return_lse: bool,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
@@ -76,7 +80,7 @@ def backward(
     count, segments = len(queries), len(keys)
     grad_lses = grads[count:] if return_lse else [None] * count
     of_queries, of_keys = needed[:count], needed[count : count + segments]
-    of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-1] and stream_bias is not None
+    of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-2] and stream_bias is not None
     attentions = _attentions(queries, keys, values, key_lengths, padded_streams, stream_bias, scale)
     streams = [
         short_keys.Queries(q, g, o, *s, g_lse)
@@ -102,5 +106,5 @@ def backward(
             total = torch.stack(dbias, 1)  # [H, Sq, Sk]
             grad_bias = (total if stream_bias.dim() == 3 else total.sum(0)).to(stream_bias.dtype)
     without = [None] * len(key_lengths)  # lengths have no gradient
-    found = [*dqs, *dks, *dvs, *without, grad_bias]
+    found = [*dqs, *dks, *dvs, *without, grad_bias, None]  # nor has the random state
     return [queries[0].new_empty(0) if g is None else g for g in found]

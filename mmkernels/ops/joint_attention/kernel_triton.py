@@ -26,6 +26,8 @@ def _attention(
     stream_bias: Tensor | None,
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
 ) -> Attention:
     """What all query streams attend to; ``stream_bias`` is that of one of them, [H or 1, Sk]."""
     lengths = {j: x.contiguous() for j, x in zip(padded_streams, key_lengths, strict=True)}
@@ -37,6 +39,8 @@ def _attention(
         scale=scale if scale is not None else 1 / math.sqrt(dim) if dim else 1.0,
         softcap=softcap,
         stream_bias=stream_bias,
+        dropout_p=dropout_p,
+        rng_state=rng_state,
     )
 
 
@@ -56,6 +60,8 @@ def forward(
     stream_bias: Tensor | None,
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
     return_lse: bool,
     training: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -65,7 +71,9 @@ def forward(
     statistics = statistics_of_streams(stats, queries)
     for i, (query, out) in enumerate(zip(queries, outs, strict=True)):
         of_stream = None if bias is None else bias[:, i]
-        attention = _attention(keys, values, key_lengths, padded_streams, of_stream, scale, softcap)
+        attention = _attention(
+            keys, values, key_lengths, padded_streams, of_stream, scale, softcap, dropout_p, rng_state
+        )
         wanted = statistics[i] if training or return_lse else None
         attend(query, attention, out, wanted, query.shape[0], query.shape[2])
     lses = [row_max + log_sum for row_max, log_sum in statistics] if return_lse else []
@@ -82,6 +90,8 @@ def backward(
     stream_bias: Tensor | None,
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
     return_lse: bool,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
@@ -90,7 +100,7 @@ def backward(
     grad_lses = grads[count:] if return_lse else [None] * count
     statistics = statistics_of_streams(saved[-1], queries)
     of_queries, of_keys = needed[:count], needed[count : count + segments]
-    of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-1]
+    of_values, of_bias = needed[count + segments : count + 2 * segments], needed[-2]
     streams = [
         Queries(q, g, o, *s, g_lse, q.shape[0], q.shape[2])
         for q, g, o, s, g_lse in zip(queries, grads, saved, statistics, grad_lses, strict=False)
@@ -106,11 +116,13 @@ def backward(
     for i, (stream, dq) in enumerate(zip(streams, dqs, strict=True)):
         if dq is not None or of_bias:
             of_stream = None if bias is None else bias[:, i]
-            attention = _attention(keys, values, key_lengths, padded_streams, of_stream, scale, softcap)
+            attention = _attention(
+                keys, values, key_lengths, padded_streams, of_stream, scale, softcap, dropout_p, rng_state
+            )
             dbias.append(query_gradient(stream, deltas[i], attention, dq, with_bias=of_bias))
     dks = [fresh(k, n) for k, n in zip(keys, of_keys, strict=True)]
     dvs = [fresh(v, n) for v, n in zip(values, of_values, strict=True)]
-    attention = _attention(keys, values, key_lengths, padded_streams, None, scale, softcap)
+    attention = _attention(keys, values, key_lengths, padded_streams, None, scale, softcap, dropout_p, rng_state)
     for j, (dk, dv) in enumerate(zip(dks, dvs, strict=True)):
         if dk is not None or dv is not None:
             of_segment = None if bias is None else bias[:, :, j].contiguous()
@@ -120,7 +132,7 @@ def backward(
         total = torch.stack([d for d in dbias if d is not None], 1)  # [H, Sq, Sk]
         grad_bias = (total if stream_bias.dim() == 3 else total.sum(0)).to(stream_bias.dtype)
     without = [None] * len(key_lengths)  # lengths have no gradient
-    found = [*dqs, *dks, *dvs, *without, grad_bias]
+    found = [*dqs, *dks, *dvs, *without, grad_bias, None]  # nor has the random state
     return [queries[0].new_empty(0) if g is None else g for g in found]
 
 

@@ -51,9 +51,9 @@ def _supports(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> str
 def _cuda_supports(
     queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *options: Any, backward: bool = False
 ) -> str | None:
-    *_, softcap, _ = options
-    if softcap:
-        return "its kernel has no softcap"
+    *_, softcap, dropout_p, _, _ = options
+    if softcap or dropout_p > 0:
+        return "its kernel has no softcap or dropout"
     return _supports(queries, keys) or short_keys.declines(queries, keys, values, backward)
 
 
@@ -62,15 +62,18 @@ def _cuda_loses(queries: Sequence[Tensor], keys: Sequence[Tensor], *_: Any) -> s
 
 
 def _triton_supports(
-    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *_: Any
+    queries: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor], *options: Any
 ) -> str | None:
+    *_, dropout_p, _, _ = options
+    if dropout_p > 0 and max(len(queries), len(keys)) > 1:
+        return "its kernels count dropout within a stream, not along all of them"
     return too_wide_for_triton(queries[0], values[0])
 
 
 joint_attention_op = DifferentiableOp(
     "joint_attention",
     "Tensor[] queries, Tensor[] keys, Tensor[] values, Tensor[] key_lengths, int[] padded_streams, "
-    "Tensor? stream_bias, float? scale, float softcap, bool return_lse",
+    "Tensor? stream_bias, float? scale, float softcap, float dropout_p, Tensor? rng_state, bool return_lse",
     outputs="Tensor[] outs, Tensor[] lses",
     saved="Tensor stats",  # row_max of all query streams, then log_sum, in the memory order of [B, H, L_i] each
     reference=reference.joint_attention,

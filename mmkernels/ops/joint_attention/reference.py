@@ -1,9 +1,10 @@
 """joint_attention in plain PyTorch: the specification every kernel is tested against.
 
     S = scale · Q_i K_jᵀ,  S ← softcap · tanh(S / softcap),  S ← S + stream_bias[i, j],
-    O_i = softmax over the keys of all streams j (S) · V
+    O_i = dropout(softmax over the keys of all streams j (S)) · V
 
-It concatenates the streams and is `cross_attention` of them, with the bias as a mask.
+It concatenates the streams and is `cross_attention` of them, with the bias as a mask; dropout counts queries and keys
+along the concatenation.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ from mmkernels.ops.cross_attention import reference
 
 def joint_attention(
     queries: Sequence[Tensor],  # Sq of [B, H, L_i, D]
-    keys: Sequence[Tensor],  # Sk of [B, H, L_j, D]
-    values: Sequence[Tensor],  # Sk of [B, H, L_j, Dv]
+    keys: Sequence[Tensor],  # Sk of [B, Hkv, L_j, D]
+    values: Sequence[Tensor],  # Sk of [B, Hkv, L_j, Dv]
     key_lengths: Sequence[Tensor],  # [B] int64 each
     padded_streams: Sequence[int],  # which key streams those are of
     stream_bias: Tensor | None,  # [Sq, Sk] or [H, Sq, Sk]
     scale: float | None,
     softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,  # [2] int64: seed, offset
     return_lse: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [B, H, L_i, Dv] and, with ``return_lse``, the LSE of each [B, H, L_i]."""
@@ -36,7 +39,7 @@ def joint_attention(
     if stream_bias is not None or key_lengths:
         mask = _mask(queries, keys, key_lengths, padded_streams, stream_bias)
     out, row_max, log_sum = reference.cross_attention(
-        query, key, value, mask, None, -1, -1, False, softcap, scale, 0.0, None
+        query, key, value, mask, None, -1, -1, False, softcap, scale, dropout_p, rng_state
     )
     sizes = [q.shape[2] for q in queries]
     outs = [o.clone() for o in out.split(sizes, 2)]

@@ -63,7 +63,7 @@ def modulated_norm(
     if x.dtype not in checks.FLOATING:
         raise checks.type_error(_NAME, "x", "dtype float32, bfloat16, float16 or float64", x.dtype)
     checks.check_same_kind(_NAME, x, "x", shift=shift, scale=scale)
-    check_norm(_NAME, norm, norm_weight, norm_bias, eps, x.shape[2], x)
+    eps = check_norm(_NAME, norm, norm_weight, norm_bias, eps, x.shape[2], x)
     shift, scale = _per_token("shift", shift, x), _per_token("scale", scale, x)
     if shift.shape[1] != scale.shape[1]:
         shift, scale = shift.expand(x.shape), scale.expand(x.shape)

@@ -71,7 +71,7 @@ def multiplicative_attention_pool(
         raise checks.value_error(name, "query", expected, tuple(query.shape))
     if scale is None:
         scale = pool.default_scale(sources)
-    checks.check_number(name, "scale", scale)
+    scale = checks.check_number(name, "scale", scale)
     pool.check_presence(name, presence, shape, first)
     pooled, weights = multiplicative_attention_pool_op(sources, query, weight, float(scale), presence)
     return pooled, weights

@@ -130,14 +130,20 @@ def varlen_cross_attention(
     if may_use_door():
         outputs = varlen_cross_attention_op.unchecked(query, key, value, *starts, *options, sinks, return_lse)
     if outputs is None:
-        inputs = _checked(query, key, value, *starts)
+        longest = [
+            min(checks.check_index(_NAME, f"max_seqlen_{x}", n), attention.LONGEST)
+            for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k))
+        ]
+        inputs = _checked(query, key, value, cu_seqlens_q, cu_seqlens_k, *longest)
         if scale is not None:
-            checks.check_number(_NAME, "scale", scale)
-        if softcap != 0.0:
-            attention.check_softcap(_NAME, softcap)
+            scale = checks.check_number(_NAME, "scale", scale)
+        softcap = attention.check_softcap(_NAME, softcap)
+        options = (left, right, bottom_right, scale, softcap)
         if sinks is not None:
             sinks = attention.check_sinks(_NAME, sinks, query, query.shape[1])
-        outputs = varlen_cross_attention_op(*inputs, *starts, *options, sinks, return_lse)
+        outputs = varlen_cross_attention_op(
+            *inputs, cu_seqlens_q, cu_seqlens_k, *longest, *options, sinks, bool(return_lse)
+        )
     out, lse = outputs
     return (out, lse) if return_lse else out
 
@@ -164,6 +170,7 @@ def _checked(
         raise checks.value_error(_NAME, "value", expected, tuple(value.shape))
     if key.shape[1] == 0 or heads % key.shape[1] != 0:
         raise checks.value_error(_NAME, "key", f"a number of heads that divides query's {heads}", key.shape[1])
+    checks.check_count(_NAME, "key", "scores", rows, heads, key.shape[0])
     for name, starts, total, longest in (("q", cu_seqlens_q, rows, max_q), ("k", cu_seqlens_k, key.shape[0], max_k)):
         _check_starts(f"cu_seqlens_{name}", starts, total, f"max_seqlen_{name}", longest, device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
@@ -181,8 +188,6 @@ def _check_starts(
     if starts.dim() != 1 or starts.shape[0] == 0:
         raise checks.value_error(_NAME, argument, "shape (B + 1,)", tuple(starts.shape))
     checks.check_same_device(_NAME, argument, starts, "query", device)
-    if isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)):
-        raise checks.type_error(_NAME, max_argument, "an int", type(longest).__name__)
     if not checks.eager_values_readable(starts):
         return
     values = starts.tolist()

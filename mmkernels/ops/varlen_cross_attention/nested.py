@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops import _checks as checks
 from mmkernels.ops.varlen_cross_attention import varlen_cross_attention
 
 _HEADS, _ROWS = 1, 2  # dims of (B, H, rows, D)
@@ -24,8 +25,9 @@ def scaled_dot_product_attention(
     enable_gqa: bool,
 ) -> Tensor:
     """torch's function; ours where inputs are (B, H, rows, D), ragged in their rows alone, and nothing is dropped."""
-    heads_fit = enable_gqa or query.shape[_HEADS] == key.shape[_HEADS]
-    if attn_mask is not None or dropout_p != 0.0 or not heads_fit or not all(map(_is_packed, (query, key, value))):
+    packed = attn_mask is None and dropout_p == 0.0 and all(map(_is_packed, (query, key, value)))
+    if not packed or not (enable_gqa or query.shape[_HEADS] == key.shape[_HEADS]):  # the strided layout has no shape
+        scale = None if scale is None else checks.check_number("scaled_dot_product_attention", "scale", scale)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
