@@ -91,9 +91,9 @@ def test_what_torch_asks(backend: str) -> None:
     contract.check_checkpoint(call, leaves)
     contract.check_compile(call, make)
     contract.check_export(call, make, 2)
-    torch.library.opcheck(bilinear_fusion_op.forward.overload, (*leaves, 2, True))
+    torch.library.opcheck(bilinear_fusion_op.forward.overload, (*leaves, 2, None, True))
     saved = list(reference.projections(*leaves, 2))
-    inputs = ([torch.randn(4, 3)], *leaves, 2, [s.detach() for s in saved], [True, False, True, True])
+    inputs = ([torch.randn(4, 3)], *leaves, 2, None, [s.detach() for s in saved], [True, False, True, True, False])
     torch.library.opcheck(bilinear_fusion_op.backward.overload, inputs)
 
 

@@ -94,6 +94,59 @@ def test_every_presence(form: str, dtype: torch.dtype, backend: str) -> None:
 
 
 @each_form
+@few_dtypes
+def test_the_gate_is_returned_and_differentiable(form: str, dtype: torch.dtype, backend: str) -> None:
+    inputs = make(*FORMS[form], dtype=dtype)
+    for presence in (None, *presence_patterns(9, len(inputs[0])).values()):
+        y, z = check_op(mmk.gated_fusion, *inputs, presence=presence, return_gate=True, backend=backend)
+        torch.testing.assert_close(y, mmk.gated_fusion(*inputs, presence=presence), rtol=2e-2, atol=2e-2)
+        assert z.shape == (9, len(inputs[0]), 11)
+        there = torch.ones(9, len(inputs[0]), dtype=torch.bool) if presence is None else presence.expand(9, -1)
+        assert not z[~there].any()
+        total = there.any(1, keepdim=True).to(dtype).expand(9, 11)
+        torch.testing.assert_close(z.sum(1), total, rtol=1e-2, atol=1e-2)
+        for filler in (torch.nan, torch.inf) if presence is not None else ():
+            got = mmk.gated_fusion(
+                spoiled(inputs[0], presence, filler), *inputs[1:], presence=presence, return_gate=True
+            )
+            assert same_bits([y, z], [t.detach() for t in got])
+
+
+def test_the_gate_is_refused_as_anything_but_a_flag() -> None:
+    with pytest.raises(TypeError, match=r"^gated_fusion: return_gate: expected a bool; got int"):
+        mmk.gated_fusion(*make(), return_gate=1)  # type: ignore[call-overload]
+
+
+def test_the_gate_under_compile_and_second_derivatives() -> None:
+    xs, weights, biases, gate_weight, gate_bias = make()
+    presence = torch.rand(9, 3) > 0.4
+
+    def call(*leaves: Tensor) -> Tensor:
+        y, z = mmk.gated_fusion(
+            list(leaves), weights, biases, gate_weight, gate_bias, presence=presence, return_gate=True
+        )
+        return torch.cat([y[:, None], z], 1)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert agree([compiled(*xs)], [call(*xs)])
+
+    def wide(*leaves: Tensor) -> Tensor:
+        y, z = mmk.gated_fusion(
+            list(leaves),
+            *[[w.double() for w in ws] for ws in (weights, biases)],
+            gate_weight.double(),
+            gate_bias.double(),
+            presence=presence,
+            return_gate=True,
+        )
+        return y + z.sum(1)
+
+    leaves = [x.detach().double().requires_grad_() for x in xs]
+    assert torch.autograd.gradcheck(wide, leaves)
+    assert torch.autograd.gradgradcheck(wide, leaves, fast_mode=True)
+
+
+@each_form
 def test_the_reference_is_the_written_out_formula_row_by_row(form: str) -> None:
     widths, sigmoid = FORMS[form]
     inputs = make(widths, sigmoid)

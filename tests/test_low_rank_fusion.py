@@ -103,9 +103,9 @@ def test_what_torch_asks(backend: str) -> None:
     contract.check_compile(call, make)
     contract.check_export(call, make, 3)
     xs, factors, rank_weights, bias = arguments(leaves)
-    torch.library.opcheck(low_rank_fusion_op.forward.overload, (xs, factors, rank_weights, bias, True))
-    needed = [True, False, True, True, False, True, True, False]
-    inputs = ([torch.randn(4, 7)], xs, factors, rank_weights, None, [], needed)
+    torch.library.opcheck(low_rank_fusion_op.forward.overload, (xs, factors, rank_weights, bias, None, True))
+    needed = [True, False, True, True, False, True, True, False, False]
+    inputs = ([torch.randn(4, 7)], xs, factors, rank_weights, None, None, [], needed)
     torch.library.opcheck(low_rank_fusion_op.backward.overload, inputs)
 
 

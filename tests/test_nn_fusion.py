@@ -105,6 +105,9 @@ def test_gated_fusion_leaves_absent_modalities_out(either_backend: str) -> None:
     presence = torch.tensor([True, False])
     torch.testing.assert_close(fuse(spoiled(xs, presence, math.nan), presence), alone)
     assert not fuse(xs, torch.zeros(9, 2, dtype=torch.bool)).any()
+    y, gate = fuse(xs, presence, return_gate=True)
+    torch.testing.assert_close(y, alone)
+    assert gate.shape == (9, 2, 7) and (gate[:, 0] == 1).all() and not gate[:, 1].any()
 
 
 MODULES: dict[str, Any] = {

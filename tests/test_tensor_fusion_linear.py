@@ -101,8 +101,8 @@ def test_what_torch_asks(backend: str) -> None:
     contract.check_compile(call, make)
     contract.check_export(call, make, 3)
     *xs, weight, bias = leaves
-    torch.library.opcheck(tensor_fusion_linear_op.forward.overload, (xs, weight, bias, True))
-    arguments = ([torch.randn(4, 7)], xs, weight, None, [], [True, False, True, True, False])
+    torch.library.opcheck(tensor_fusion_linear_op.forward.overload, (xs, weight, bias, None, True))
+    arguments = ([torch.randn(4, 7)], xs, weight, None, None, [], [True, False, True, True, False, False])
     torch.library.opcheck(tensor_fusion_linear_op.backward.overload, arguments)
 
 

@@ -118,8 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_pool_forward(at::TensorLis
 std::vector<Tensor> additive_attention_pool_backward(at::TensorList grads, at::TensorList xs, const Tensor& weight,
                                                      const Tensor& vector, const OptionalTensor& bias,
                                                      const OptionalTensor& query, const OptionalTensor& query_weight,
-                                                     const OptionalTensor& presence, at::TensorList saved,
+                                                     const OptionalTensor& presence, at::TensorList given_saved,
                                                      const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(xs, weight, vector, bias, query, query_weight, presence, 4.);
   AdditivePoolParams& p = call.params;
   Pool& pool = call.torch.pool;

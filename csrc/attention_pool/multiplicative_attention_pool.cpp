@@ -52,8 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> multiplicative_attention_pool_forward(at::Ten
 // saved: pooled, weights, q W.
 std::vector<Tensor> multiplicative_attention_pool_backward(at::TensorList grads, at::TensorList xs, const Tensor& query,
                                                            const OptionalTensor& weight, double scale,
-                                                           const OptionalTensor& presence, at::TensorList saved,
+                                                           const OptionalTensor& presence, at::TensorList given_saved,
                                                            const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   TorchPool torch(kName, xs, presence, 8.);
   const Pool& pool = torch.pool;
   const size_t count = xs.size();

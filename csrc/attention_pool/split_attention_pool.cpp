@@ -58,8 +58,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_attention_pool_forward(
 // saved: pooled, weights, g, z, W₁ g + b₁ where the activation's derivative needs it.
 std::vector<Tensor> split_attention_pool_backward(at::TensorList grads, at::TensorList xs, const Tensor& weight1,
                                                   const Tensor& bias1, const Tensor& weight2, const Tensor& bias2,
-                                                  Name activation, const OptionalTensor& presence, at::TensorList saved,
-                                                  const c10::List<bool>& needed) {
+                                                  Name activation, const OptionalTensor& presence,
+                                                  at::TensorList given_saved, const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   TorchPool torch(kName, xs, presence, 8.);
   const Pool& pool = torch.pool;
   const auto options = weight1.options();

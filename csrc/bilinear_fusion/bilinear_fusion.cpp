@@ -13,6 +13,7 @@ namespace mmk {
 namespace {
 
 using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 BilinearParams make_params(const Tensor& x, const Tensor& y, const Tensor& x_weight, const Tensor& y_weight,
                            int64_t rank, double products) {
@@ -35,8 +36,11 @@ BilinearParams make_params(const Tensor& x, const Tensor& y, const Tensor& x_wei
   return p;
 }
 
-std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& x, const Tensor& y, const Tensor& x_weight,
-                                                           const Tensor& y_weight, int64_t rank, bool training) {
+std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& given_x, const Tensor& given_y,
+                                                           const Tensor& x_weight, const Tensor& y_weight, int64_t rank,
+                                                           const OptionalTensor& presence, bool training) {
+  const RowPresence present(presence, 2);
+  const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 1.);
   const Tensor out = at::empty({p.batch, p.outputs}, x.options());
   const std::vector<int64_t> kept =
@@ -53,17 +57,20 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& x, cons
   return {out, x_projection, y_projection};
 }
 
-std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, const Tensor& x, const Tensor& y,
-                                             const Tensor& x_weight, const Tensor& y_weight, int64_t rank,
+std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, const Tensor& given_x,
+                                             const Tensor& given_y, const Tensor& x_weight, const Tensor& y_weight,
+                                             int64_t rank, const OptionalTensor& presence,
                                              const std::vector<Tensor>& saved, const c10::List<bool>& needed) {
+  const RowPresence present(presence, 2);
+  const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
   const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]), empty_if(x_weight, needed[2]),
-                                    empty_if(y_weight, needed[3])};
+                                    empty_if(y_weight, needed[3]), at::empty({0}, x.options())};
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
   }
-  const std::vector<Tensor> projections{saved[0].contiguous(), saved[1].contiguous()};
+  const std::vector<Tensor> projections = contiguous_tensors(saved);
   p.grad_out = grads[0].const_data_ptr();
   p.grad_out_stride = row_stride(grads[0]);
   for (int s = 0; s < 2; ++s) {
@@ -72,6 +79,7 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
     if (needed[2 + s]) p.sides[s].grad_weight = results[2 + s].data_ptr();
   }
   MMK_DISPATCH(bilinear_backward)(p);
+  for (int s = 0; s < 2; ++s) present.clear(results[s], s);
   return results;
 }
 
@@ -79,11 +87,11 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
-      "_bilinear_fusion_fwd(Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, bool training) -> "
-      "(Tensor out, Tensor x_projection, Tensor y_projection)");
+      "_bilinear_fusion_fwd(Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, Tensor? presence, "
+      "bool training) -> (Tensor out, Tensor x_projection, Tensor y_projection)");
   m.def(
       "_bilinear_fusion_bwd(Tensor[] grads, Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, "
-      "Tensor[] saved, bool[] needed) -> Tensor[]");
+      "Tensor? presence, Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor> concat_linear_forward(at::TensorList xs, const Tensor
 std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList xs, const Tensor& weight,
                                            const OptionalTensor& bias, Name activation, const OptionalTensor& presence,
                                            const OptionalTensor& residual, const OptionalTensor& gate,
-                                           at::TensorList saved, const c10::List<bool>& needed) {
+                                           at::TensorList given_saved, const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(xs, weight, bias, activation, presence, residual, gate, 4.);
   ConcatLinearParams& p = call.params;
   const size_t count = xs.size();

@@ -67,7 +67,9 @@ std::tuple<Tensor, Tensor, Tensor> concat_norm_linear_forward(at::TensorList xs,
 std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::TensorList xs, const Tensor& norm_weight,
                                                 const OptionalTensor& norm_bias, const Tensor& weight,
                                                 const OptionalTensor& bias, std::string_view norm, double eps,
-                                                Name activation, at::TensorList saved, const c10::List<bool>& needed) {
+                                                Name activation, at::TensorList given_saved,
+                                                const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation, 4.);
   ConcatNormLinearParams& p = call.params;
   const size_t count = xs.size();

@@ -21,13 +21,11 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kName = "concat_tokens";
 
 TokenRows position_rows(const Tensor& t) {  // [L, C]
-  TORCH_INTERNAL_ASSERT(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1));
-  return {t.data_ptr(), 0, t.stride(0)};
+  return {t.data_ptr(), 0, row_stride(t)};
 }
 
 char* type_row(const Tensor& t, int64_t i) {
-  TORCH_INTERNAL_ASSERT(t.dim() == 2 && (t.size(1) <= 1 || t.stride(1) == 1));
-  return static_cast<char*>(t.data_ptr()) + i * t.stride(0) * t.element_size();
+  return static_cast<char*>(t.data_ptr()) + i * row_stride(t) * t.element_size();
 }
 
 std::vector<TokenSource> make_sources(at::TensorList xs, const OptionalTensor& types, at::TensorList positions,

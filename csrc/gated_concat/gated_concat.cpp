@@ -54,8 +54,9 @@ std::tuple<Tensor, Tensor> gated_concat_forward(const Tensor& x, const Tensor& y
 }
 
 std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& weight,
-                                          const OptionalTensor& bias, at::TensorList saved,
+                                          const OptionalTensor& bias, at::TensorList given_saved,
                                           const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(x, y, weight, bias, 4.);
   GatedConcatParams& p = call.params;
   const Tensor grad_weight = empty_if(weight, needed[2]);

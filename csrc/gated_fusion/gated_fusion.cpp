@@ -79,7 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> gated_fusion_forward(at::TensorList xs, at::T
 std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList xs, at::TensorList value_weights,
                                           at::TensorList value_biases, const Tensor& gate_weight,
                                           const OptionalTensor& gate_bias, const OptionalTensor& presence,
-                                          at::TensorList saved, const c10::List<bool>& needed) {
+                                          at::TensorList given_saved, const c10::List<bool>& needed) {
+  const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(xs, value_weights, value_biases, gate_weight, gate_bias, presence, 4.);
   GatedFusionParams& p = call.params;
   const size_t count = xs.size(), biases = value_biases.size(), gate = 2 * count + biases;

@@ -18,7 +18,7 @@ std::vector<LowRankModality> modalities_of(const std::vector<Tensor>& xs, const 
   std::vector<LowRankModality> modalities;
   for (size_t i = 0; i < xs.size(); ++i) {
     const Tensor &x = xs[i], &f = factors[i];
-    TORCH_INTERNAL_ASSERT(f.dim() == 3 && (f.size(2) <= 1 || f.stride(2) == 1));
+    check_dense_rows(f, 3);
     modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1), f.const_data_ptr(), f.stride(0), f.stride(1)});
   }
   return modalities;
@@ -41,8 +41,10 @@ LowRankParams make_params(const std::vector<LowRankModality>& modalities, const 
   return p;
 }
 
-Tensor low_rank_fusion_forward(const std::vector<Tensor>& xs, const std::vector<Tensor>& factors,
-                               const Tensor& rank_weights, const OptionalTensor& bias, bool) {
+Tensor low_rank_fusion_forward(const std::vector<Tensor>& given, const std::vector<Tensor>& factors,
+                               const Tensor& rank_weights, const OptionalTensor& bias, const OptionalTensor& presence,
+                               bool) {
+  const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
   const auto modalities = modalities_of(xs, factors);
   LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 1.);
   const Tensor out = at::empty({p.batch, p.outputs}, xs[0].options());
@@ -53,10 +55,12 @@ Tensor low_rank_fusion_forward(const std::vector<Tensor>& xs, const std::vector<
   return out;
 }
 
-std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& xs,
+std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& given,
                                              const std::vector<Tensor>& factors, const Tensor& rank_weights,
-                                             const OptionalTensor& bias, const std::vector<Tensor>&,
-                                             const c10::List<bool>& needed) {
+                                             const OptionalTensor& bias, const OptionalTensor& presence,
+                                             const std::vector<Tensor>&, const c10::List<bool>& needed) {
+  const RowPresence present(presence, static_cast<int64_t>(given.size()));
+  const auto xs = present.of(given);
   auto modalities = modalities_of(xs, factors);
   LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 3.);
   p.grad_out = grads[0].const_data_ptr();
@@ -67,10 +71,12 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
   for (size_t i = 0; i < count; ++i) results.push_back(empty_if(factors[i], needed[count + i]));
   results.push_back(empty_if(rank_weights, needed[2 * count]));
   const bool bias_needed = bias && needed[2 * count + 1];
-  results.push_back(bias ? empty_if(*bias, bias_needed) : at::empty({0}, rank_weights.options()));
+  const Tensor grad_bias = bias ? empty_if(*bias, bias_needed) : at::empty({0}, rank_weights.options());
+  results.push_back(grad_bias);
+  results.push_back(at::empty({0}, rank_weights.options()));  // presence
   if (p.batch == 0 || p.outputs == 0 || p.rank == 0) {
     for (const Tensor& t : results) t.zero_();
-    if (bias_needed && p.batch > 0 && p.outputs > 0) results.back().copy_(grads[0].sum(0));
+    if (bias_needed && p.batch > 0 && p.outputs > 0) grad_bias.copy_(grads[0].sum(0));
     return results;
   }
   for (size_t i = 0; i < count; ++i) {
@@ -78,8 +84,9 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
     if (needed[count + i]) modalities[i].grad_factor = results[count + i].data_ptr();
   }
   if (needed[2 * count]) p.grad_rank_weights = results[2 * count].data_ptr();
-  if (bias_needed) p.grad_bias = results.back().data_ptr();
+  if (bias_needed) p.grad_bias = grad_bias.data_ptr();
   MMK_DISPATCH(low_rank_backward)(p);
+  for (size_t i = 0; i < count; ++i) present.clear(results[i], static_cast<int64_t>(i));
   return results;
 }
 
@@ -87,11 +94,11 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
-      "_low_rank_fusion_fwd(Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, bool training) -> "
-      "Tensor out");
+      "_low_rank_fusion_fwd(Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, Tensor? presence, "
+      "bool training) -> Tensor out");
   m.def(
       "_low_rank_fusion_bwd(Tensor[] grads, Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, "
-      "Tensor[] saved, bool[] needed) -> Tensor[]");
+      "Tensor? presence, Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

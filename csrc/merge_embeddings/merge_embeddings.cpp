@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "csrc/cpu/large_output.h"
+#include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
 
 namespace mmk {
@@ -17,7 +18,7 @@ using at::Tensor;
 
 ByteRows byte_rows(const Tensor& t) {  // [B, L, C] or [T, C]
   const int64_t size = t.element_size();
-  TORCH_INTERNAL_ASSERT(t.size(-1) <= 1 || t.stride(-1) == 1);
+  check_dense_rows(t, t.dim() == 3 ? 3 : 2);
   return {static_cast<char*>(t.data_ptr()), t.dim() == 3 ? t.stride(0) * size : 0, t.stride(-2) * size};
 }
 

@@ -8,6 +8,7 @@
 #include <string_view>
 
 #include "csrc/cpu/dtype.h"
+#include "csrc/cpu/torch_tensors.h"
 #include "csrc/norm/norm.h"
 
 namespace mmk {
@@ -34,7 +35,7 @@ inline Norm norm_named(const char* op, std::optional<std::string_view> name) {
 
 // [B, L, C], features contiguous.
 inline TokenRows token_rows(const at::Tensor& t) {
-  TORCH_INTERNAL_ASSERT(t.dim() == 3 && (t.size(2) <= 1 || t.stride(2) == 1));
+  check_dense_rows(t, 3);
   return {t.data_ptr(), t.stride(0), t.stride(1)};
 }
 

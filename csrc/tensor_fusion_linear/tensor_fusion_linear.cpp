@@ -37,8 +37,9 @@ std::vector<FusedModality> modalities_of(const std::vector<Tensor>& xs) {
   return modalities;
 }
 
-Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& xs, const Tensor& weight, const OptionalTensor& bias,
-                                    bool) {
+Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& given, const Tensor& weight, const OptionalTensor& bias,
+                                    const OptionalTensor& presence, bool) {
+  const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
   const auto modalities = modalities_of(xs);
   TensorFusionParams p = make_params(modalities, xs[0], weight);
   const Tensor out = at::empty({p.batch, p.outputs}, weight.options());
@@ -49,9 +50,12 @@ Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& xs, const Tensor&
   return out;
 }
 
-std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& xs,
+std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& grads, const std::vector<Tensor>& given,
                                                   const Tensor& weight, const OptionalTensor& bias,
-                                                  const std::vector<Tensor>&, const c10::List<bool>& needed) {
+                                                  const OptionalTensor& presence, const std::vector<Tensor>&,
+                                                  const c10::List<bool>& needed) {
+  const RowPresence present(presence, static_cast<int64_t>(given.size()));
+  const auto xs = present.of(given);
   auto modalities = modalities_of(xs);
   TensorFusionParams p = make_params(modalities, xs[0], weight);
   p.grad_out = grads[0].const_data_ptr();
@@ -68,6 +72,7 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   const bool weight_needed = needed[xs.size()], bias_needed = bias && needed[xs.size() + 1];
   results.push_back(empty_if(weight, weight_needed));
   results.push_back(bias ? empty_if(*bias, bias_needed) : at::empty({0}, weight.options()));
+  results.push_back(at::empty({0}, weight.options()));  // presence
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
@@ -76,16 +81,19 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   if (bias_needed) p.grad_bias = results[xs.size() + 1].data_ptr();
   if (any_modality) MMK_DISPATCH(tensor_fusion_grad_features)(p);
   if (weight_needed || bias_needed) MMK_DISPATCH(tensor_fusion_grad_weight)(p);
+  for (size_t i = 0; i < xs.size(); ++i) present.clear(results[i], static_cast<int64_t>(i));
   return results;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
-  m.def("_tensor_fusion_linear_fwd(Tensor[] xs, Tensor weight, Tensor? bias, bool training) -> Tensor out");
   m.def(
-      "_tensor_fusion_linear_bwd(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor? bias, Tensor[] saved, "
-      "bool[] needed) -> Tensor[]");
+      "_tensor_fusion_linear_fwd(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? presence, bool training) -> "
+      "Tensor out");
+  m.def(
+      "_tensor_fusion_linear_bwd(Tensor[] grads, Tensor[] xs, Tensor weight, Tensor? bias, Tensor? presence, "
+      "Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

@@ -80,22 +80,26 @@ class GatedFusion(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
-    def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
+    def forward(
+        self, xs: Sequence[Tensor], presence: Tensor | None = None, *, return_gate: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Fuse the modalities.
 
         Args:
             xs: M tensors (*, K_i).
             presence: (*, M) or (M,) bool, True where a modality was observed; None = all were. What an absent one
                 holds is never read.
+            return_gate: also return what each modality is weighted by.
 
         Returns:
-            (*, N); zeros where every modality is absent.
+            (*, N); zeros where every modality is absent. With ``return_gate`` a pair of it and the weights (*, M, N).
 
         Raises:
             ValueError, TypeError, RuntimeError: as `gated_fusion`.
         """
         biases = None if self.value_biases is None else list(self.value_biases)
-        return gated_fusion(xs, list(self.value_weights), biases, self.gate_weight, self.gate_bias, presence=presence)
+        weights = list(self.value_weights), biases, self.gate_weight, self.gate_bias
+        return gated_fusion(xs, *weights, presence=presence, return_gate=return_gate)
 
     def extra_repr(self) -> str:
         return (

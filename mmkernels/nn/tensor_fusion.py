@@ -70,9 +70,18 @@ class TensorFusion(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, xs: Sequence[Tensor]) -> Tensor:
-        """xs: one tensor (*, D_i) per modality. Returns (*, N)."""
-        return tensor_fusion_linear(xs, self.weight, self.bias)
+    def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
+        """Fuse the modalities.
+
+        Args:
+            xs: M tensors (*, D_i).
+            presence: (*, M) or (M,) bool, True where a modality was observed; None = all were. An absent one counts as
+                zeros, whatever it holds; its appended 1 stays.
+
+        Returns:
+            (*, N).
+        """
+        return tensor_fusion_linear(xs, self.weight, self.bias, presence=presence)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -126,9 +135,18 @@ class LowRankFusion(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, xs: Sequence[Tensor]) -> Tensor:
-        """xs: one tensor (*, D_i) per modality. Returns (*, N)."""
-        return low_rank_fusion(xs, list(self.factors), self.rank_weights, self.bias)
+    def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
+        """Fuse the modalities.
+
+        Args:
+            xs: M tensors (*, D_i).
+            presence: (*, M) or (M,) bool, True where a modality was observed; None = all were. An absent one counts as
+                zeros, whatever it holds; its appended 1 stays.
+
+        Returns:
+            (*, N).
+        """
+        return low_rank_fusion(xs, list(self.factors), self.rank_weights, self.bias, presence=presence)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops import _checks as checks
+from mmkernels.ops._rows import as_rows
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
@@ -63,6 +64,12 @@ def check_kind(op: str, argument: str, value: Tensor, first: Tensor, first_name:
     checks.check_same_kind(op, first, first_name, **{argument: value})
 
 
+def has_shape(value: Tensor, shape: Sequence[int]) -> bool:
+    """Whether that is its shape. Sizes are compared only where there are as many, since a comparison of a symbolic size
+    with another argument's binds whoever traces it."""
+    return value.dim() == len(shape) and value.shape == tuple(shape)
+
+
 def check_shaped(
     op: str, argument: str, value: Tensor, shape: tuple[int, ...], first: Tensor, first_name: str = "xs[0]"
 ) -> None:
@@ -70,7 +77,7 @@ def check_shaped(
     if not isinstance(value, Tensor) or value.dtype != first.dtype or value.device != first.device:
         checks.check_tensor(op, argument, value)
         check_kind(op, argument, value, first, first_name)
-    if value.shape != shape:
+    if not has_shape(value, shape):
         raise checks.value_error(op, argument, f"shape {tuple(shape)}", tuple(value.shape))
 
 
@@ -85,15 +92,25 @@ def check_weight(op: str, argument: str, weight: Tensor, width: int, first: Tens
     return shape[0]
 
 
-def check_presence(op: str, presence: Tensor, lead: torch.Size, count: int, first: Tensor) -> None:
+def check_presence(
+    op: str, presence: Tensor, lead: torch.Size, count: int, first: Tensor, first_name: str = "xs[0]"
+) -> None:
     """``presence`` is bool, one flag per modality, per row or for all rows."""
     checks.check_tensor(op, "presence", presence)
     if presence.dtype != torch.bool:
         raise checks.type_error(op, "presence", "dtype torch.bool", presence.dtype)
-    checks.check_same_device(op, "presence", presence, "xs[0]", first.device)
-    if presence.shape != (count,) and presence.shape != (*lead, count):
+    checks.check_same_device(op, "presence", presence, first_name, first.device)
+    if not has_shape(presence, (count,)) and not has_shape(presence, (*lead, count)):
         expected = f"shape {(*lead, count)} or {(count,)}" if lead else f"shape {(count,)}"
         raise checks.value_error(op, "presence", expected, tuple(presence.shape))
+
+
+def row_presence(
+    op: str, presence: Tensor, lead: torch.Size, count: int, first: Tensor, first_name: str = "xs[0]"
+) -> Tensor:
+    """As `check_presence`; one flag per modality, or per row over all leading dims and modality."""
+    check_presence(op, presence, lead, count, first, first_name)
+    return presence if presence.dim() == 1 else as_rows(presence)
 
 
 def check_activation(op: str, activation: str | None) -> None:

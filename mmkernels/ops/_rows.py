@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +18,15 @@ def as_rows(x: Tensor) -> Tensor:
 def from_rows(rows: Tensor, lead: Sequence[int]) -> Tensor:
     """(rows, N) as (*, N)."""
     return rows if len(lead) == 1 else rows.view(*lead, rows.shape[-1])
+
+
+def gradients_where_present(
+    grads: Sequence[Tensor], presence: Tensor | None, needed: Sequence[bool]
+) -> Sequence[Tensor]:
+    """Gradients (rows, K_i) of the modalities, those that are needed zero where presence (rows, M) or (M,) is False."""
+    if presence is None:
+        return grads
+    return [
+        torch.where(presence[..., i : i + 1], grad, torch.zeros_like(grad)) if n else grad
+        for i, (grad, n) in enumerate(zip(grads, needed, strict=True))
+    ]

@@ -23,6 +23,7 @@ def bilinear_fusion(
     out_weight: Tensor | None = None,
     out_bias: Tensor | None = None,
     rank: int = 1,
+    presence: Tensor | None = None,
 ) -> Tensor:
     """Two projections, their product, and a sum over windows of ``rank``, in one pass.
 
@@ -42,9 +43,11 @@ def bilinear_fusion(
         out_weight: O (Nout, N), as in ``nn.Linear``.
         out_bias: o (Nout,); needs ``out_weight``.
         rank: rows of U and V to an output, at least 1.
+        presence: (*, 2) or (2,) bool, x then y, True where it was observed. An absent one counts as zeros, whatever it
+            holds, so that z is 0 there, and gets and gives no gradient.
 
-    All tensors have one dtype and device. Under autocast they are cast to its dtype. For a gradient the two projections
-    are kept, as plain code would keep them; their product is not.
+    All floating tensors have one dtype and device. Under autocast they are cast to its dtype. For a gradient the two
+    projections are kept, as plain code would keep them; their product is not.
 
     Returns:
         (*, N), or (*, Nout) with ``out_weight``.
@@ -82,7 +85,9 @@ def bilinear_fusion(
             fusion.check_shaped(name, "out_bias", out_bias, (outputs,), x, "x")
     elif out_bias is not None:
         raise checks.value_error(name, "out_bias", "None without out_weight", "a tensor")
-    z = from_rows(bilinear_fusion_op(as_rows(x), as_rows(y), x_weight, y_weight, rank)[0], x.shape[:-1])
+    if presence is not None:
+        presence = fusion.row_presence(name, presence, x.shape[:-1], 2, x, "x")
+    z = from_rows(bilinear_fusion_op(as_rows(x), as_rows(y), x_weight, y_weight, rank, presence)[0], x.shape[:-1])
     return z if out_weight is None else F.linear(z, out_weight, out_bias)
 
 

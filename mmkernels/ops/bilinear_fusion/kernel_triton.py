@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import gradients_where_present
+from mmkernels.ops.concat_linear.reference import where_present
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 
 
@@ -141,8 +143,9 @@ def _config(x: Tensor, rows: int) -> Config:
 
 
 def forward(
-    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int, training: bool
+    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int, presence: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x, y = where_present((x, y), presence)
     rows, features = x.shape[0], x_weight.shape[0] // rank
     z = x.new_empty((rows, features))
     p, q = (x.new_empty((x_weight.shape[0], rows) if training else 0) for _ in range(2))
@@ -166,12 +169,14 @@ def backward(
     x_weight: Tensor,
     y_weight: Tensor,
     rank: int,
+    presence: Tensor | None,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
     (dz,) = grads
+    x, y = where_present((x, y), presence)
     p, q = saved
-    of_x, of_y, of_x_weight, of_y_weight = needed
+    of_x, of_y, of_x_weight, of_y_weight, _ = needed
     dp = torch.empty_like(p) if of_x or of_x_weight else None
     dq = torch.empty_like(q) if of_y or of_y_weight else None
     count, block = p.numel(), 2048  # 16 bytes of half precision for each of AMD's threads
@@ -186,11 +191,12 @@ def backward(
     def pulled(d: Tensor | None, factor: Tensor, transposed: bool, wanted: bool) -> Tensor:
         return torch.mm(d.T if transposed else d, factor) if wanted and d is not None else dz.new_empty(0)
 
+    dxs = [pulled(dp, x_weight, True, of_x), pulled(dq, y_weight, True, of_y)]
     return [
-        pulled(dp, x_weight, True, of_x),
-        pulled(dq, y_weight, True, of_y),
+        *gradients_where_present(dxs, presence, (of_x, of_y)),
         pulled(dp, x, False, of_x_weight),
         pulled(dq, y, False, of_y_weight),
+        dz.new_empty(0),
     ]
 
 

@@ -9,7 +9,7 @@ from mmkernels.ops.bilinear_fusion import reference
 
 
 def _bilinear_fusion_fake(
-    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int
+    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int, presence: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, projections = x.shape[0], x_weight.shape[0]
     kept = (projections, batch)
@@ -18,7 +18,7 @@ def _bilinear_fusion_fake(
 
 bilinear_fusion_op = DifferentiableOp(
     "bilinear_fusion",
-    "Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank",
+    "Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, Tensor? presence",
     outputs="Tensor out",
     saved="Tensor x_projection, Tensor y_projection",
     reference=reference.bilinear_fusion,

@@ -55,7 +55,7 @@ def gated_concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = Non
     checks.check_tensor(name, "weight", weight)
     fusion.check_kind(name, "weight", weight, x, "x")
     both = width + y.shape[-1]
-    if weight.shape != (width, both) and weight.shape != (1, both):
+    if not fusion.has_shape(weight, (1, both)) and not fusion.has_shape(weight, (width, both)):
         raise checks.value_error(name, "weight", f"shape {(width, both)} or {(1, both)}", tuple(weight.shape))
     if bias is not None:
         fusion.check_shaped(name, "bias", bias, weight.shape[:1], x, "x")

@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
+from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.gated_fusion.op import gated_fusion_op
+from mmkernels.ops.gated_fusion.reference import weighed
 
 __all__ = ["gated_fusion"]
+
+
+@overload
+def gated_fusion(
+    xs: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    value_biases: Sequence[Tensor] | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    *,
+    presence: Tensor | None = None,
+    return_gate: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def gated_fusion(
+    xs: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    value_biases: Sequence[Tensor] | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    *,
+    presence: Tensor | None = None,
+    return_gate: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def gated_fusion(
@@ -21,7 +51,8 @@ def gated_fusion(
     gate_bias: Tensor | None = None,
     *,
     presence: Tensor | None = None,
-) -> Tensor:
+    return_gate: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Gated multimodal unit: every output feature mixes the modalities by its own gates, which see all of them.
 
         h_i = tanh(W_i x_i + b_i),  z = softmax over i of (W_z [x₁; …; x_M] + b_z),  y = Σ_i z_i ∘ h_i
@@ -41,11 +72,14 @@ def gated_fusion(
         presence: (*, M) or (M,) bool, True where a modality was observed. An absent one counts as zeros in the gates'
             input, whatever it holds, has weight 0, and its gradient is zero. The softmax runs over the present ones; in
             the sigmoid form a modality that is alone has weight 1. Where all are absent the output is 0.
+        return_gate: also return what each modality is weighted by. That call is made of `concat_linear`, one for each
+            modality and one for the gates, and keeps what they return.
 
     All floating tensors have one dtype and device. Under autocast they are cast to its dtype.
 
     Returns:
-        (*, N).
+        (*, N); with ``return_gate`` a pair of it and z, (*, M, N), in the sigmoid form z and 1 − z stacked. Both are
+        differentiable. z is 0 where a modality is absent, and sums to 1 over the present ones.
 
     Raises:
         ValueError: shapes or values that do not fit.
@@ -83,8 +117,31 @@ def gated_fusion(
         fusion.check_shaped(name, "gate_bias", gate_bias, (gates,), first)
     if presence is not None:
         fusion.check_presence(name, presence, lead, count, first)
+    if not isinstance(return_gate, bool):
+        raise checks.type_error(name, "return_gate", "a bool", type(return_gate).__name__)
+    if return_gate:
+        return _with_gate(xs, value_weights, value_biases, gate_weight, gate_bias, presence)
     biases = [] if value_biases is None else list(value_biases)
     return gated_fusion_op(list(xs), list(value_weights), biases, gate_weight, gate_bias, presence)[0]
+
+
+def _with_gate(
+    xs: Sequence[Tensor],
+    value_weights: Sequence[Tensor],
+    value_biases: Sequence[Tensor] | None,
+    gate_weight: Tensor,
+    gate_bias: Tensor | None,
+    presence: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the weights of the modalities."""
+    values = []
+    for i, (x, weight) in enumerate(zip(xs, value_weights, strict=True)):
+        bias = None if value_biases is None else value_biases[i]
+        here = None if presence is None else presence[..., i : i + 1]
+        values.append(concat_linear([x], weight, bias, activation="tanh", presence=here))
+    gate = concat_linear(xs, gate_weight, gate_bias, presence=presence)
+    weights, kept = weighed(gate, torch.stack(values, -2), presence)
+    return (weights * kept).sum(-2), weights
 
 
 def _check_list(op: str, argument: str, values: Sequence[Tensor], count: int) -> None:

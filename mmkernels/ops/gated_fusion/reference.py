@@ -40,13 +40,17 @@ def weights_and_values(
     presence: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The weight and the value h of each modality, [*, M, N]; zero where it is absent."""
-    count, features = len(xs), value_weights[0].shape[0]
-    biases: list[Tensor | None] = [*value_biases] or [None] * count
+    biases: list[Tensor | None] = [*value_biases] or [None] * len(xs)
     linears = zip(where_present(xs, presence), value_weights, biases, strict=True)
-    values = torch.stack([torch.tanh(linear(x, w, b)) for x, w, b in linears], -2)  # [*, M, N]
-    gate = projection(xs, gate_weight, gate_bias, presence)  # [*, M·N or N]
+    values = torch.stack([torch.tanh(linear(x, w, b)) for x, w, b in linears], -2)
+    return weighed(projection(xs, gate_weight, gate_bias, presence), values, presence)
+
+
+def weighed(gate: Tensor, values: Tensor, presence: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight that logits [*, M·N or N] give to each of the values [*, M, N], and the values, zero where absent."""
+    count, features = values.shape[-2:]
     absent = None if presence is None else ~presence[..., None]  # [*, M, 1] or [M, 1]
-    if count == 2 and gate_weight.shape[0] == features:
+    if count == 2 and gate.shape[-1] == features:
         weights = torch.stack([torch.sigmoid(gate), torch.sigmoid(-gate)], -2)  # σ(−z) = 1 − σ(z)
         if absent is not None:  # the other modality gets it all
             weights = torch.where(absent.flip(-2), torch.ones_like(weights), weights)

@@ -15,7 +15,12 @@ __all__ = ["low_rank_fusion"]
 
 
 def low_rank_fusion(
-    xs: Sequence[Tensor], factors: Sequence[Tensor], rank_weights: Tensor, bias: Tensor | None = None
+    xs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rank_weights: Tensor,
+    bias: Tensor | None = None,
+    *,
+    presence: Tensor | None = None,
 ) -> Tensor:
     """Low-rank multimodal fusion; no projection of a modality is stored, forward or backward.
 
@@ -31,8 +36,10 @@ def low_rank_fusion(
         factors: M tensors (R, D_i + 1, N); row 0 of a factor multiplies the 1.
         rank_weights: (R,) or (1, R).
         bias: (N,) or (1, N).
+        presence: (*, M) or (M,) bool, True where a modality was observed. An absent one counts as zeros, whatever it
+            holds, and its gradient is zero; its appended 1 stays.
 
-    All tensors have one dtype and device. Under autocast they are cast to its dtype.
+    All floating tensors have one dtype and device. Under autocast they are cast to its dtype.
 
     Returns:
         (*, N).
@@ -59,8 +66,10 @@ def low_rank_fusion(
     rank_weights = _check_row(name, "rank_weights", rank_weights, rank, first)
     if bias is not None:
         bias = _check_row(name, "bias", bias, outputs, first)
+    if presence is not None:
+        presence = fusion.row_presence(name, presence, lead, len(xs), first)
     rows = [as_rows(x) for x in xs]
-    return from_rows(low_rank_fusion_op(rows, list(factors), rank_weights, bias)[0], lead)
+    return from_rows(low_rank_fusion_op(rows, list(factors), rank_weights, bias, presence)[0], lead)
 
 
 def _check_factors(op: str, factors: Sequence[Tensor], xs: Sequence[Tensor]) -> tuple[int, int]:
@@ -90,6 +99,6 @@ def _check_row(op: str, argument: str, value: Tensor, size: int, first: Tensor) 
     if not isinstance(value, Tensor) or value.dtype != first.dtype or value.device != first.device:
         checks.check_tensor(op, argument, value)
         fusion.check_kind(op, argument, value, first)
-    if value.shape != (size,) and value.shape != (1, size):
+    if not fusion.has_shape(value, (size,)) and not fusion.has_shape(value, (1, size)):
         raise checks.value_error(op, argument, f"shape {(size,)} or {(1, size)}", tuple(value.shape))
     return value if value.dim() == 1 else value.squeeze(0)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import gradients_where_present
+from mmkernels.ops.concat_linear.reference import where_present
 from mmkernels.triton.launch import Config, dot_precision, launch, tiles
 
 
@@ -225,8 +227,14 @@ def _modalities(xs: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
 
 
 def forward(
-    xs: Sequence[Tensor], factors: Sequence[Tensor], rank_weights: Tensor, bias: Tensor | None, training: bool
+    xs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rank_weights: Tensor,
+    bias: Tensor | None,
+    presence: Tensor | None,
+    training: bool,
 ) -> Tensor:
+    xs = where_present(xs, presence)
     rows, (ranks, _, features) = xs[0].shape[0], factors[0].shape
     y = xs[0].new_empty((rows, features))
     config = _config(y, rows)
@@ -247,12 +255,14 @@ def backward(
     factors: Sequence[Tensor],
     rank_weights: Tensor,
     bias: Tensor | None,
+    presence: Tensor | None,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
     (dy,) = grads
+    xs = where_present(xs, presence)
     count = len(xs)
-    of_inputs, of_factors, (of_ranks, of_bias) = needed[:count], needed[count : 2 * count], needed[2 * count :]
+    of_inputs, of_factors, (of_ranks, of_bias, _) = needed[:count], needed[count : 2 * count], needed[2 * count :]
     factors = [f.contiguous() for f in factors]
     wanted = [a or b for a, b in zip(of_inputs, of_factors, strict=True)]
     dps: Sequence[Tensor | None] = [None] * count
@@ -267,7 +277,8 @@ def backward(
         _factor_gradient_of(p, x, f) if n and p is not None else dy.new_empty(0)
         for p, x, f, n in zip(dps, xs, factors, of_factors, strict=True)
     ]
-    return [*dxs, *dfactors, dweights, dy.sum(0) if of_bias else dy.new_empty(0)]
+    dxs = gradients_where_present(dxs, presence, of_inputs)
+    return [*dxs, *dfactors, dweights, dy.sum(0) if of_bias else dy.new_empty(0), dy.new_empty(0)]
 
 
 def _projection_gradients_of(

@@ -11,14 +11,18 @@ from mmkernels.ops.low_rank_fusion import reference
 
 
 def _low_rank_fusion_fake(
-    xs: Sequence[Tensor], factors: Sequence[Tensor], rank_weights: Tensor, bias: Tensor | None
+    xs: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    rank_weights: Tensor,
+    bias: Tensor | None,
+    presence: Tensor | None,
 ) -> tuple[Tensor]:
     return (xs[0].new_empty((xs[0].shape[0], factors[0].shape[2])),)
 
 
 low_rank_fusion_op = DifferentiableOp(
     "low_rank_fusion",
-    "Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias",
+    "Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, Tensor? presence",
     outputs="Tensor out",
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,

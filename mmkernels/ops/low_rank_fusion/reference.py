@@ -1,6 +1,6 @@
 """low_rank_fusion in plain PyTorch: the specification every kernel is tested against.
 
-    y = Σ_r w_r Π_i ([1; x_i] F_i[r]) + b
+    y = Σ_r w_r Π_i ([1; x_i] F_i[r]) + b,  x_i = 0 where it is absent
 
 Runs on every device and dtype, in the inputs' dtype, differentiable any number of times.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._products import matmul
+from mmkernels.ops.concat_linear.reference import where_present
 
 
 def low_rank_fusion(
@@ -20,11 +21,12 @@ def low_rank_fusion(
     factors: Sequence[Tensor],  # M of [R, D_i + 1, N]
     rank_weights: Tensor,  # [R]
     bias: Tensor | None,  # [N]
+    presence: Tensor | None = None,  # [B, M] or [M] bool
 ) -> Tensor:
     """Output [B, N]."""
     one = xs[0].new_ones(xs[0].shape[0], 1)
     product: Tensor | None = None
-    for x, factor in zip(xs, factors, strict=True):
+    for x, factor in zip(where_present(xs, presence), factors, strict=True):
         projection = matmul(torch.cat([one, x], -1), factor)  # [R, B, N]
         product = projection if product is None else product * projection
     assert product is not None

@@ -14,7 +14,9 @@ from mmkernels.ops.tensor_fusion_linear.op import tensor_fusion_linear_op
 __all__ = ["tensor_fusion_linear"]
 
 
-def tensor_fusion_linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def tensor_fusion_linear(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None, *, presence: Tensor | None = None
+) -> Tensor:
     """Tensor fusion and the linear layer that follows it; the outer product is never stored, forward or backward.
 
         y = W · vec([1; x₁] ⊗ … ⊗ [1; x_M]) + b
@@ -29,8 +31,10 @@ def tensor_fusion_linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | No
         weight: (N, Π(D_i + 1)). A column's index has the first modality's index slowest; index 0 of a modality is its
             1, index j its feature j − 1.
         bias: (N,).
+        presence: (*, M) or (M,) bool, True where a modality was observed. An absent one counts as zeros, whatever it
+            holds, and its gradient is zero; its appended 1 stays.
 
-    All tensors have one dtype and device. Under autocast they are cast to its dtype.
+    All floating tensors have one dtype and device. Under autocast they are cast to its dtype.
 
     Returns:
         (*, N).
@@ -58,4 +62,6 @@ def tensor_fusion_linear(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | No
     outputs = fusion.check_weight(name, "weight", weight, features, first)
     if bias is not None:
         fusion.check_shaped(name, "bias", bias, (outputs,), first)
-    return from_rows(tensor_fusion_linear_op([as_rows(x) for x in xs], weight, bias)[0], lead)
+    if presence is not None:
+        presence = fusion.row_presence(name, presence, lead, len(xs), first)
+    return from_rows(tensor_fusion_linear_op([as_rows(x) for x in xs], weight, bias, presence)[0], lead)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._rows import gradients_where_present
+from mmkernels.ops.concat_linear.reference import where_present
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2
 
 _LENGTHS = ["rows", "share", "column"]
@@ -189,7 +191,10 @@ def _modalities(xs: Sequence[Tensor]) -> tuple[tuple[Any, ...], tuple[Any, ...],
     return xs, tuple(x.stride(0) for x in xs), tuple(x.shape[1] for x in xs)
 
 
-def forward(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+def forward(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None, training: bool
+) -> Tensor:
+    xs = where_present(xs, presence)
     rows, (features, entries) = xs[0].shape[0], weight.shape
     config = _config(weight, rows)
     tiles = ceil_div(rows, config.constants["BLOCK_M"]) * ceil_div(features, config.constants["BLOCK_N"])
@@ -212,14 +217,17 @@ def backward(
     xs: Sequence[Tensor],
     weight: Tensor,
     bias: Tensor | None,
+    presence: Tensor | None,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
     (dy,) = grads
-    *of_inputs, of_weight, of_bias = needed
+    xs = where_present(xs, presence)
+    *of_inputs, of_weight, of_bias, _ = needed
     dxs = [_input_gradient_of(i, dy, xs, weight) if n else dy.new_empty(0) for i, n in enumerate(of_inputs)]
+    dxs = gradients_where_present(dxs, presence, of_inputs)
     dweight = _weight_gradient_of(dy, xs, weight) if of_weight else dy.new_empty(0)
-    return [*dxs, dweight, dy.sum(0) if of_bias else dy.new_empty(0)]
+    return [*dxs, dweight, dy.sum(0) if of_bias else dy.new_empty(0), dy.new_empty(0)]
 
 
 def _weight_gradient_of(dy: Tensor, xs: Sequence[Tensor], weight: Tensor) -> Tensor:

@@ -10,13 +10,15 @@ from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_ba
 from mmkernels.ops.tensor_fusion_linear import reference
 
 
-def _tensor_fusion_linear_fake(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+def _tensor_fusion_linear_fake(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None
+) -> tuple[Tensor]:
     return (weight.new_empty((xs[0].shape[0], weight.shape[0])),)
 
 
 tensor_fusion_linear_op = DifferentiableOp(
     "tensor_fusion_linear",
-    "Tensor[] xs, Tensor weight, Tensor? bias",
+    "Tensor[] xs, Tensor weight, Tensor? bias, Tensor? presence",
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
