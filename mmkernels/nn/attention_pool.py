@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._pool import Modalities
 from mmkernels.ops.additive_attention_pool import additive_attention_pool
@@ -75,6 +76,7 @@ class AdditiveAttentionPool(nn.Module):
         _uniform(self.query_weight, self.query_features or 0)
         _uniform(self.vector, self.hidden_features)
 
+    @leaf_of_traces
     def forward(
         self, xs: Modalities, query: Tensor | None = None, presence: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -149,6 +151,7 @@ class MultiplicativeAttentionPool(nn.Module):
         """As ``nn.Linear``: uniform within ±1/√Dq."""
         _uniform(self.weight, self.query_features or 0)
 
+    @leaf_of_traces
     def forward(self, xs: Modalities, query: Tensor, presence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pool the modalities.
 
@@ -224,6 +227,7 @@ class SplitAttentionPool(nn.Module):
         ):
             _uniform(tensor, width)
 
+    @leaf_of_traces
     def forward(self, xs: Modalities, presence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pool the modalities.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 
 __all__ = ["BidirectionalCrossAttention"]
@@ -89,6 +90,7 @@ class BidirectionalCrossAttention(nn.Module):
             if scale is not None and self.layer_scale is not None:
                 nn.init.constant_(scale, self.layer_scale)
 
+    @leaf_of_traces
     def forward(
         self, x: Tensor, y: Tensor, *, x_mask: Tensor | None = None, y_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops._fusion_checks import Activation
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_linear.reference import activate
@@ -77,6 +78,7 @@ class ConcatFusion(nn.Module):
         for vector in self.missing_vectors or ():
             nn.init.zeros_(vector)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
         """Fuse the modalities.
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops._checks import autocast_is_on
 from mmkernels.ops._fusion_checks import Activation
 from mmkernels.ops.concat_linear import concat_linear
@@ -102,6 +103,7 @@ class GatedCrossAttentionBlock(nn.Module):
             if gate is not None:
                 nn.init.zeros_(gate)
 
+    @leaf_of_traces
     def forward(
         self,
         x: Tensor,

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops.gated_fusion import gated_fusion
 
 __all__ = ["GatedFusion"]
@@ -80,6 +81,7 @@ class GatedFusion(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
         """Fuse the modalities.
 

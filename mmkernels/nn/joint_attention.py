@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.joint_attention import joint_attention
 
@@ -91,6 +92,7 @@ class JointAttention(nn.Module):
         for weight in (*(self.query_norm_weights or ()), *(self.key_norm_weights or ())):
             nn.init.ones_(weight)
 
+    @leaf_of_traces
     def forward(
         self,
         streams: Sequence[Tensor],

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops._checks import autocast_is_on
 from mmkernels.ops.cross_attention import cross_attention
 
@@ -37,6 +38,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         torch.Size([2, 77, 512])
     """
 
+    @leaf_of_traces
     def forward(
         self,
         query: Tensor,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops.low_rank_fusion import low_rank_fusion
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 
@@ -70,6 +71,7 @@ class TensorFusion(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         """xs: one tensor (*, D_i) per modality. Returns (*, N)."""
         return tensor_fusion_linear(xs, self.weight, self.bias)
@@ -126,6 +128,7 @@ class LowRankFusion(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         """xs: one tensor (*, D_i) per modality. Returns (*, N)."""
         return low_rank_fusion(xs, list(self.factors), self.rank_weights, self.bias)

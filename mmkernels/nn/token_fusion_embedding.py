@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops.concat_tokens import concat_tokens
 
 _EMBEDDING_STD = 0.02  # as BERT and ViT initialise theirs
@@ -93,6 +94,7 @@ class TokenFusionEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_modalities}, {self.embed_dim}, norm={self.norm!r}, eps={self.eps}"
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         """The sequence of all tokens.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door, native_door, needs_grad
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op
@@ -125,6 +126,8 @@ def cross_attention(
             out = _plain_call(query, key, value, scale)
             if out is not None:
                 return out
+    if is_overridden(query, key, value, attn_mask, key_lengths):
+        return overridden_call(cross_attention, locals())
     name = "cross_attention"
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
@@ -189,6 +192,8 @@ def scaled_dot_product_attention(
         out = _plain_call(query, key, value, scale)
         if out is not None:
             return out
+    if is_overridden(query, key, value, attn_mask):
+        return overridden_call(scaled_dot_product_attention, locals())
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise checks.value_error(name, "attn_mask", "None where is_causal=True", "both")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.gated_fusion.op import gated_fusion_op
@@ -59,6 +60,8 @@ def gated_fusion(
         >>> gated_fusion([plot, poster], weights, None, gate_weight).shape
         torch.Size([8, 64])
     """
+    if is_overridden(xs, value_weights, value_biases, gate_weight, gate_bias, presence):
+        return overridden_call(gated_fusion, locals())
     name = "gated_fusion"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

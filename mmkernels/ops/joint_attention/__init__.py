@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -101,6 +102,8 @@ def joint_attention(
     if key_lengths is None and may_use_door():
         outputs = joint_attention_op.unchecked(queries, keys, values, [], [], stream_bias, scale, softcap, return_lse)
     if outputs is None:
+        if is_overridden(queries, keys, values, key_lengths, stream_bias):
+            return overridden_call(joint_attention, locals())
         arguments = _checked(queries, keys, values, key_lengths, stream_bias, scale, softcap)
         outputs = joint_attention_op(*arguments, bool(return_lse))
     if return_lse:
