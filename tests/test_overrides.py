@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_joint_attention_is_recorded() -> None:
 class Named(Tensor):
     """A subclass that lists the functions that were called on it."""
 
-    called: list[Callable[..., Any]] = []
+    called: ClassVar[list[Callable[..., Any]]] = []
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

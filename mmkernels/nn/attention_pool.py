@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._pool import Modalities
 from mmkernels.ops.additive_attention_pool import additive_attention_pool
@@ -55,6 +56,9 @@ class AdditiveAttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("AdditiveAttentionPool", features=features, hidden_features=hidden_features)
+        if query_features is not None:
+            check_sizes("AdditiveAttentionPool", query_features=query_features)
         self.features = features
         self.hidden_features = hidden_features
         self.query_features = query_features
@@ -138,6 +142,9 @@ class MultiplicativeAttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("MultiplicativeAttentionPool", features=features)
+        if query_features is not None:
+            check_sizes("MultiplicativeAttentionPool", query_features=query_features)
         self.features = features
         self.query_features = query_features
         self.scale = scale
@@ -203,6 +210,8 @@ class SplitAttentionPool(nn.Module):
     ) -> None:
         super().__init__()
         fusion.check_activation("SplitAttentionPool", activation)
+        check_sizes("SplitAttentionPool", features=features, hidden_features=hidden_features)
+        check_sizes("SplitAttentionPool", 1, modalities=modalities)
         self.features = features
         self.modalities = modalities
         self.hidden_features = hidden_features

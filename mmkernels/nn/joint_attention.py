@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes, checked_widths
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.joint_attention import joint_attention
 
@@ -52,14 +53,14 @@ class JointAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not embed_dims:
-            raise ValueError("JointAttention: embed_dims: expected at least one stream; got none")
+        embed_dims = checked_widths("JointAttention", "embed_dims", embed_dims)
+        check_sizes("JointAttention", 1, num_heads=num_heads, **({} if head_dim is None else {"head_dim": head_dim}))
         if head_dim is None:
             if embed_dims[0] % num_heads != 0:
                 expected = f"a multiple of num_heads, {num_heads} (or head_dim)"
                 raise ValueError(f"JointAttention: embed_dims[0]: expected {expected}; got {embed_dims[0]}")
             head_dim = embed_dims[0] // num_heads
-        self.embed_dims = tuple(embed_dims)
+        self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.qk_norm = qk_norm

@@ -298,7 +298,9 @@ def _check_mask(op: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The mask with 4 dims."""
     checks.check_tensor(op, "attn_mask", mask)
     if mask.dtype not in (torch.bool, query.dtype, torch.float32):
-        expected = f"dtype bool, {query.dtype} or torch.float32"
+        expected = "dtype bool or torch.float32"
+        if query.dtype != torch.float32:
+            expected = f"dtype bool, {query.dtype} or torch.float32"
         raise checks.type_error(op, "attn_mask", expected, mask.dtype)
     checks.check_same_device(op, "attn_mask", mask, "query", query.device)
     full = (*query.shape[:3], key.shape[2])
@@ -306,7 +308,10 @@ def _check_mask(op: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
         raise checks.value_error(op, "attn_mask", "2 to 4 dims", f"shape {tuple(mask.shape)}")
     for size, full_size in zip(mask.shape, full[4 - mask.dim() :], strict=True):
         if size != full_size and size != 1:
-            raise checks.value_error(op, "attn_mask", f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
+            expected = f"a shape broadcastable to {tuple(full)}"
+            if tuple(mask.shape) == (full[0], full[3]):
+                expected += " (for a mask of keys per batch element mask[:, None, None], or key_lengths)"
+            raise checks.value_error(op, "attn_mask", expected, tuple(mask.shape))
     return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
 
 
