@@ -35,9 +35,10 @@ inline bool runs_plainly() {
          !included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) && !included.has(c10::DispatchKey::Tracer);
 }
 
-// Whether a backward may call kernels by itself: its gradients will not be differentiated, nor are they batched.
+// Whether a backward may call kernels by itself: its gradients will not be differentiated, in forward mode or in
+// reverse, nor are they batched.
 inline bool pulls_plainly(const at::Tensor& grad) {
-  return !at::GradMode::is_enabled() && is_plain(grad) && runs_plainly();
+  return !at::GradMode::is_enabled() && is_plain(grad) && !grad._fw_grad(0).defined() && runs_plainly();
 }
 
 }  // namespace mmk

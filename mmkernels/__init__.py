@@ -52,3 +52,7 @@ __all__ = [
     "use_backend",
     "varlen_cross_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

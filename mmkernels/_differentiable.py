@@ -146,6 +146,7 @@ class DifferentiableOp:
                 *_triton_backends(name, triton, "forward", 0, 1),
                 reference_backend(self._reference_forward),
             ],
+            differentiable=self._differentiable_forward,
         )
         self.backward = Operator(
             f"{name}_backward",
@@ -157,6 +158,7 @@ class DifferentiableOp:
                 *_triton_backends(name, triton, "backward", 1, 2),
                 reference_backend(self._reference_backward),
             ],
+            differentiable=self._differentiable_backward,
         )
         types = [str(a.type) for a in self.forward.overload._schema.arguments[:-1]]
         self._is_list = tuple("List[Tensor]" in t for t in types)
@@ -251,14 +253,22 @@ class DifferentiableOp:
         outputs = self._reference(*arguments)
         promised = self._fake(*arguments)
         outputs = _in_order_of(promised[: self._outputs], outputs if isinstance(outputs, tuple) else (outputs,))
-        if not training:
-            saved = tuple(t.new_empty(0) for t in promised[self._outputs :])
-        elif self._reference_saved is not None:
-            saved = self._reference_saved(*arguments)
-        else:
-            saved = tuple(torch.zeros_like(t) for t in promised[self._outputs :])
-        result = (*outputs, *saved)
+        result = (*outputs, *self._plain_saved(arguments, training))
         return result[0] if len(result) == 1 else result
+
+    def _differentiable_forward(self, *args: Any) -> Any:
+        *arguments, training = args
+        outputs = self._reference(*arguments)
+        result = (*(outputs if isinstance(outputs, tuple) else (outputs,)), *self._plain_saved(arguments, training))
+        return result[0] if len(result) == 1 else result
+
+    def _plain_saved(self, arguments: Sequence[Any], training: bool) -> Tensors:
+        promised = self._fake(*arguments)[self._outputs :]
+        if not training:
+            return tuple(t.new_empty(0) for t in promised)
+        if self._reference_saved is not None:
+            return self._reference_saved(*arguments)
+        return tuple(torch.zeros_like(t) for t in promised)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -277,6 +287,13 @@ class DifferentiableOp:
             empty(0) if x is None or g is None else self._in_order_of_leaf(x, g)
             for x, g in zip(given, pulled, strict=True)
         ]
+
+    def _differentiable_backward(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+        *args, _, needed = rest
+        given = self._leaves(args)
+        wanted = [x if n else None for x, n in zip(given, needed, strict=True)]
+        pulled = vjp(self._reference_of(args, given), wanted, grads)
+        return [grads[0].new_empty(0) if g is None else g for g in pulled]
 
     def _in_order_of_leaf(self, leaf: Tensor, grad: Tensor) -> Tensor:
         if torch._C._functorch.is_legacy_batchedtensor(grad):

@@ -12,13 +12,15 @@ import contextvars
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 from mmkernels import _autograd, _native
 from mmkernels._errors import UnsupportedError
@@ -76,8 +78,8 @@ def native_door(name: str) -> Callable[..., Any]:
 
 
 def may_use_door() -> bool:
-    """Whether calls are neither traced nor forced to a backend."""
-    return not torch.compiler.is_compiling() and not _forced.get(_forced_default)
+    """Whether calls are neither traced nor forced to a backend, and carry no tangents of forward-mode AD."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level < 0 and not _forced.get(_forced_default)
 
 
 # --- forcing and explaining -------------------------------------------------------------------------------------------
@@ -174,7 +176,13 @@ class Explanation:
 
     op: str
     backend: str
-    reasons: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reasons", MappingProxyType(dict(self.reasons)))
+
+    def __reduce__(self) -> tuple[type[Explanation], tuple[str, str, dict[str, str]]]:
+        return Explanation, (self.op, self.backend, dict(self.reasons))  # a MappingProxyType does not pickle
 
     def __str__(self) -> str:
         lines = [f"{self.op} runs on {self.backend}"]
@@ -186,8 +194,8 @@ class Explanation:
 def explain(op: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would run ``op(*args, **kwargs)``, and why the better ones would not. Computes nothing.
 
-    ``op`` is a public function of the package or its name. Raises what the call itself would raise for bad input or for
-    a forced backend that cannot serve it.
+    ``op`` is a public function of the package or its name, or a module of `mmkernels.nn`. Raises what the call itself
+    would raise for bad input or for a forced backend that cannot serve it.
     """
     if isinstance(op, str):
         import mmkernels
@@ -237,15 +245,43 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+_TANGENTS = "tangents of forward-mode AD are carried by plain torch alone"
+
+
+def _carry_tangents(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether forward-mode AD may have given one of the tensors a tangent. Under a functorch transform it may be hidden
+    in any layer of them."""
+    if forward_ad._current_level < 0:
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _alive(x: Any) -> Any:
+    """A tensor without the wrapper of a functorch level that has ended, as a backward may find them saved."""
+    return torch._C._functorch.unwrap_if_dead(x) if isinstance(x, Tensor) else x
+
+
 class Operator:
     """One op ``torch.ops.mmkernels.<name>`` and its backends, best first.
 
     ``fake`` gives the outputs' shapes, dtypes and strides. Calling the operator with plain tensors skips torch's
     dispatcher, whose Python round trips cost more than a small kernel; under any tracing or mode it goes through it.
+    ``differentiable`` is the op in plain torch that autograd can take apart: it serves calls on tensors with tangents.
     """
 
-    def __init__(self, name: str, schema: str, *, fake: Callable[..., Any], backends: Sequence[Backend]) -> None:
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        fake: Callable[..., Any],
+        backends: Sequence[Backend],
+        differentiable: Callable[..., Any],
+    ) -> None:
         self.name = name
+        self._differentiable = differentiable
         self.backends = tuple(backends)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         _library.impl(name, self.run, "CompositeExplicitAutograd")
@@ -262,6 +298,8 @@ class Operator:
         """Run the op on the arguments of its schema, all positional."""
         if torch.compiler.is_compiling():
             return self.overload(*args)
+        if forward_ad._current_level >= 0 and _carry_tangents(self._tensors(args)):
+            return self._with_tangents(args)
         if torch._C._are_functorch_transforms_active():
             return self.overload(*args) if self._transformed is None else self._transformed(*args)
         if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
@@ -286,6 +324,35 @@ class Operator:
                 return backend.run(*args)
         raise UnsupportedError(f"{self.name}: no backend serves this call")
 
+    def _tensors(self, args: tuple[Any, ...]) -> Iterator[Tensor | None]:
+        for i in self._tensor_positions:
+            yield from args[i] if isinstance(args[i], (list, tuple)) else (args[i],)
+
+    def _with_tangents(self, args: tuple[Any, ...]) -> Any:
+        names = _forced_names()
+        if names and names[-1] == _EXPLAIN:
+            self.explain_reference(_TANGENTS)
+        if names and names[-1] != "reference":
+            raise self._refusal(names[-1], _TANGENTS)
+        args = tuple([_alive(t) for t in x] if isinstance(x, (list, tuple)) else _alive(x) for x in args)
+        if not torch._C._is_any_autocast_enabled():
+            return self._differentiable(*args)
+        with torch._C._DisableAutocast():
+            return self._differentiable(*args)
+
+    def explain_reference(self, reason: str) -> None:
+        """Where the call is being explained: that plain torch serves it, and for this reason no other backend."""
+        names = _forced.get(_forced_default)
+        if not names or names[-1] != _EXPLAIN:
+            return
+        if len(names) > 1 and names[-2] != "reference":
+            raise self._refusal(names[-2], reason)
+        others = [b.name for b in self.backends if b.name != "reference" and not b.for_tests]
+        raise _Explained(Explanation(self.name, "reference", {} if len(names) > 1 else dict.fromkeys(others, reason)))
+
+    def _refusal(self, forced: str, reason: str) -> UnsupportedError:
+        return UnsupportedError(f"{self.name}: backend {forced!r} was forced and cannot serve this call: {reason}")
+
     def _choose_forced(self, names: tuple[str, ...], args: tuple[Any, ...]) -> Backend:
         if names[-1] == _EXPLAIN:
             raise _Explained(self._explain(names[-2] if len(names) > 1 else None, args))
@@ -297,7 +364,7 @@ class Operator:
                 reason = backend.supports(*args)
                 if reason is None:
                     return backend
-                raise UnsupportedError(f"{self.name}: backend {name!r} was forced and cannot serve this call: {reason}")
+                raise self._refusal(name, reason)
         raise UnsupportedError(f"{self.name}: backend {name!r} was forced and this op has none")
 
     def _explain(self, forced: str | None, args: tuple[Any, ...]) -> Explanation:
@@ -307,7 +374,7 @@ class Operator:
         for backend in self.backends:
             reason = backend.supports(*args)
             if reason is None:
-                return Explanation(self.name, backend.name, MappingProxyType(reasons))
+                return Explanation(self.name, backend.name, reasons)
             if not backend.for_tests:
                 reasons[backend.name] = reason
         raise UnsupportedError(f"{self.name}: no backend serves this call: {reasons}")
@@ -330,7 +397,7 @@ class Operator:
         do their gradients and ``ctx.needs_input_grad``.
         """
         name = f"mmkernels::{self.name}"
-        torch.library.register_autograd(name, backward, setup_context=_autograd.by_keyword(setup_context), lib=_library)
+        _library.impl(self.name, self._autograd_kernel(setup_context, backward), "Autograd", with_keyset=True)
         torch.library.register_vmap(name, vmap, lib=_library)
         functions = _autograd.autograd_functions_of_lists if self.has_lists else _autograd.autograd_functions
         eager, transformed = functions(self, setup_context, backward, vmap)
@@ -338,3 +405,15 @@ class Operator:
         apply = super(torch.autograd.Function, eager).apply  # type: ignore[misc]
         self._apply = _autograd.flattening(apply) if self.has_lists else apply
         self._transformed = _autograd.flattening(transformed.apply) if self.has_lists else transformed.apply
+
+    def _autograd_kernel(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+        """As ``torch.library.register_autograd`` makes it, but for tensors with tangents, which it would drop."""
+        info = Info(_backward_fn=backward, _setup_context_fn=_autograd.by_keyword(setup_context))
+        without_tangents = make_autograd_impl(self.overload, info)
+
+        def kernel(keyset: Any, *args: Any) -> Any:
+            if forward_ad._current_level >= 0 and _carry_tangents(self._tensors(args)):
+                return self._with_tangents(args)
+            return without_tangents(keyset, *args)
+
+        return kernel

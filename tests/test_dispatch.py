@@ -137,6 +137,7 @@ def test_an_operator_takes_the_first_backend_that_supports_the_call() -> None:
         "test_first_supported",
         "(Tensor x) -> Tensor",
         fake=torch.empty_like,
+        differentiable=lambda x: x + 2,
         backends=[
             Backend("triton", lambda x: x + 1, lambda x: None if x.dtype == torch.float16 else "float16 alone"),
             _dispatch.reference_backend(lambda x: x + 2),

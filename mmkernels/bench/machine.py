@@ -55,7 +55,7 @@ def caption(info: dict[str, Any]) -> str:
         gpu, versions = machine["gpus"][torch.cuda.current_device()], info["versions"]
         return f"{gpu}; torch {versions['torch']}, triton {versions['triton']}"
     isa = f"mmkernels on {native['isa']}" if native["reason"] is None else "mmkernels without its native library"
-    torch_isa = torch.backends.cpu.get_cpu_capability()
+    torch_isa = torch.backends.cpu.get_cpu_capability() + (" and AMX" if machine.get("amx") else "")
     plural = "" if machine["threads"] == 1 else "s"
     torch_version = info["versions"]["torch"]
     return f"{machine['cpu']}, {machine['threads']} thread{plural}; {isa}, torch {torch_version} on {torch_isa}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._pool import Modalities
 from mmkernels.ops.additive_attention_pool import additive_attention_pool
@@ -54,6 +56,9 @@ class AdditiveAttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("AdditiveAttentionPool", features=features, hidden_features=hidden_features)
+        if query_features is not None:
+            check_sizes("AdditiveAttentionPool", query_features=query_features)
         self.features = features
         self.hidden_features = hidden_features
         self.query_features = query_features
@@ -75,6 +80,7 @@ class AdditiveAttentionPool(nn.Module):
         _uniform(self.query_weight, self.query_features or 0)
         _uniform(self.vector, self.hidden_features)
 
+    @leaf_of_traces
     def forward(
         self, xs: Modalities, query: Tensor | None = None, presence: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -136,6 +142,9 @@ class MultiplicativeAttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("MultiplicativeAttentionPool", features=features)
+        if query_features is not None:
+            check_sizes("MultiplicativeAttentionPool", query_features=query_features)
         self.features = features
         self.query_features = query_features
         self.scale = scale
@@ -149,6 +158,7 @@ class MultiplicativeAttentionPool(nn.Module):
         """As ``nn.Linear``: uniform within ±1/√Dq."""
         _uniform(self.weight, self.query_features or 0)
 
+    @leaf_of_traces
     def forward(self, xs: Modalities, query: Tensor, presence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pool the modalities.
 
@@ -200,6 +210,8 @@ class SplitAttentionPool(nn.Module):
     ) -> None:
         super().__init__()
         fusion.check_activation("SplitAttentionPool", activation)
+        check_sizes("SplitAttentionPool", features=features, hidden_features=hidden_features)
+        check_sizes("SplitAttentionPool", 1, modalities=modalities)
         self.features = features
         self.modalities = modalities
         self.hidden_features = hidden_features
@@ -224,6 +236,7 @@ class SplitAttentionPool(nn.Module):
         ):
             _uniform(tensor, width)
 
+    @leaf_of_traces
     def forward(self, xs: Modalities, presence: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Pool the modalities.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 
 __all__ = ["BidirectionalCrossAttention"]
@@ -53,7 +55,9 @@ class BidirectionalCrossAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads != 0:
+        check_sizes("BidirectionalCrossAttention", x_dim=x_dim, y_dim=y_dim, embed_dim=embed_dim)
+        check_sizes("BidirectionalCrossAttention", 1, num_heads=num_heads)
+        if embed_dim % num_heads != 0:
             expected = f"a multiple of num_heads, {num_heads}"
             raise ValueError(f"BidirectionalCrossAttention: embed_dim: expected {expected}; got {embed_dim}")
         self.x_dim, self.y_dim, self.embed_dim, self.num_heads = x_dim, y_dim, embed_dim, num_heads
@@ -89,6 +93,7 @@ class BidirectionalCrossAttention(nn.Module):
             if scale is not None and self.layer_scale is not None:
                 nn.init.constant_(scale, self.layer_scale)
 
+    @leaf_of_traces
     def forward(
         self, x: Tensor, y: Tensor, *, x_mask: Tensor | None = None, y_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes, checked_widths
+from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._fusion_checks import Activation
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_linear.reference import activate
@@ -56,8 +59,10 @@ class ConcatFusion(nn.Module):
         super().__init__()
         if missing not in ("zeros", "learned"):
             raise ValueError(f"ConcatFusion: missing: expected 'zeros' or 'learned'; got {missing!r}")
-        self.in_features = tuple(in_features)
+        self.in_features = checked_widths("ConcatFusion", "in_features", in_features)
+        check_sizes("ConcatFusion", out_features=out_features)
         self.out_features = out_features
+        fusion.check_activation("ConcatFusion", activation)
         self.activation = activation
         self.missing = missing
         self.weight = nn.Parameter(torch.empty(out_features, sum(self.in_features), device=device, dtype=dtype))
@@ -77,6 +82,7 @@ class ConcatFusion(nn.Module):
         for vector in self.missing_vectors or ():
             nn.init.zeros_(vector)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
         """Fuse the modalities.
 
@@ -93,6 +99,8 @@ class ConcatFusion(nn.Module):
         """
         if presence is None or self.missing_vectors is None:
             return concat_linear(xs, self.weight, self.bias, activation=self.activation, presence=presence)
+        first = fusion.first_source("ConcatFusion", xs)
+        fusion.check_presence("ConcatFusion", presence, first.shape[:-1], len(xs), first)
         # A replacement is the same for every row: it enters as its product with the weight, N wide.
         columns = self.weight.split(self.in_features, 1)
         replaced = torch.stack([w @ v for w, v in zip(columns, self.missing_vectors, strict=True)])  # [M, N]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
+from mmkernels.nn._children import is_plain
 from mmkernels.ops._checks import autocast_is_on
-from mmkernels.ops._fusion_checks import Activation
+from mmkernels.ops._fusion_checks import Activation, check_activation
 from mmkernels.ops.concat_linear import concat_linear
+from mmkernels.ops.concat_linear.reference import activate
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.cross_attention import cross_attention
 
@@ -61,6 +64,10 @@ class GatedCrossAttentionBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"context_dim": context_dim, "head_dim": head_dim, "feedforward_dim": feedforward_dim}
+        check_sizes("GatedCrossAttentionBlock", **{name: size for name, size in sizes.items() if size is not None})
+        check_sizes("GatedCrossAttentionBlock", 1, embed_dim=embed_dim, num_heads=num_heads)
+        check_activation("GatedCrossAttentionBlock", activation)
         if head_dim is None:
             if embed_dim % num_heads != 0:
                 expected = f"a multiple of num_heads, {num_heads} (or head_dim)"
@@ -102,6 +109,7 @@ class GatedCrossAttentionBlock(nn.Module):
             if gate is not None:
                 nn.init.zeros_(gate)
 
+    @leaf_of_traces
     def forward(
         self,
         x: Tensor,
@@ -138,14 +146,18 @@ class GatedCrossAttentionBlock(nn.Module):
 
     @staticmethod
     def _normed_linear(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear, activation: Activation | None) -> Tensor:
+        if not is_plain(linear, nn.Linear):
+            return activate(linear(norm(x)), activation)
         weight, bias = linear.weight, linear.bias
+        if not is_plain(norm, nn.LayerNorm) or norm.weight is None:
+            return concat_linear([norm(x)], weight, bias, activation=activation)
         return concat_norm_linear([x], norm.weight, norm.bias, weight, bias, eps=norm.eps, activation=activation)
 
     @staticmethod
     def _add_gated(x: Tensor, branch: Tensor, linear: nn.Linear, gate: Tensor) -> Tensor:
         """x + tanh(gate) · linear(branch); under autocast by torch, which leaves x in its wider dtype."""
-        if autocast_is_on(x.device):
-            return x + torch.tanh(gate) * F.linear(branch, linear.weight, linear.bias)
+        if autocast_is_on(x.device) or not is_plain(linear, nn.Linear):
+            return x + torch.tanh(gate) * linear(branch)
         return concat_linear([branch], linear.weight, linear.bias, residual=x, gate=gate)
 
     def extra_repr(self) -> str:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes, checked_widths
 from mmkernels.ops.gated_fusion import gated_fusion
 
 __all__ = ["GatedFusion"]
@@ -48,7 +50,8 @@ class GatedFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = tuple(in_features)
+        self.in_features = checked_widths("GatedFusion", "in_features", in_features)
+        check_sizes("GatedFusion", out_features=out_features)
         self.out_features = out_features
         count = len(self.in_features)
         if gate is None:
@@ -80,6 +83,7 @@ class GatedFusion(nn.Module):
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
 
+    @leaf_of_traces
     def forward(
         self, xs: Sequence[Tensor], presence: Tensor | None = None, *, return_gate: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:

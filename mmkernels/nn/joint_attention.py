@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes, checked_widths
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.joint_attention import joint_attention
@@ -56,8 +58,8 @@ class JointAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not embed_dims:
-            raise ValueError("JointAttention: embed_dims: expected at least one stream; got none")
+        embed_dims = checked_widths("JointAttention", "embed_dims", embed_dims)
+        check_sizes("JointAttention", 1, num_heads=num_heads, **({} if head_dim is None else {"head_dim": head_dim}))
         if head_dim is None:
             if embed_dims[0] % num_heads != 0:
                 expected = f"a multiple of num_heads, {num_heads} (or head_dim)"
@@ -65,10 +67,11 @@ class JointAttention(nn.Module):
             head_dim = embed_dims[0] // num_heads
         if num_kv_heads is None:
             num_kv_heads = num_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
+        check_sizes("JointAttention", 1, num_kv_heads=num_kv_heads)
+        if num_heads % num_kv_heads != 0:
             expected = f"a divisor of num_heads, {num_heads}"
             raise ValueError(f"JointAttention: num_kv_heads: expected {expected}; got {num_kv_heads}")
-        self.embed_dims = tuple(embed_dims)
+        self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.dropout = attention.check_dropout("JointAttention", dropout, "dropout")
@@ -103,6 +106,7 @@ class JointAttention(nn.Module):
         for weight in (*(self.query_norm_weights or ()), *(self.key_norm_weights or ())):
             nn.init.ones_(weight)
 
+    @leaf_of_traces
     def forward(
         self,
         streams: Sequence[Tensor],

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmkernels.ops._checks import autocast_is_on
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
+from mmkernels.ops._checks import autocast_is_on, check_tensor, type_error, value_error
 from mmkernels.ops.cross_attention import cross_attention
+from mmkernels.ops.cross_attention.op import cross_attention_op
 
 __all__ = ["MultiheadCrossAttention"]
 
@@ -37,6 +42,14 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         torch.Size([2, 77, 512])
     """
 
+    def __init__(self, embed_dim: int, num_heads: int, *args: Any, **kwargs: Any) -> None:
+        check_sizes("MultiheadCrossAttention", 1, embed_dim=embed_dim, num_heads=num_heads)
+        if embed_dim % num_heads != 0:
+            expected = f"a multiple of num_heads, {num_heads}"
+            raise value_error("MultiheadCrossAttention", "embed_dim", expected, embed_dim)
+        super().__init__(embed_dim, num_heads, *args, **kwargs)
+
+    @leaf_of_traces
     def forward(
         self,
         query: Tensor,
@@ -75,6 +88,11 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
             shapes = [tuple(x.shape) for x in (query, key, value)]
             raise ValueError(f"MultiheadCrossAttention: query, key, value: expected 2 or 3 dims alike; got {shapes}")
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                _check_mask_dtype(name, mask)
+        if need_weights:
+            cross_attention_op.explain_reference("need_weights=True forms the weights in plain PyTorch")
         q, k, v = self._projected(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (_appended(x, b, batched, self.batch_first) for x, b in ((k, self.bias_k), (v, self.bias_v)))
@@ -82,6 +100,11 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
             zero = k.new_zeros(1, 1, self.embed_dim)
             k, v = (_appended(x, zero, batched, self.batch_first) for x in (k, v))
         q, k, v = (self._heads(x, batched) for x in (q, k, v))  # [B, H, L, D]
+        for name, x, expected in (("key", k, q.shape[0]), ("value", v, k.shape[0])):
+            if x.shape[0] != expected:
+                raise value_error("MultiheadCrossAttention", name, f"a batch of {expected}", x.shape[0])
+        if v.shape[2] != k.shape[2]:
+            raise value_error("MultiheadCrossAttention", "value", f"{k.shape[2]} tokens as in key", v.shape[2])
 
         appended = (self.bias_k is not None) + self.add_zero_attn
         causal = is_causal and not (appended or need_weights)
@@ -164,6 +187,12 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         ]
         merged = floats[0] if len(floats) == 1 else floats[0] + floats[1]
         return F.pad(merged, (0, appended)) if appended else merged
+
+
+def _check_mask_dtype(argument: str, mask: Tensor) -> None:
+    check_tensor("MultiheadCrossAttention", argument, mask)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise type_error("MultiheadCrossAttention", argument, "dtype bool or floating", mask.dtype)
 
 
 def _appended(x: Tensor, token: Tensor, batched: bool, batch_first: bool) -> Tensor:

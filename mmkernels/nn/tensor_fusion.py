@@ -8,26 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes, checked_widths
 from mmkernels.ops.low_rank_fusion import low_rank_fusion
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 
 __all__ = ["LowRankFusion", "TensorFusion"]
-
-
-def _checked_sizes(module: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{module}: {name}: expected an int; got {type(size).__name__}")
-        if size < 0:
-            raise ValueError(f"{module}: {name}: expected a size ≥ 0; got {size}")
-
-
-def _checked_widths(module: str, in_features: Sequence[int]) -> tuple[int, ...]:
-    widths = tuple(in_features)
-    if not widths:
-        raise ValueError(f"{module}: in_features: expected the width of at least one modality; got none")
-    _checked_sizes(module, **{f"in_features[{i}]": width for i, width in enumerate(widths)})
-    return widths
 
 
 class TensorFusion(nn.Module):
@@ -56,8 +42,8 @@ class TensorFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _checked_widths("TensorFusion", in_features)
-        _checked_sizes("TensorFusion", out_features=out_features)
+        self.in_features = checked_widths("TensorFusion", "in_features", in_features)
+        check_sizes("TensorFusion", out_features=out_features)
         self.out_features = out_features
         features = math.prod(width + 1 for width in self.in_features)
         self.weight = nn.Parameter(torch.empty(out_features, features, device=device, dtype=dtype))
@@ -70,6 +56,7 @@ class TensorFusion(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
         """Fuse the modalities.
 
@@ -116,8 +103,8 @@ class LowRankFusion(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _checked_widths("LowRankFusion", in_features)
-        _checked_sizes("LowRankFusion", out_features=out_features, rank=rank)
+        self.in_features = checked_widths("LowRankFusion", "in_features", in_features)
+        check_sizes("LowRankFusion", out_features=out_features, rank=rank)
         self.out_features = out_features
         self.rank = rank
         self.factors = nn.ParameterList(
@@ -135,6 +122,7 @@ class LowRankFusion(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor], presence: Tensor | None = None) -> Tensor:
         """Fuse the modalities.
 

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops.concat_tokens import concat_tokens
 
 _EMBEDDING_STD = 0.02  # as BERT and ViT initialise theirs
@@ -51,6 +53,7 @@ class TokenFusionEmbedding(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes("TokenFusionEmbedding", num_modalities=num_modalities, embed_dim=embed_dim)
         if num_modalities < 1:
             raise ValueError(f"TokenFusionEmbedding: num_modalities: expected at least 1; got {num_modalities}")
         for name, given in (("in_dims", in_dims), ("max_lengths", max_lengths)):
@@ -93,6 +96,7 @@ class TokenFusionEmbedding(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.num_modalities}, {self.embed_dim}, norm={self.norm!r}, eps={self.eps}"
 
+    @leaf_of_traces
     def forward(self, xs: Sequence[Tensor]) -> Tensor:
         """The sequence of all tokens.
 

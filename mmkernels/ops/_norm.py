@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmkernels.ops import _checks as checks
 
@@ -15,9 +17,21 @@ def normalize(x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor |
     if norm is None or x.numel() == 0:
         return x
     if norm == "layer":
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return layer_norm(x, weight, bias, eps)
     normed = F.rms_norm(x, x.shape[-1:], weight, eps)
     return normed if bias is None else normed + bias
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """torch's, and what it is made of where there may be tangents: torch's are wrong once they are differentiated,
+    which takes the mean and the deviation in them for constants."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = x if x.dtype == torch.float64 else x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed = normed if weight is None else normed * weight
+    return (normed if bias is None else normed + bias).to(x.dtype)
 
 
 def check_norm(

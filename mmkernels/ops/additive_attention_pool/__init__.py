@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _pool as pool
@@ -62,6 +63,8 @@ def additive_attention_pool(
         out = additive_attention_pool_op.unchecked(sources, weight, vector, bias, query, query_weight, presence)
         if out is not None:
             return out
+    if is_overridden(xs, weight, vector, bias, query, query_weight, presence):
+        return overridden_call(additive_attention_pool, locals())
     name = "additive_attention_pool"
     xs, (weight, vector, bias, query, query_weight) = pool.autocast(xs, weight, vector, bias, query, query_weight)
     sources, shape = pool.check_modalities(name, xs)

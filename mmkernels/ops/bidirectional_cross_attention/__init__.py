@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.bidirectional_cross_attention.op import bidirectional_cross_attention_op
 
@@ -72,6 +73,8 @@ def bidirectional_cross_attention(
         )
         if outputs is not None:
             return outputs[0], outputs[1]
+    if is_overridden(x_query, y_key, x_value, y_value, x_mask, y_mask):
+        return overridden_call(bidirectional_cross_attention, locals())
     checks.check_tensor(_NAME, "x_query", x_query)
     others = {"y_key": y_key, "x_value": x_value, "y_value": y_value}
     for argument, tensor in others.items():

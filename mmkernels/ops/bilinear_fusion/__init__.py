@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._rows import as_rows, from_rows
@@ -64,6 +65,8 @@ def bilinear_fusion(
         >>> bilinear_fusion(image, question, U, V, rank=5).shape
         torch.Size([8, 256])
     """
+    if is_overridden(x, y, x_weight, y_weight, out_weight, out_bias, presence):
+        return overridden_call(bilinear_fusion, locals())
     name = "bilinear_fusion"
     checks.check_tensor(name, "x", x)
     if checks.autocast_is_on(x.device):

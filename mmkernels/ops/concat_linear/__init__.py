@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.concat_linear.op import concat_linear_op
@@ -63,6 +64,8 @@ def concat_linear(
         out = concat_linear_op.unchecked(xs, weight, bias, activation, presence, residual, gate)
         if out is not None:
             return out
+    if is_overridden(xs, weight, bias, presence, residual, gate):
+        return overridden_call(concat_linear, locals())
     name = "concat_linear"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

@@ -13,14 +13,23 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mmkernels.ops._products import linear
+
+
+def _silu(z: Tensor) -> Tensor:
+    """torch's; its first derivative alone carries no tangents, so that where there may be some it is composed."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return F.silu(z)
+    return z * torch.sigmoid(z)
+
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
+    "silu": _silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }

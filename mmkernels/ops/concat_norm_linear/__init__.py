@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.concat_norm_linear.op import concat_norm_linear_op
@@ -67,6 +68,8 @@ def concat_norm_linear(
         out = concat_norm_linear_op.unchecked(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation)
         if out is not None:
             return out
+    if is_overridden(xs, norm_weight, norm_bias, weight, bias):
+        return overridden_call(concat_norm_linear, locals())
     name = "concat_norm_linear"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._norm import layer_norm
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
 
@@ -45,7 +46,7 @@ def projection(
     """The linear layer over the normalised features, [*, N]."""
     features = torch.cat(list(xs), -1)  # [*, K]
     if norm == "layer":
-        normalised = F.layer_norm(features, norm_weight.shape, norm_weight, norm_bias, eps)
+        normalised = layer_norm(features, norm_weight, norm_bias, eps)
     else:
         normalised = F.rms_norm(features, norm_weight.shape, norm_weight, eps)
         normalised = normalised if norm_bias is None else normalised + norm_bias

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._norm import check_norm
 from mmkernels.ops.concat_tokens.op import concat_tokens_op
@@ -67,6 +68,8 @@ def concat_tokens(
             args = (xs, type_embedding, present, sources, norm, norm_weight, norm_bias, eps, out_dtype)
             if (result := concat_tokens_op.unchecked(*args)) is not None:
                 return result
+    if is_overridden(xs, type_embedding, position_embeddings, norm_weight, norm_bias):
+        return overridden_call(concat_tokens, locals())
     if not isinstance(xs, (list, tuple)):
         raise checks.type_error(_NAME, "xs", "a list of tensors", type(xs).__name__)
     if len(xs) == 0:

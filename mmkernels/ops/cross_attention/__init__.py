@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door, native_door, needs_grad
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op, unexpanded
@@ -137,6 +138,8 @@ def cross_attention(
             out = _plain_call(query, key, value, scale)
             if out is not None:
                 return out
+    if is_overridden(query, key, value, attn_mask, attn_bias, sinks, key_lengths):
+        return overridden_call(cross_attention, locals())
     name = "cross_attention"
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
@@ -210,6 +213,8 @@ def scaled_dot_product_attention(
         out = _plain_call(query, key, value, scale)
         if out is not None:
             return out
+    if is_overridden(query, key, value, attn_mask):
+        return overridden_call(scaled_dot_product_attention, locals())
     name = "scaled_dot_product_attention"
     if attn_mask is not None and is_causal:
         raise checks.value_error(name, "attn_mask", "None where is_causal=True", "both")
@@ -348,7 +353,10 @@ def _check_mask(op: str, argument: str, mask: Tensor, query: Tensor, key: Tensor
         raise checks.value_error(op, argument, "2 to 4 dims", f"shape {tuple(mask.shape)}")
     for size, full_size in zip(mask.shape, full[4 - mask.dim() :], strict=True):
         if size != full_size and size != 1:
-            raise checks.value_error(op, argument, f"a shape broadcastable to {tuple(full)}", tuple(mask.shape))
+            expected = f"a shape broadcastable to {tuple(full)}"
+            if tuple(mask.shape) == (full[0], full[3]):
+                expected += f" (for one of keys per batch element {argument}[:, None, None], or key_lengths)"
+            raise checks.value_error(op, argument, expected, tuple(mask.shape))
     if mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
     if mask.dtype in (torch.bool, torch.float32, query.dtype):

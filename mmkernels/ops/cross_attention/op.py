@@ -85,6 +85,11 @@ def _reference_forward(query: Tensor, *rest: Any) -> Tensors:
     return (out, row_max, log_sum) if with_lse else (out, row_max.new_empty(0), row_max.new_empty(0))
 
 
+def _differentiable_forward(*args: Any) -> Tensors:
+    *arguments, _ = args
+    return reference.cross_attention(*arguments)
+
+
 def _last_dim_dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
@@ -178,6 +183,7 @@ cross_attention_op = Operator(
         triton_backend("cross_attention", "forward", 0, _triton_supports, any_strides=True),
         reference_backend(_reference_forward),
     ],
+    differentiable=_differentiable_forward,
 )
 
 
@@ -244,6 +250,13 @@ def _reference_backward(
     return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
 
 
+def _differentiable_backward(*args: Any) -> Tensors:
+    grad_out, grad_log_sum, *inputs, key_lengths, _, _, _ = args[:10]
+    *options, grad_mask = args[10:]
+    grads = _pull_back(grad_out, grad_log_sum, inputs, (key_lengths, *options), grad_mask, vjp)
+    return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
+
+
 def _cpu_backward_supports(grad_out: Tensor, grad_log_sum: Tensor | None, query: Tensor, *_: Any) -> str | None:
     return _cpu_supports(query)
 
@@ -308,6 +321,7 @@ cross_attention_backward_op = Operator(
         triton_backend("cross_attention", "backward", 2, _triton_backward_supports, any_strides=True),
         reference_backend(_reference_backward),
     ],
+    differentiable=_differentiable_backward,
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.gated_concat.op import gated_concat_op
@@ -39,6 +40,8 @@ def gated_concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = Non
         >>> gated_concat(text, image, torch.randn(64, 96)).shape
         torch.Size([8, 97])
     """
+    if is_overridden(x, y, weight, bias):
+        return overridden_call(gated_concat, locals())
     name = "gated_concat"
     checks.check_tensor(name, "x", x)
     checks.check_tensor(name, "y", y)

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.concat_linear import concat_linear
@@ -93,6 +94,8 @@ def gated_fusion(
         >>> gated_fusion([plot, poster], weights, None, gate_weight).shape
         torch.Size([8, 64])
     """
+    if is_overridden(xs, value_weights, value_biases, gate_weight, gate_bias, presence):
+        return overridden_call(gated_fusion, locals())
     name = "gated_fusion"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

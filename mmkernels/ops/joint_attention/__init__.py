@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -113,6 +114,8 @@ def joint_attention(
             queries, keys, values, [], [], stream_bias, scale, softcap, 0.0, None, return_lse
         )
     if outputs is None:
+        if is_overridden(queries, keys, values, key_lengths, stream_bias):
+            return overridden_call(joint_attention, locals())
         inputs = _checked(queries, keys, values, key_lengths, stream_bias, enable_gqa)
         if scale is not None:
             scale = checks.check_number(_NAME, "scale", scale)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._rows import as_rows, from_rows
@@ -56,6 +57,8 @@ def low_rank_fusion(
         >>> low_rank_fusion(xs, factors, torch.randn(4), torch.zeros(64)).shape
         torch.Size([8, 64])
     """
+    if is_overridden(xs, factors, rank_weights, bias, presence):
+        return overridden_call(low_rank_fusion, locals())
     name = "low_rank_fusion"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.merge_attention.op import merge_attention_op
@@ -45,6 +46,8 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
         >>> out.shape, lse.shape
         (torch.Size([2, 8, 64, 32]), torch.Size([2, 8, 64]))
     """
+    if is_overridden(outputs, lses):
+        return overridden_call(merge_attention, locals())
     name = "merge_attention"
     first = fusion.first_source(name, outputs, "outputs")
     fusion.first_source(name, lses, "lses")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.merge_embeddings.op import merge_embeddings_op
 
@@ -45,6 +46,8 @@ def merge_embeddings(
         >>> merge_embeddings(text, image, torch.tensor([[False, True, True, False]]))[0, :, 0]
         tensor([0., 1., 1., 0.])
     """
+    if is_overridden(text, modal, mask):
+        return overridden_call(merge_embeddings, locals())
     modals: list[Tensor] = list(modal) if isinstance(modal, (list, tuple)) else [modal]  # type: ignore[list-item]
     names = [f"modal[{i}]" for i in range(len(modals))] if isinstance(modal, (list, tuple)) else ["modal"]
     checks.check_tensor(_NAME, "text", text)

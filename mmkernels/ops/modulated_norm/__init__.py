@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._norm import check_norm
 from mmkernels.ops.modulated_norm.op import modulated_norm_op
@@ -54,6 +55,8 @@ def modulated_norm(
         >>> modulated_norm(image, shift, scale).shape
         torch.Size([4, 256, 1152])
     """
+    if is_overridden(x, shift, scale, norm_weight, norm_bias):
+        return overridden_call(modulated_norm, locals())
     for argument, tensor in (("x", x), ("shift", shift), ("scale", scale)):
         checks.check_tensor(_NAME, argument, tensor)
     if x.dim() != 3:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _pool as pool
@@ -59,6 +60,8 @@ def multiplicative_attention_pool(
         out = multiplicative_attention_pool_op.unchecked(sources, query, weight, factor, presence)
         if out is not None:
             return out
+    if is_overridden(xs, query, weight, presence):
+        return overridden_call(multiplicative_attention_pool, locals())
     name = "multiplicative_attention_pool"
     xs, (query, weight) = pool.autocast(xs, query, weight)
     sources, shape = pool.check_modalities(name, xs)

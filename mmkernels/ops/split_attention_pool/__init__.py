@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _pool as pool
 from mmkernels.ops.split_attention_pool.op import split_attention_pool_op
@@ -63,6 +64,8 @@ def split_attention_pool(
         out = split_attention_pool_op.unchecked(sources, weight1, bias1, weight2, bias2, activation, presence)
         if out is not None:
             return out
+    if is_overridden(xs, weight1, bias1, weight2, bias2, presence):
+        return overridden_call(split_attention_pool, locals())
     name = "split_attention_pool"
     xs, (weight1, bias1, weight2, bias2) = pool.autocast(xs, weight1, bias1, weight2, bias2)
     sources, shape = pool.check_modalities(name, xs)

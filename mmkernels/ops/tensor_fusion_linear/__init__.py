@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops._rows import as_rows, from_rows
@@ -50,6 +51,8 @@ def tensor_fusion_linear(
         >>> tensor_fusion_linear([text, audio, video], torch.randn(64, 33 * 17 * 9)).shape
         torch.Size([8, 64])
     """
+    if is_overridden(xs, weight, bias, presence):
+        return overridden_call(tensor_fusion_linear, locals())
     name = "tensor_fusion_linear"
     first = fusion.first_source(name, xs)
     if checks.autocast_is_on(first.device):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._dispatch import may_use_door
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.varlen_cross_attention.op import varlen_cross_attention_op
@@ -130,6 +131,8 @@ def varlen_cross_attention(
     if may_use_door():
         outputs = varlen_cross_attention_op.unchecked(query, key, value, *starts, *options, sinks, return_lse)
     if outputs is None:
+        if is_overridden(query, key, value, cu_seqlens_q, cu_seqlens_k, sinks):
+            return overridden_call(varlen_cross_attention, locals())
         longest = [
             min(checks.check_index(_NAME, f"max_seqlen_{x}", n), attention.LONGEST)
             for x, n in (("q", max_seqlen_q), ("k", max_seqlen_k))

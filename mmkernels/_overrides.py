@@ -1,0 +1,63 @@
+"""What torch asks of public functions and modules for others to see their calls: ``__torch_function__`` and torch.fx.
+
+A function that no door served asks `is_overridden` of its tensors before it looks at them, and lets `overridden_call`
+answer: torch.fx then records a call of the function, a tensor subclass or a mode handles it. A module is a leaf of
+torch.fx, as those of ``torch.nn`` are: `leaf_of_traces` on its forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils._pytree import tree_leaves
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def _spliced(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values, those in lists one by one."""
+    if not any(type(v) is list or type(v) is tuple for v in values):
+        return values
+    return tuple(x for v in values for x in (v if type(v) is list or type(v) is tuple else (v,)))
+
+
+def is_overridden(*values: Any) -> bool:
+    """Whether one of the values, lists of them included, has a ``__torch_function__``, or a mode listens."""
+    return not torch.compiler.is_compiling() and has_torch_function(_spliced(values))
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(function).parameters.values())
+
+
+def overridden_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """The result of ``__torch_function__`` for the call that has these arguments by name."""
+    args, options = [], {}
+    for parameter in _parameters(function):
+        value = given[parameter.name]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            args.append(value)
+        elif value is not parameter.default:
+            options[parameter.name] = value
+    return handle_torch_function(function, _spliced((*args, *options.values())), *args, **options)
+
+
+def leaf_of_traces(forward: _Forward) -> _Forward:
+    """The forward of a module that torch.fx records as one call, where it is a part of what is traced."""
+
+    @functools.wraps(forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if fx._symbolic_trace.is_fx_symbolic_tracing() and getattr(type(self), "forward", None) is call:
+            proxy = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, fx.Proxy)), None)
+            if proxy is not None and isinstance(proxy.tracer, fx.Tracer) and proxy.tracer.root is not self:
+                return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]

@@ -1,0 +1,199 @@
+"""``__torch_function__`` of the public functions: torch.fx records them, subclasses and modes see them; and modules as
+leaves of traces."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from test_forward_mode import CASES, Case
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+import mmkernels as mmk
+
+each_case = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CASES.items()])
+PUBLIC = {getattr(mmk, name) for name in mmk.__all__ if callable(getattr(mmk, name))}
+
+
+def traced(case: Case) -> fx.GraphModule:
+    """The graph of the case's function of its leaves."""
+    names = [f"x{i}" for i in range(len(case.shapes))]
+    scope: dict[str, Any] = {"function": case.function}
+    exec(f"def call({', '.join(names)}):\n    return function({', '.join(names)})", scope)
+    return fx.symbolic_trace(scope["call"])
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("joint_attention")])
+def test_fx_records_the_op_and_runs_it(name: str) -> None:
+    case = CASES[name]
+    leaves = case.leaves(torch.float32)
+    graph = traced(case)
+    targets = {n.target for n in graph.graph.nodes if n.op == "call_function"}
+    assert getattr(mmk, name.partition(",")[0]) in targets
+    expected = case.function(*leaves)
+    assert equal(graph(*leaves), expected)
+    assert equal(fx.symbolic_trace(graph)(*leaves), expected), "traced again"
+
+
+def test_a_recorded_graph_pickles_and_reads_as_code() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return mmk.concat_linear([a, b], self.weight, activation="relu") * 2
+
+    Model.forward.__annotations__.clear()  # torch.fx does not pickle those that are strings
+    model, a, b = Model(), torch.randn(3, 4), torch.randn(3, 2)
+    graph = fx.symbolic_trace(model)
+    assert "concat_linear([a, b], weight" in graph.code.replace("self.", "")
+    assert torch.equal(pickle.loads(pickle.dumps(graph))(a, b), model(a, b))
+
+
+def test_joint_attention_is_recorded() -> None:
+    def call(a: Tensor, b: Tensor) -> Tensor:
+        outs = mmk.joint_attention([a, b], [a, b], [a, b])
+        return outs[0] + outs[1]
+
+    a, b = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
+    assert torch.equal(fx.symbolic_trace(call)(a, b), call(a, b))
+
+
+class Named(Tensor):
+    """A subclass that lists the functions that were called on it."""
+
+    called: ClassVar[list[Callable[..., Any]]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.called.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@each_case
+def test_a_subclass_sees_the_call(case: Case) -> None:
+    leaves = case.leaves(torch.float32)
+    expected = case.function(*leaves)
+    for i in range(len(leaves)):
+        Named.called = []
+        result = case.function(*leaves[:i], leaves[i].as_subclass(Named), *leaves[i + 1 :])
+        assert PUBLIC & set(Named.called), f"leaf {i}"
+        assert all(type(t) is Named for t in flat(result))
+        assert equal([t.as_subclass(Tensor) for t in flat(result)], expected)
+
+
+@each_case
+def test_a_mode_sees_the_call(case: Case) -> None:
+    class Listening(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    called: list[Callable[..., Any]] = []
+    leaves = case.leaves(torch.float32)
+    expected = case.function(*leaves)
+    with Listening():
+        assert equal(case.function(*leaves), expected)
+    assert PUBLIC & set(called)
+
+
+def _pair() -> tuple[Tensor, Tensor]:
+    return torch.randn(3, 4), torch.randn(3, 4)
+
+
+def _tokens() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+
+
+# Each module, how a model calls it on two tensors, and those.
+MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[], tuple[Tensor, Tensor]]]] = {
+    "AdditiveAttentionPool": (lambda: mmk.nn.AdditiveAttentionPool(4, 3), lambda m, a, b: m([a, b]), _pair),
+    "MultiplicativeAttentionPool": (
+        lambda: mmk.nn.MultiplicativeAttentionPool(4),
+        lambda m, a, b: m([a, b], query=a),
+        _pair,
+    ),
+    "SplitAttentionPool": (lambda: mmk.nn.SplitAttentionPool(4, 2, 3), lambda m, a, b: m([a, b]), _pair),
+    "ConcatFusion": (lambda: mmk.nn.ConcatFusion([4, 4], 5, missing="learned"), lambda m, a, b: m([a, b]), _pair),
+    "GatedFusion": (lambda: mmk.nn.GatedFusion([4, 4], 5), lambda m, a, b: m([a, b]), _pair),
+    "LowRankFusion": (lambda: mmk.nn.LowRankFusion([4, 4], 5, 2), lambda m, a, b: m([a, b]), _pair),
+    "TensorFusion": (lambda: mmk.nn.TensorFusion([4, 4], 5), lambda m, a, b: m([a, b]), _pair),
+    "MultiheadCrossAttention": (
+        lambda: mmk.nn.MultiheadCrossAttention(8, 2, batch_first=True),
+        lambda m, a, b: m(a, b, b, need_weights=False)[0],
+        _tokens,
+    ),
+    "JointAttention": (lambda: mmk.nn.JointAttention([8, 8], 2), lambda m, a, b: m([a, b])[1], _tokens),
+    "BidirectionalCrossAttention": (
+        lambda: mmk.nn.BidirectionalCrossAttention(8, 8, 8, 2),
+        lambda m, a, b: m(a, b),
+        _tokens,
+    ),
+    "GatedCrossAttentionBlock": (
+        lambda: mmk.nn.GatedCrossAttentionBlock(8, 2),
+        lambda m, a, b: m(a, b, key_lengths=None),
+        _tokens,
+    ),
+    "TokenFusionEmbedding": (
+        lambda: mmk.nn.TokenFusionEmbedding(2, 8, max_lengths=(4, None)),
+        lambda m, a, b: m([a, b]),
+        _tokens,
+    ),
+}
+
+
+class Holder(nn.Module):
+    def __init__(self, part: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([part])
+        self.call = call
+
+    def forward(self, a: Tensor, b: Tensor) -> Any:
+        return self.call(self.parts[0], a * 2, b)
+
+
+Holder.forward.__annotations__.clear()  # torch.fx does not pickle those that are strings
+
+
+def test_every_module_has_a_case() -> None:
+    assert set(MODULES) == set(mmk.nn.__all__)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_a_leaf_of_a_trace(name: str) -> None:
+    make, call, inputs = MODULES[name]
+    model, (a, b) = Holder(make(), call), inputs()
+    graph = fx.symbolic_trace(model)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["parts.0"]
+    assert equal(graph(a, b), model(a, b))
+    assert equal(fx.symbolic_trace(graph)(a, b), model(a, b)), "traced again"
+    assert equal(pickle.loads(pickle.dumps(graph))(a, b), model(a, b)), "pickled"
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_traced_through() -> None:
+    class Doubled(mmk.nn.GatedFusion):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward([a, b])
+
+    model, (a, b) = Holder(Doubled([4, 4], 5), lambda m, a, b: m(a, b)), _pair()
+    graph = fx.symbolic_trace(model)
+    assert mmk.gated_fusion in [n.target for n in graph.graph.nodes]
+    assert torch.equal(graph(a, b), model(a, b))
+
+
+def test_a_module_of_ours_is_traced_by_itself() -> None:
+    model, (a, b) = mmk.nn.GatedFusion([4, 4], 5), _pair()
+    assert torch.equal(fx.symbolic_trace(model)([a, b]), model([a, b]))
