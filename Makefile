@@ -18,12 +18,12 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench test build fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-plan test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
-	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one)'
+	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
-	@echo 'make build     set up .venv and compile what changed'
+	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
 	@echo 'make interpret run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
 	@echo 'make simt      run them on the CUDA kernels in their emulator (ARGS likewise)'
@@ -34,7 +34,7 @@ help:
 	@echo 'make types     check the annotations with mypy'
 	@echo 'make clean     remove what was built; .venv stays'
 
-bench: build
+bench: build-here
 	$(PY) examples/photo_text.py
 	$(PY) -m mmkernels bench $(ARGS)
 
@@ -43,6 +43,15 @@ test: build
 
 build: $(INSTALLED)
 	@$(COMPILE)
+
+# What this machine runs, and no more: enough to measure.
+build-here: bench-plan $(INSTALLED)
+	@MMKERNELS_THIS_MACHINE=1 $(COMPILE)
+
+bench-plan:
+	@echo 'make bench, on 2 cores: .venv is set up if it is not there (2 min), what this CPU runs is compiled as far as it'
+	@echo 'has changed (4 min if nothing is there), two photographs are compared (examples/photo_text.png), and every op is'
+	@echo 'measured against torch (5 min; ARGS=--quick: 1 min). "make test" compiles the rest.'
 
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
@@ -120,5 +129,5 @@ $(VENV)/.environment: requirements.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml setup.py
-	MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
+	MMKERNELS_BUILD_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@

@@ -7,6 +7,8 @@ MMKERNELS_TEST_ISA=1        add what only tests use: the widest ISA's code with 
                             kernels in the emulator
 MMKERNELS_SANITIZE=1        build with ASan and UBSan into build/sanitize, and leave the package's own library alone
 MMKERNELS_ISAS="a b"        compile these instruction sets only; baseline always is
+MMKERNELS_THIS_MACHINE=1    compile what this machine runs and no more: baseline and the best instruction set of its CPU,
+                            the CUDA kernels if it has a GPU; what a fuller build of before has is kept
 CXX, CUDACXX, MAX_JOBS      the compilers; the number of parallel compile jobs
 """
 
@@ -36,6 +38,7 @@ def flag(name: str, default: str = "0") -> bool:
 
 SANITIZE = flag("MMKERNELS_SANITIZE")
 TEST_ISA = flag("MMKERNELS_TEST_ISA")
+THIS_MACHINE = flag("MMKERNELS_THIS_MACHINE")
 
 
 def tool(*names: str) -> str | None:
@@ -102,13 +105,13 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if WHY_NOT:
             return announce_no_native()
-        directory = build_native()
+        libraries = build_native()
         if SANITIZE:
             return
         package = (ROOT if self.inplace or self.editable_mode else Path(self.build_lib)) / "mmkernels"
         package.mkdir(parents=True, exist_ok=True)
-        for name in LIBRARIES:
-            built, destination = directory / name, package / name
+        for built in libraries:
+            destination = package / built.name
             if not destination.exists() or destination.read_bytes() != built.read_bytes():
                 # A running process may have the old file mapped: replace it, do not write into it.
                 copy = destination.with_name(destination.name + ".tmp")
@@ -125,7 +128,8 @@ class BuildNative(build_ext):
         return []  # MANIFEST.in names them
 
 
-def build_native() -> Path:
+def build_native() -> list[Path]:
+    """Compiles; the libraries that it made."""
     assert TORCH and CMAKE and NINJA and COMPILER
     match = re.search(r"__version__ = '([^']+)'", (TORCH / "version.py").read_text())
     torch_version = match.group(1) if match else "unknown"
@@ -151,14 +155,25 @@ def build_native() -> Path:
             (directory / "CMakeCache.txt").unlink(missing_ok=True)
             subprocess.run(configure, check=True)
             stamp.write_text(arguments)
+        libraries, targets = LIBRARIES, []
+        if THIS_MACHINE and not is_current(directory / LIBRARY):
+            libraries, targets = [f"here/{LIBRARY}"], ["_C_here"]
+            if NVCC and Path("/dev/nvidiactl").exists():
+                libraries, targets = [*libraries, "libmmkernels_cuda.so"], [*targets, "mmkernels_cuda"]
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
-        subprocess.run([NINJA, "-C", str(directory), "--quiet", *jobs], check=True)
+        subprocess.run([NINJA, "-C", str(directory), "--quiet", *jobs, *targets], check=True)
     except subprocess.CalledProcessError as error:
         raise SystemExit(
             f"mmkernels: building the native library failed (exit code {error.returncode}; the messages are above, "
             "with pip under -v). MMKERNELS_BUILD_NATIVE=0 installs without it."
         ) from None
-    return directory
+    return [directory / name for name in libraries]
+
+
+def is_current(library: Path) -> bool:
+    """Whether it was linked after the last change of a source."""
+    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")]
+    return library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources)
 
 
 setup(

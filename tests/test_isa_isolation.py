@@ -104,7 +104,7 @@ def test_kernels_hold_no_instruction_beyond_their_isa(isa: str) -> None:
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the baseline ISA only")
 def test_code_outside_the_kernels_holds_baseline_instructions_only() -> None:
-    for path in objects("_C"):
+    for path in objects("host"):
         assert first_match(AVX, path) is None
 
 
