@@ -87,7 +87,7 @@ def _reference_forward(query: Tensor, *rest: Any) -> Tensors:
 
 def _differentiable_forward(*args: Any) -> Tensors:
     *arguments, _ = args
-    return reference.cross_attention(*arguments)
+    return _reference(*arguments)
 
 
 def _last_dim_dense(tensor: Tensor) -> Tensor:
@@ -251,8 +251,8 @@ def _reference_backward(
 
 
 def _differentiable_backward(*args: Any) -> Tensors:
-    grad_out, grad_log_sum, *inputs, key_lengths, _, _, _ = args[:10]
-    *options, grad_mask = args[10:]
+    grad_out, grad_log_sum, *inputs, key_lengths, _, _, _ = args[: 6 + _LEAVES]
+    *options, grad_mask = args[6 + _LEAVES :]
     grads = _pull_back(grad_out, grad_log_sum, inputs, (key_lengths, *options), grad_mask, vjp)
     return tuple(grad_out.new_empty(0) if g is None else g for g in grads)
 
