@@ -77,7 +77,7 @@ def test_the_op_itself_takes_lengths_in_any_layout(native_isa: str) -> None:
     op = torch.ops.mmkernels.cross_attention
 
     def call(n: Tensor) -> list[Tensor]:
-        return op(q, k, k, None, n, -1, -1, False, 0.0, 0.3, 0.0, None, True)
+        return op(q, k, k, None, None, None, n, -1, -1, False, 0.0, 0.3, 0.0, None, True)
 
     check_layouts(call, torch.tensor([3, 0, 9]), constant=torch.tensor(5))
     assert same_bits(call(torch.tensor([3, 0, 9], dtype=torch.int32)), call(torch.tensor([3, 0, 9])))
@@ -89,7 +89,7 @@ def test_the_op_itself_takes_lengths_in_any_layout(native_isa: str) -> None:
     check_layouts(joint, torch.tensor([3, 0, 9]), constant=torch.tensor(5))
 
     def dropped(state: Tensor) -> list[Tensor]:
-        return op(q, k, k, None, None, -1, -1, False, 0.0, 0.3, 0.5, state, True)
+        return op(q, k, k, None, None, None, None, -1, -1, False, 0.0, 0.3, 0.5, state, True)
 
     check_layouts(dropped, torch.tensor([12345, 678]), constant=torch.tensor(9))
 
@@ -178,7 +178,7 @@ def test_the_ops_themselves_take_any_window(native_isa: str) -> None:
     tail = (0.0, 0.3, 0.0, None, False)
     for bottom_right in (False, True):
         got, want = (
-            torch.ops.mmkernels.cross_attention(q, k, k, None, None, w, w, bottom_right, *tail)[0]
+            torch.ops.mmkernels.cross_attention(q, k, k, None, None, None, None, w, w, bottom_right, *tail)[0]
             for w in (sys.maxsize, -1)
         )
         torch.testing.assert_close(got, want)

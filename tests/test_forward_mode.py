@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from conftest import native_only
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -267,6 +268,7 @@ def test_vmap_of_a_jvp_is_a_loop_of_it() -> None:
     assert_near(torch.vmap(derivative)(batched), torch.stack([derivative(x) for x in batched]))
 
 
+@native_only
 def test_the_reference_is_named_with_the_reason() -> None:
     x, w = torch.randn(3, 4), torch.randn(5, 4)
     q = torch.randn(1, 1, 3, 4)
