@@ -29,7 +29,7 @@ def deformable_attention(
 ) -> Tensor:
     """Multi-scale deformable attention: every query and head sums few samples of each level's map.
 
-        out[b, q, h] = Σ_l Σ_p attention_weights[b, q, h, l, p] · sample(value_l[b, :, h], sampling_locations[b, q, h, l, p])
+        out[b, q, h] = Σ_l Σ_p a[b, q, h, l, p] · sample(value_l[b, :, h], location[b, q, h, l, p])
 
     `Deformable DETR <https://arxiv.org/abs/2010.04159>`_, and after it Grounding DINO, Mask2Former, RT-DETR, BEVFormer.
 

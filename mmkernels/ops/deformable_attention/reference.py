@@ -46,9 +46,7 @@ def deformable_attention(
     return out.to(values[0].dtype).transpose(1, 2).reshape(batch, queries, heads * width)
 
 
-def _bilinear(
-    maps: Tensor, place: Tensor, weight: Tensor, present: Tensor | None, height: int, columns: int
-) -> Tensor:
+def _bilinear(maps: Tensor, place: Tensor, weight: Tensor, present: Tensor | None, height: int, columns: int) -> Tensor:
     """As grid_sample with align_corners=False: pixel centres at (i + ½) / size, zeros beyond the map."""
     place = place.to(torch.promote_types(place.dtype, torch.float32))
     x, y = place[..., 0] * columns - 0.5, place[..., 1] * height - 0.5
