@@ -313,7 +313,7 @@ def test_maps_of_any_size_compile_once(either_backend: str) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(sized, fullgraph=True, dynamic=True, backend=counter)
-    for height, columns in ((5, 7), (6, 9), (4, 11)):
+    for height, columns in ((5, 13), (6, 9), (10, 11)):
         image = torch.randn(2, height, columns, 3, 8)
         _, _, locations, weights = make(shapes=((height, columns),))
         arguments = (image, locations.detach(), weights.detach())
