@@ -12,6 +12,7 @@ from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
+from mmkernels.ops.deformable_attention import deformable_attention
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
 from mmkernels.ops.joint_attention import joint_attention
@@ -36,6 +37,7 @@ __all__ = [
     "concat_norm_linear",
     "concat_tokens",
     "cross_attention",
+    "deformable_attention",
     "explain",
     "gated_concat",
     "gated_fusion",

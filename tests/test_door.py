@@ -75,6 +75,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
         lambda p, q, x, y, u, v, b: mmk.joint_attention([p, q], [x, y], [u, v], stream_bias=b)[1],
         [(3, 2, 4, 6), (3, 2, 5, 6), (3, 2, 4, 6), (3, 2, 7, 6), (3, 2, 4, 6), (3, 2, 7, 6), (2, 2, 2)],
     ),
+    "deformable_attention": (
+        lambda v, x, w: mmk.deformable_attention(v, [(2, 3), (1, 2)], x, w),
+        [(3, 8, 2, 6), (3, 4, 2, 2, 2, 2), (3, 4, 2, 2, 2)],
+    ),
     "varlen_cross_attention": (
         lambda q, k, v: mmk.varlen_cross_attention(q, k, v, _STARTS, _STARTS, 3, 3),
         [(3, 4, 6), (3, 2, 6), (3, 2, 5)],

@@ -3,6 +3,7 @@
 from mmkernels.nn.attention_pool import AdditiveAttentionPool, MultiplicativeAttentionPool, SplitAttentionPool
 from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
+from mmkernels.nn.deformable_attention import DeformableAttention
 from mmkernels.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.joint_attention import JointAttention
@@ -14,6 +15,7 @@ __all__ = [
     "AdditiveAttentionPool",
     "BidirectionalCrossAttention",
     "ConcatFusion",
+    "DeformableAttention",
     "GatedCrossAttentionBlock",
     "GatedFusion",
     "JointAttention",

@@ -1,0 +1,31 @@
+"""Registration of deformable_attention: schema, shapes of its output, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.deformable_attention import reference
+
+
+def _deformable_attention_fake(values: Sequence[Tensor], locations: Tensor, *_: Any) -> tuple[Tensor]:
+    batch, queries, heads = locations.shape[:3]
+    return (values[0].new_empty((batch, queries, heads * values[0].shape[3])),)
+
+
+def _rows_have_32_bits(values: Sequence[Tensor], *_: Any) -> str | None:
+    return None if sum(v.shape[1] for v in values) < 2**31 else "maps of 2^31 pixels or more"
+
+
+deformable_attention_op = DifferentiableOp(
+    "deformable_attention",
+    "Tensor[] values, Tensor locations, Tensor weights, Tensor? presence, SymInt[] shapes, int[] levels, int[] points, "
+    "bool discrete",
+    outputs="Tensor out",
+    reference=reference.deformable_attention,
+    fake=_deformable_attention_fake,
+    cpu=native_backend("deformable_attention", _rows_have_32_bits),
+)
