@@ -7,8 +7,8 @@ MMKERNELS_TEST_ISA=1        add what only tests use: the widest ISA's code with 
                             kernels in the emulator
 MMKERNELS_SANITIZE=1        build with ASan and UBSan into build/sanitize, and leave the package's own library alone
 MMKERNELS_ISAS="a b"        compile these instruction sets only; baseline always is
-MMKERNELS_THIS_MACHINE=1    compile what this machine runs and no more: baseline and the best instruction set of its CPU,
-                            the CUDA kernels if it has a GPU; what a fuller build of before has is kept
+MMKERNELS_THIS_MACHINE=1    compile what this machine runs and no more: baseline, the best instruction set of its CPU,
+                            CUDA kernels if it has a GPU; what a fuller build of before has is kept
 CXX, CUDACXX, MAX_JOBS      the compilers; the number of parallel compile jobs
 """
 
