@@ -171,8 +171,8 @@ def build_native() -> list[Path]:
 
 
 def is_current(library: Path) -> bool:
-    """Whether it was linked after the last change of a source."""
-    sources = [ROOT / "CMakeLists.txt", *(ROOT / "csrc").rglob("*")]
+    """Whether it was linked after the last change of a source for CPUs."""
+    sources = [ROOT / "CMakeLists.txt", *(x for x in (ROOT / "csrc").rglob("*") if x.suffix not in (".cu", ".cuh"))]
     return library.exists() and library.stat().st_mtime > max(source.stat().st_mtime for source in sources)
 
 

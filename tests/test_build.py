@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -144,6 +146,30 @@ def test_an_isa_this_cpu_lacks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         pytest.skip("this CPU runs every compiled instruction set")
     with pytest.raises(ValueError, match="this CPU cannot run it"):
         import_native_again(monkeypatch, MMKERNELS_ISA=lacking.pop())
+
+
+def compiled_for(target: str) -> set[str]:
+    """What a target of the Makefile's build consists of: instruction sets, "host", "simt" and "cuda"."""
+    builds = [x.parent for x in ROOT.glob("build/*-test/build.ninja")]
+    if not builds:
+        pytest.skip("the Makefile has built nothing here")
+    ninja = shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    commands = subprocess.run(
+        [str(ninja), "-C", str(builds[0]), "-t", "commands", target], check=True, capture_output=True, text=True
+    ).stdout
+    parts = {"host": "host.dir/csrc", "simt": "mmkernels_simt.dir", "cuda": "mmkernels_cuda.dir"}
+    return {*re.findall(r"-DMMK_ISA=(\w+) ", commands), *(name for name, text in parts.items() if text in commands)}
+
+
+@native_only
+def test_make_bench_compiles_the_baseline_and_the_instruction_set_that_runs_and_nothing_else() -> None:
+    best = [isa for isa in _native.supported_isas() if isa != "emulated"][-1]
+    assert compiled_for("_C_here") == {"host", "baseline", best}
+
+
+@native_only
+def test_the_whole_library_has_every_instruction_set() -> None:
+    assert compiled_for("_C") == {"host", *_native.compiled_isas()}
 
 
 def build_wheel_without_compiler(out: Path, require_native: str) -> subprocess.CompletedProcess[str]:

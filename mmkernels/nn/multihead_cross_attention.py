@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmkernels._overrides import leaf_of_traces
 from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops._checks import autocast_is_on, check_tensor, type_error, value_error
+from mmkernels.ops._products import matmul
 from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.cross_attention.op import cross_attention_op
 
@@ -115,7 +116,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
         weights = None
         if need_weights:
             weights = F.dropout(_attention_weights(q, k, mask), dropout_p)
-            out = weights.to(v.dtype) @ v
+            out = matmul(weights.to(v.dtype), v)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)
         else:
@@ -206,7 +207,8 @@ def _appended(x: Tensor, token: Tensor, batched: bool, batch_first: bool) -> Ten
 
 def _attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q kᵀ / √D + mask), [B, H, Lq, Lk], in q's dtype; 0 for a row with nothing to attend to."""
-    scores = (q @ k.mT).float() if q.dtype in (torch.bfloat16, torch.float16) else q @ k.mT
+    scores = matmul(q, k.mT)
+    scores = scores.float() if q.dtype in (torch.bfloat16, torch.float16) else scores
     scores = scores * (q.shape[-1] ** -0.5)
     if mask is None:
         return scores.softmax(-1).to(q.dtype)

@@ -3,7 +3,8 @@
 torch's product of half-precision matrices on a CPU with AMX takes the depth in pairs, and completes the last pair of an
 odd one with the element that follows in memory: the first of the next row, weighed with zero. Where that is NaN or
 infinite the row becomes NaN, and what one row holds must not reach another. With zeros to an even size there is no such
-pair; that goes for all three sizes, since each is the depth of a product of the backward.
+pair; that goes for all three sizes, since each is the depth of a product of the backward. What is being compiled stays
+as it is: sizes may be symbols there.
 """
 
 from __future__ import annotations
@@ -38,4 +39,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_paired(t: Tensor) -> bool:
-    return t.device.type == "cpu" and t.dtype in _IN_PAIRS
+    return t.device.type == "cpu" and t.dtype in _IN_PAIRS and not torch.compiler.is_compiling()
