@@ -61,7 +61,7 @@ def test_modules_on_meta_and_their_representation() -> None:
 
 
 BAD: list[tuple[type[Exception], str, tuple[Any, ...]]] = [
-    (ValueError, r"in_features: expected the width of at least one modality; got none", ([], 8, 2)),
+    (ValueError, r"in_features: expected at least one modality; got none", ([], 8, 2)),
     (TypeError, r"in_features\[1\]: expected an int; got float", ([3, 2.0], 8, 2)),
     (ValueError, r"in_features\[0\]: expected a size ≥ 0; got -1", ([-1], 8, 2)),
     (TypeError, r"out_features: expected an int; got str", ([3], "8", 2)),

@@ -15,11 +15,11 @@ def check_sizes(module: str, least: int = 0, **sizes: object) -> None:
             raise value_error(module, name, f"a size ≥ {least}", size)
 
 
-def checked_widths(module: str, argument: str, widths: Sequence[int]) -> tuple[int, ...]:
-    """The width of each modality, as a tuple."""
+def checked_widths(module: str, argument: str, widths: Sequence[int], of: str = "modality") -> tuple[int, ...]:
+    """The width of each modality, or of each of what else the module takes, as a tuple."""
     if isinstance(widths, str) or not isinstance(widths, Sequence):
-        raise type_error(module, argument, "a list of ints, one per modality", type(widths).__name__)
+        raise type_error(module, argument, f"a list of ints, one per {of}", type(widths).__name__)
     if not widths:
-        raise value_error(module, argument, "the width of at least one modality", "none")
+        raise value_error(module, argument, f"at least one {of}", "none")
     check_sizes(module, **{f"{argument}[{i}]": width for i, width in enumerate(widths)})
     return tuple(widths)

@@ -58,7 +58,7 @@ class JointAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        embed_dims = checked_widths("JointAttention", "embed_dims", embed_dims)
+        embed_dims = checked_widths("JointAttention", "embed_dims", embed_dims, "stream")
         check_sizes("JointAttention", 1, num_heads=num_heads, **({} if head_dim is None else {"head_dim": head_dim}))
         if head_dim is None:
             if embed_dims[0] % num_heads != 0:
