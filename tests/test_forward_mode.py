@@ -47,6 +47,7 @@ def _joint(a: Tensor, b: Tensor, bias: Tensor) -> list[Tensor]:
 
 
 Q, K = (2, 2, 3, 4), (2, 2, 5, 4)
+MAPS = [(2, 3), (2, 2)]
 CASES = {
     "cross_attention": Case(mmk.cross_attention, (Q, K, K)),
     "cross_attention, all options": Case(
@@ -69,6 +70,10 @@ CASES = {
     "joint_attention": Case(_joint, (Q, Q, (2, 2))),
     "bidirectional_cross_attention": Case(
         lambda q, k, x, y: mmk.bidirectional_cross_attention(q, k, x, y, y_mask=REAL, clamp=2.0), (Q, K, Q, K)
+    ),
+    "deformable_attention": Case(
+        lambda v, x, a: mmk.deformable_attention(v, MAPS, x.sigmoid(), a),
+        ((2, 10, 2, 3), (2, 3, 2, 2, 2, 2), (2, 3, 2, 2, 2)),
     ),
     "merge_attention": Case(
         lambda a, b, s, t: mmk.merge_attention([a, b], [s, t]), ((2, 3, 4), (2, 3, 4), (2, 3), (2, 3))

@@ -116,6 +116,9 @@ OPS: dict[str, Callable[..., Inputs]] = {
         x_mask=flags(B, Lx), y_mask=flags(B, Ly)),
     "merge_attention": lambda B=2, H=2, L=6, D=8: dict(
         outputs=[r(B, H, L, D), r(B, H, L, D)], lses=[r(B, H, L), r(B, H, L)]),
+    "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
+        value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=[(2, 3), (2, 2)],
+        sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),
 }  # fmt: skip
 
 # Arguments whose values say which calls are valid, so that only layouts that keep the values are tried.

@@ -127,6 +127,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[
         _pair,
     ),
     "SplitAttentionPool": (lambda: mmk.nn.SplitAttentionPool(4, 2, 3), lambda m, a, b: m([a, b]), _pair),
+    "DeformableAttention": (
+        lambda: mmk.nn.DeformableAttention(8, 2, 1, 2),
+        lambda m, a, b: m(a, b, torch.full((2, 3, 1, 2), 0.4), [(1, 5)]),
+        _tokens,
+    ),
     "ConcatFusion": (lambda: mmk.nn.ConcatFusion([4, 4], 5, missing="learned"), lambda m, a, b: m([a, b]), _pair),
     "GatedFusion": (lambda: mmk.nn.GatedFusion([4, 4], 5), lambda m, a, b: m([a, b]), _pair),
     "LowRankFusion": (lambda: mmk.nn.LowRankFusion([4, 4], 5, 2), lambda m, a, b: m([a, b]), _pair),

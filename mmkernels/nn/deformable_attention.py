@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops.deformable_attention import deformable_attention
 
 __all__ = ["DeformableAttention"]
@@ -51,7 +53,9 @@ class DeformableAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads != 0:
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_levels": num_levels, "num_points": num_points}
+        check_sizes("DeformableAttention", 1, **sizes)
+        if embed_dim % num_heads != 0:
             expected = f"a multiple of num_heads, {num_heads}"
             raise ValueError(f"DeformableAttention: embed_dim: expected {expected}; got {embed_dim}")
         self.embed_dim = embed_dim
@@ -82,6 +86,7 @@ class DeformableAttention(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
+    @leaf_of_traces
     def forward(
         self,
         query: Tensor,
@@ -152,6 +157,8 @@ class DeformableAttention(nn.Module):
         """[B, S, H, D]."""
         projected = self.value_proj(value)
         if mask is not None:
+            if mask.dtype != torch.bool:
+                raise TypeError(f"DeformableAttention: value_mask: expected dtype torch.bool; got {mask.dtype}")
             projected = projected.masked_fill(~mask.unsqueeze(-1), 0)
         return projected.unflatten(-1, (self.num_heads, -1))
 

@@ -85,7 +85,7 @@ class GatedFusion(nn.Module):
 
     @leaf_of_traces
     def forward(
-        self, xs: Sequence[Tensor], presence: Tensor | None = None, *, return_gate: bool = False
+        self, xs: Sequence[Tensor], presence: Tensor | None = None, return_gate: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Fuse the modalities.
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._fusion_checks import shape_text
 from mmkernels.ops.deformable_attention.op import deformable_attention_op
@@ -65,6 +66,8 @@ def deformable_attention(
         >>> deformable_attention(value, [(8, 8), (4, 4)], locations, weights).shape
         torch.Size([1, 5, 32])
     """
+    if is_overridden(value, spatial_shapes, sampling_locations, attention_weights, presence):
+        return overridden_call(deformable_attention, locals())
     listed = isinstance(value, (list, tuple))
     values: list[Tensor] = list(value) if listed else [value]  # type: ignore[arg-type,list-item]
     if not values:
