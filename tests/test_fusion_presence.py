@@ -123,9 +123,9 @@ def test_any_leading_dims(op: Op, backend: str) -> None:
         check_op(op[0], xs, *parameters, presence=torch.rand(*lead, 2) > 0.4, backend=backend)
 
 
-@each_op
-def test_what_torch_asks(op: Op, either_backend: str) -> None:
-    presence = torch.tensor([[True, False], [True, True], [False, False], [False, True], [True, True]])
+def with_presence(op: Op) -> tuple[Callable[..., Tensor], Callable[[int], list[Tensor]]]:
+    """The op as a function of its leaves alone, some of whose rows are absent, and leaves for so many rows."""
+    presence = torch.tensor([[True, False], [True, True], [False, False], [False, True], [True, True]] * 30)
 
     def call(*leaves: Tensor) -> Tensor:
         return op[0](list(leaves[:2]), *leaves[2:], presence=presence[: leaves[0].shape[0]])
@@ -134,17 +134,36 @@ def test_what_torch_asks(op: Op, either_backend: str) -> None:
         xs, parameters = make(op, rows, 7)
         return [*xs, *parameters]
 
+    return call, leaves_of
+
+
+@each_op
+def test_what_torch_asks(op: Op, backend: str) -> None:
+    call, leaves_of = with_presence(op)
     leaves = leaves_of(4)
     contract.check_func(call, leaves)
     contract.check_autocast(call, leaves)
     contract.check_checkpoint(call, leaves)
     contract.check_compile(call, leaves_of)
-    contract.check_each_gradient_alone(call, leaves)
-    contract.check_every_element_is_written(call, leaves)
-    contract.check_threads_and_runs_agree(call, leaves)
+    presence = torch.rand(3, 4, 2) > 0.4
+    batched = torch.vmap(lambda here: op[0](leaves[:2], *leaves[2:], presence=here))(presence)
+    each = [op[0](leaves[:2], *leaves[2:], presence=here) for here in presence]
+    torch.testing.assert_close(batched, torch.stack(each))
+
+
+@each_op
+def test_the_kernels_in_memory_threads_and_partial_gradients(op: Op, native_isa: str) -> None:
+    call, leaves_of = with_presence(op)
+    for rows in (4, 130):
+        contract.check_each_gradient_alone(call, leaves_of(rows))
+        contract.check_every_element_is_written(call, leaves_of(rows))
+        contract.check_threads_and_runs_agree(call, leaves_of(rows))
+
+
+@each_op
+def test_second_derivatives(op: Op) -> None:
+    call, leaves_of = with_presence(op)
     contract.check_second_order(call, leaves_of(3))
-    batched = torch.vmap(lambda here: op[0](leaves[:2], *leaves[2:], presence=here))(torch.stack([presence[:4]] * 2))
-    torch.testing.assert_close(batched, torch.stack([call(*leaves)] * 2))
 
 
 @each_op

@@ -20,12 +20,10 @@ def from_rows(rows: Tensor, lead: Sequence[int]) -> Tensor:
     return rows if len(lead) == 1 else rows.view(*lead, rows.shape[-1])
 
 
-def gradients_where_present(
-    grads: Sequence[Tensor], presence: Tensor | None, needed: Sequence[bool]
-) -> Sequence[Tensor]:
+def gradients_where_present(grads: Sequence[Tensor], presence: Tensor | None, needed: Sequence[bool]) -> list[Tensor]:
     """Gradients (rows, K_i) of the modalities, those that are needed zero where presence (rows, M) or (M,) is False."""
     if presence is None:
-        return grads
+        return list(grads)
     return [
         torch.where(presence[..., i : i + 1], grad, torch.zeros_like(grad)) if n else grad
         for i, (grad, n) in enumerate(zip(grads, needed, strict=True))
