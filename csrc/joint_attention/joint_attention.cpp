@@ -1,7 +1,7 @@
 // joint_attention on the CPU, as torch sees it: one call of the attention core with a segment for every stream.
-// Arguments were checked at the door (mmkernels/ops/joint_attention): queries [B, Hq, L_s, D], keys and values, of Hkv heads, of as
-// many streams as one another, stream_bias [1 or H, Sq, Sk] as [Sq, Sk] or [H, Sq, Sk], key_lengths[i] [B] that of
-// stream padded_streams[i], rng_state [2] there where dropout_p is not 0.
+// Arguments were checked at the door (mmkernels/ops/joint_attention): queries [B, Hq, L_s, D], keys and values, of Hkv
+// heads, of as many streams as one another, stream_bias [1 or H, Sq, Sk] as [Sq, Sk] or [H, Sq, Sk], key_lengths[i] [B]
+// that of stream padded_streams[i], rng_state [2] there where dropout_p is not 0.
 #include <ATen/ops/add.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
