@@ -117,7 +117,7 @@ OPS: dict[str, Callable[..., Inputs]] = {
     "merge_attention": lambda B=2, H=2, L=6, D=8: dict(
         outputs=[r(B, H, L, D), r(B, H, L, D)], lses=[r(B, H, L), r(B, H, L)]),
     "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
-        value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=[(2, 3), (2, 2)],
+        value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=((2, 3), (2, 2)),
         sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),
 }  # fmt: skip
 
@@ -302,6 +302,7 @@ def test_layouts_under_compile(name: str) -> None:
 
 # --- presence with dynamic rows ---------------------------------------------------------------------------------------
 
+ROWS = {"xs", "x", "y", "query", "residual", "presence", "value", "sampling_locations", "attention_weights"}
 WITH_PRESENCE = [name for name in OPS if "presence" in OPS[name]() and OPS[name]()["presence"].dim() == 2]
 
 
@@ -319,7 +320,7 @@ def test_export_with_dynamic_rows_and_a_presence_per_row(name: str) -> None:
 
     def split(count: int) -> tuple[Inputs, Inputs]:
         inputs = prepared(name, B=count)
-        by_row = {k for k, v in inputs.items() if k in ("xs", "x", "y", "query", "residual", "presence")}
+        by_row = set(inputs) & ROWS
         return {k: v for k, v in inputs.items() if k not in by_row}, {k: inputs[k] for k in by_row}
 
     constant, rows = split(9)

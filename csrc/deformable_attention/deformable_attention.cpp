@@ -30,7 +30,7 @@ struct Call {
     DeformableParams& p = params;
     for (size_t source = 0; source < levels_of.size(); ++source) {
       const Tensor& value = values[source];
-      TORCH_INTERNAL_ASSERT(value.size(3) <= 1 || value.stride(3) == 1);
+      TORCH_INTERNAL_ASSERT(value.numel() == 0 || value.size(3) <= 1 || value.stride(3) == 1);
       int64_t first_row = p.rows;
       for (int64_t i = 0; i < levels_of[source]; ++i) {
         const size_t level = levels.size();
