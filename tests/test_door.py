@@ -208,7 +208,7 @@ def test_the_door_itself_refuses_what_the_kernels_do_not_serve() -> None:
         for other in (w.to_sparse(), w.to("meta"), w.double(), None, 3):
             assert door(handle, checked, False, [x], other, *none) is None
         assert door(handle, checked, False, [x], w, None, 3, None, None, None) is None
-    assert door(_native.open_door("low_rank_fusion"), False, False, [x], [w], w, None) is None  # has no check
+    assert door(_native.open_door("low_rank_fusion"), False, False, [x], [w], w, None, None) is None  # has no check
 
 
 def test_a_call_that_was_not_checked_has_to_fit() -> None:
