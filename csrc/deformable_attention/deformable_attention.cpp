@@ -105,7 +105,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList values, const 
     for (const Tensor& t : result) t.zero_();
     return result;
   }
-  TORCH_INTERNAL_ASSERT(grads[0].size(2) <= 1 || grads[0].stride(2) == 1);
+  TORCH_INTERNAL_ASSERT(grads[0].numel() == 0 || grads[0].size(2) <= 1 || grads[0].stride(2) == 1);
   p.grad_out = grads[0].const_data_ptr();
   p.grad_batch_stride = grads[0].stride(0);
   p.grad_query_stride = grads[0].stride(1);

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
-from mmkernels.ops._fusion_checks import shape_text
+from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.deformable_attention.op import deformable_attention_op
 
 __all__ = ["deformable_attention"]
@@ -91,13 +91,7 @@ def deformable_attention(
             raise checks.type_error(_NAME, "method", expected, type(method).__name__)
         raise checks.value_error(_NAME, "method", expected, repr(method))
     if presence is not None:
-        checks.check_tensor(_NAME, "presence", presence)
-        if presence.dtype != torch.bool:
-            raise checks.type_error(_NAME, "presence", "dtype torch.bool", presence.dtype)
-        checks.check_same_device(_NAME, "presence", presence, name, first.device)
-        if presence.shape != (len(values),) and presence.shape != (first.shape[0], len(values)):
-            expected = f"shape {shape_text((len(values),))} or {(first.shape[0], len(values))}"
-            raise checks.value_error(_NAME, "presence", expected, tuple(presence.shape))
+        fusion.check_presence(_NAME, presence, first.shape[:1], len(values), first, name)
     if points is None:
         sampling_locations, attention_weights = sampling_locations.flatten(3, 4), attention_weights.flatten(3)
     flat = [size for shape in shapes for size in shape]
@@ -118,7 +112,7 @@ def _check_values(values: list[Tensor], listed: bool) -> None:
             raise checks.value_error(_NAME, name, "4 dims (B, S, H, D)", f"shape {tuple(value.shape)}")
         checks.check_same_kind(_NAME, first, "value[0]", **{name: value})
         if value.shape[0] != first.shape[0] or value.shape[2:] != first.shape[2:]:
-            expected = f"shape {shape_text((first.shape[0], 'S', *first.shape[2:]))}"
+            expected = f"shape {fusion.shape_text((first.shape[0], 'S', *first.shape[2:]))}"
             raise checks.value_error(_NAME, name, expected, tuple(value.shape))
 
 
@@ -186,7 +180,9 @@ def _check_samples(
         wanted = (batch, "Lq", heads, sum(points), 2)
         fits = locations.dim() == 5 and locations.shape[3] == sum(points)
     if not fits or locations.shape[0] != batch or locations.shape[2] != heads or locations.shape[-1] != 2:
-        raise checks.value_error(_NAME, "sampling_locations", f"shape {shape_text(wanted)}", tuple(locations.shape))
+        raise checks.value_error(
+            _NAME, "sampling_locations", f"shape {fusion.shape_text(wanted)}", tuple(locations.shape)
+        )
     if weights.shape != locations.shape[:-1]:
         raise checks.value_error(
             _NAME, "attention_weights", f"shape {tuple(locations.shape[:-1])}", tuple(weights.shape)
