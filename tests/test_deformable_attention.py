@@ -423,7 +423,7 @@ BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
     (TypeError, "method: expected 'bilinear' or 'discrete'; got NoneType", (v, S, x, w), {"method": None}),
     (TypeError, "presence: expected a torch.Tensor; got list", (v, S, x, w), {"presence": [True]}),
     (TypeError, "presence: expected dtype torch.bool; got torch.float32", (v, S, x, w), {"presence": torch.ones(1)}),
-    (ValueError, "presence: expected shape (1,) or (2, 1); got (2,)", (v, S, x, w),
+    (ValueError, "presence: expected shape (2, 1) or (1,); got (2,)", (v, S, x, w),
      {"presence": torch.ones(2, dtype=torch.bool)}),
 ]  # fmt: skip
 
