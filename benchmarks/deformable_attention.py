@@ -52,8 +52,10 @@ SMALL = (
 
 
 def plain(levels: tuple[tuple[int, int], ...], value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """As the models of transformers have it."""
-    batch, _, heads, width = value.shape
+    """As the models of transformers have it, but in float32 at least: on the CPU torch's grid_sample of bfloat16 reads
+    what is no pixel."""
+    dtype, (batch, _, heads, width) = value.dtype, value.shape
+    value, locations = (t.to(torch.promote_types(dtype, torch.float32)) for t in (value, locations))
     queries = locations.shape[1]
     sampled = []
     for level, maps in enumerate(value.split([h * w for h, w in levels], 1)):
@@ -61,7 +63,8 @@ def plain(levels: tuple[tuple[int, int], ...], value: Tensor, locations: Tensor,
         grid = (2 * locations - 1)[:, :, :, level].transpose(1, 2).flatten(0, 1)
         sampled.append(F.grid_sample(maps, grid, align_corners=False))
     shares = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
-    return (torch.stack(sampled, -2).flatten(-2) * shares).sum(-1).view(batch, -1, queries).transpose(1, 2)
+    out = (torch.stack(sampled, -2).flatten(-2) * shares).sum(-1)
+    return out.to(dtype).view(batch, -1, queries).transpose(1, 2)
 
 
 def ours(levels: tuple[tuple[int, int], ...], value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -111,8 +114,8 @@ def case(group: str, shape: Shape, *, training: bool = False, quick: bool = Fals
 
 
 def cases() -> list[Case]:
-    rows = [case("forward", s, quick=s is SHAPES[0]) for s in SHAPES]
-    rows += [case("training", s, training=True, quick=s is SHAPES[0]) for s in SHAPES]
+    rows = [case("forward", s, quick=s is SHAPES[-1]) for s in SHAPES]
+    rows += [case("training", s, training=True, quick=s is SHAPES[-1]) for s in SHAPES]
     rows += [case("small forward", s) for s in SMALL]
     rows += [case("small training", s, training=True) for s in SMALL]
     return rows
