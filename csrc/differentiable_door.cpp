@@ -7,10 +7,13 @@
 //                                several, or None where the call is not plain, or was not checked and does not fit
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -22,10 +25,20 @@ namespace {
 
 using at::Tensor;
 using c10::IValue;
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-enum class Kind { tensor, optional_tensor, tensors, number, optional_number, integer, integers, flag, text };
+enum class Kind {
+  tensor,
+  optional_tensor,
+  tensors,
+  number,
+  optional_number,
+  integer,
+  optional_integer,
+  integers,
+  flag,
+  text
+};
 
 Kind kind_of(const c10::Argument& argument) {
   const std::string type = argument.type()->str();
@@ -35,7 +48,7 @@ Kind kind_of(const c10::Argument& argument) {
                                                           {"float", Kind::number},
                                                           {"float?", Kind::optional_number},
                                                           {"int", Kind::integer},
-                                                          {"int?", Kind::integer},
+                                                          {"int?", Kind::optional_integer},
                                                           {"bool", Kind::flag},
                                                           {"int[]", Kind::integers},
                                                           {"str", Kind::text},
@@ -48,12 +61,13 @@ Kind kind_of(const c10::Argument& argument) {
 
 struct DoorOp {
   DoorOp(const std::string& name, size_t outputs)
-      : outputs(outputs),
+      : name(name),
+        outputs(outputs),
         forward(kernel(name, "fwd")),
         backward(kernel(name, "bwd")),
         differentiable("mmkernels::" + name + "_backward") {
     const auto& checks = DoorCheck::all();
-    if (const auto found = checks.find(name); found != checks.end()) fits = found->second;
+    if (const auto found = checks.find(name); found != checks.end()) check = found->second;
     const auto& arguments = forward.schema().arguments();
     one_output = outputs == 1 && forward.schema().returns()[0].type()->str() == "Tensor";
     for (size_t i = 0; i + 1 < arguments.size(); ++i) kinds.push_back(kind_of(arguments[i]));  // all but `training`
@@ -62,11 +76,12 @@ struct DoorOp {
     return c10::Dispatcher::singleton().findSchemaOrThrow(("mmkernels::_" + name + "_" + direction).c_str(), "");
   }
 
+  std::string name;
   size_t outputs;  // of the kernel's results, a list of tensors being one
   c10::OperatorHandle forward, backward;
   std::string differentiable;  // the backward that has a backward
   std::vector<Kind> kinds;
-  DoorCheck::Function fits = nullptr;
+  const DoorCheck* check = nullptr;
   bool one_output;  // and not a list
 };
 
@@ -77,7 +92,7 @@ std::vector<std::unique_ptr<DoorOp>>& door_ops() {
 
 // One call's arguments, and the tensors among them in order, undefined where an optional one is absent.
 struct Call {
-  bool checked = false;
+  bool one_dtype = false;  // or nobody has checked that yet
   std::vector<IValue> arguments;
   variable_list leaves;
   bool needs_grad = false;
@@ -87,9 +102,9 @@ bool take_tensor(PyObject* object, Call& call) {
   if (!is_plain(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
   if (t.is_floating_point() && !has_dense_rows(t)) return false;
-  const bool known = !t.is_floating_point()                ? !call.leaves.empty()
-                     : call.checked || call.leaves.empty() ? has_kernel_dtype(t)
-                                                           : t.scalar_type() == call.leaves[0].scalar_type();
+  const bool known = !t.is_floating_point()                   ? !call.leaves.empty()
+                     : !call.one_dtype || call.leaves.empty() ? has_kernel_dtype(t)
+                                                              : t.scalar_type() == call.leaves[0].scalar_type();
   if (!known) return false;
   call.needs_grad |= t.requires_grad();
   call.leaves.push_back(t);
@@ -126,11 +141,11 @@ bool take(PyObject* object, Kind kind, Call& call) {
       if (object != Py_None) return take(object, Kind::number, call);
       arguments.emplace_back();
       return true;
-    case Kind::integer: {  // or none
-      if (object == Py_None) {
-        arguments.emplace_back();
-        return true;
-      }
+    case Kind::optional_integer:
+      if (object != Py_None) return take(object, Kind::integer, call);
+      arguments.emplace_back();
+      return true;
+    case Kind::integer: {
       if (!PyLong_CheckExact(object)) return false;
       int overflow = 0;
       arguments.emplace_back(static_cast<int64_t>(PyLong_AsLongLongAndOverflow(object, &overflow)));
@@ -215,68 +230,124 @@ void for_each_leaf(const std::vector<Kind>& kinds, c10::ArrayRef<IValue> argumen
   }
 }
 
-struct PlainOp : torch::autograd::Function<PlainOp> {
-  static variable_list forward(AutogradContext* ctx, int64_t handle, at::TensorList present, const Call* call,
-                               bool keeps_outputs) {
-    const DoorOp& op = *door_ops()[static_cast<size_t>(handle)];
-    Results results = run_forward(op, *call, true);
-    variable_list kept(present.begin(), present.end());
-    if (keeps_outputs) kept.insert(kept.end(), results.outputs.begin(), results.outputs.end());
-    kept.insert(kept.end(), results.saved.begin(), results.saved.end());
-    ctx->save_for_backward(std::move(kept));
-    std::vector<IValue> arguments = call->arguments;  // tensors by their number only: they are kept above
-    for (size_t i = 0; i < op.kinds.size(); ++i) {
-      if (op.kinds[i] == Kind::tensor) arguments[i] = IValue();
-      if (op.kinds[i] == Kind::optional_tensor) arguments[i] = !arguments[i].isNone();
-      if (op.kinds[i] == Kind::tensors) arguments[i] = static_cast<int64_t>(arguments[i].toListRef().size());
+using NodePointer = decltype(torch::autograd::Edge::function);  // intrusive since torch 2.13, shared before
+
+// The backward of one call.
+class EagerNode : public torch::autograd::Node {
+ public:
+  EagerNode(const DoorOp& op, const Call& call) : op_(op), arguments_(call.arguments) {
+    for (size_t i = 0; i < op.kinds.size(); ++i) {  // of tensors only their number: they are kept by themselves
+      IValue& x = arguments_[i];
+      if (op.kinds[i] == Kind::tensor) x = IValue();
+      if (op.kinds[i] == Kind::optional_tensor) x = !x.isNone();
+      if (op.kinds[i] == Kind::tensors) x = static_cast<int64_t>(x.toListRef().size());
     }
-    ctx->saved_data["op"] = handle;
-    ctx->saved_data["arguments"] = c10::ivalue::Tuple::create(std::move(arguments));
-    ctx->saved_data["leaves"] = static_cast<int64_t>(present.size());
-    ctx->set_materialize_grads(results.outputs.size() > 1);  // zeros for outputs that nobody used
-    return std::move(results.outputs);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const DoorOp& op = *door_ops()[static_cast<size_t>(ctx->saved_data["op"].toInt())];
-    const auto leaves = static_cast<size_t>(ctx->saved_data["leaves"].toInt());
-    variable_list result(leaves + 3);  // one for each argument of forward
-    if (!grads[0].defined()) return result;
-    const auto arguments = ctx->saved_data["arguments"].toTuple();
-    const c10::ArrayRef<IValue> given(arguments->elements());
-    const variable_list saved = ctx->get_saved_variables();
+  // What the backward gets: the leaves that are there, the outputs where the op keeps them, and what the kernel saved.
+  void keep(const variable_list& leaves, const Results& results, bool keeps_outputs) {
+    leaves_ = leaves.size();
+    kept_.reserve(leaves_ + results.saved.size() + (keeps_outputs ? results.outputs.size() : 0));
+    for (const Tensor& t : leaves) kept_.emplace_back(t, false);
+    if (keeps_outputs) {
+      for (const Tensor& t : results.outputs) kept_.emplace_back(t, true);
+    }
+    for (const Tensor& t : results.saved) kept_.emplace_back(t, false);
+  }
+
+  std::string name() const override { return "mmkernels::" + op_.name; }
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    kept_.clear();
+    released_ = true;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list result(leaves_);
+    if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return result;
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) grads[i] = input_metadata(i).zeros_like();  // of an output that nobody used
+    }
+    const variable_list kept = unpacked();
     const bool plain = std::all_of(grads.begin(), grads.end(), pulls_plainly);
 
     torch::jit::Stack stack;
+    stack.reserve(op_.kinds.size() + 3);
     c10::List<Tensor> given_grads;
     for (const Tensor& grad : grads) given_grads.push_back(plain && !has_dense_rows(grad) ? grad.contiguous() : grad);
     stack.emplace_back(std::move(given_grads));
-    push_arguments(stack, op.kinds, given, saved.data());
-    stack.emplace_back(c10::List<Tensor>(at::TensorList(saved).slice(leaves)));
+    push_arguments(stack, op_.kinds, arguments_, kept.data());
+    stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(leaves_)));
     c10::List<bool> needed;
     size_t leaf = 0;
-    for_each_leaf(op.kinds, given, [&](bool present) {
-      needed.push_back(present && saved[leaf].is_floating_point() && ctx->needs_input_grad(leaf));
+    for_each_leaf(op_.kinds, arguments_, [&](bool present) {
+      needed.push_back(present && kept[leaf].is_floating_point() && task_should_compute_output(leaf));
       leaf += present;
     });
     stack.emplace_back(needed);
     if (plain) {
       at::AutoDispatchBelowADInplaceOrView below;
-      op.backward.callBoxed(stack);
+      op_.backward.callBoxed(stack);
     } else {
-      c10::Dispatcher::singleton().findSchemaOrThrow(op.differentiable.c_str(), "").callBoxed(stack);
+      c10::Dispatcher::singleton().findSchemaOrThrow(op_.differentiable.c_str(), "").callBoxed(stack);
     }
 
     const c10::List<Tensor> pulled = stack[0].toTensorList();
-    size_t at = 1, position = 0;  // in result, in pulled
-    for_each_leaf(op.kinds, given, [&](bool present) {
+    size_t at = 0, position = 0;  // in result, in pulled
+    for_each_leaf(op_.kinds, arguments_, [&](bool present) {
       if (present && needed.get(position)) result[at] = pulled.get(position);
       at += present;
       ++position;
     });
     return result;
   }
+
+ private:
+  variable_list unpacked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const NodePointer self = [](auto* node) {
+      if constexpr (requires { node->getptr(); }) {
+        return node->getptr();
+      } else {
+        return NodePointer::unsafe_reclaim_from_nonowning(node);
+      }
+    }(static_cast<torch::autograd::Node*>(this));
+    variable_list tensors;
+    tensors.reserve(kept_.size());
+    for (const torch::autograd::SavedVariable& kept : kept_) tensors.push_back(kept.unpack(self));
+    return tensors;
+  }
+
+  const DoorOp& op_;
+  std::vector<IValue> arguments_;
+  std::vector<torch::autograd::SavedVariable> kept_;
+  size_t leaves_ = 0;
+  bool released_ = false;
 };
+
+template <class Pointer>
+Pointer own(typename Pointer::element_type* node) {
+  if constexpr (requires { Pointer::unsafe_reclaim_from_nonowning(node); }) {
+    return Pointer::unsafe_steal_from_new(node);
+  } else {
+    return Pointer(node, [](auto* done) { deleteNode(done); });
+  }
+}
+
+variable_list run_recorded(const DoorOp& op, const Call& call, bool keeps_outputs) {
+  variable_list leaves;  // that are there
+  for (const Tensor& leaf : call.leaves) {
+    if (leaf.defined()) leaves.push_back(leaf);
+  }
+  EagerNode* const node = new EagerNode(op, call);
+  const NodePointer owned = own<NodePointer>(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(leaves));
+  Results results = run_forward(op, call, true);
+  for (Tensor& output : results.outputs) torch::autograd::set_history(output, owned);
+  node->keep(leaves, results, keeps_outputs);
+  return std::move(results.outputs);
+}
 
 PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -284,23 +355,19 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   const bool checked = arguments[1] == Py_True, keeps_outputs = arguments[2] == Py_True;
   const DoorOp& op = *door_ops().at(static_cast<size_t>(handle));
   TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 3);
-  if (!runs_plainly() || (!checked && op.fits == nullptr)) Py_RETURN_NONE;
+  if (!runs_plainly() || (!checked && op.check == nullptr)) Py_RETURN_NONE;
   Call call;
-  call.checked = checked;
+  call.one_dtype = !checked && op.check->dtypes == DoorCheck::Dtypes::one;
   call.arguments.reserve(op.kinds.size());
   for (size_t i = 0; i < op.kinds.size(); ++i) {
     if (!take(arguments[i + 3], op.kinds[i], call)) Py_RETURN_NONE;
   }
-  if (!checked && !op.fits(call.arguments)) Py_RETURN_NONE;
+  if (!checked && !op.check->fits(call.arguments)) Py_RETURN_NONE;
   variable_list outputs;
   {
     pybind11::gil_scoped_release no_gil;
     if (call.needs_grad && at::GradMode::is_enabled()) {
-      variable_list present;
-      for (const Tensor& leaf : call.leaves) {
-        if (leaf.defined()) present.push_back(leaf);
-      }
-      outputs = PlainOp::apply(handle, at::TensorList(present), &call, keeps_outputs);
+      outputs = run_recorded(op, call, keeps_outputs);
     } else {
       outputs = run_forward(op, call, false).outputs;
     }
@@ -324,8 +391,8 @@ PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssi
 
 }  // namespace
 
-std::unordered_map<std::string, DoorCheck::Function>& DoorCheck::all() {
-  static std::unordered_map<std::string, Function> checks;
+std::unordered_map<std::string, const DoorCheck*>& DoorCheck::all() {
+  static std::unordered_map<std::string, const DoorCheck*> checks;
   return checks;
 }
 

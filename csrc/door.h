@@ -25,13 +25,20 @@ class Door {
 };
 
 // Whether the arguments of an op's schema fit together, for a call whose tensors are plain and of one floating dtype or
-// bool. An op that has one lets differentiable_door take calls that nobody has checked; what does not fit goes the long
-// way, to the error that says why.
+// of none; with Dtypes::any, of any that kernels have. An op that has one lets differentiable_door take calls that
+// nobody has checked; what does not fit goes the long way, to the error that says why.
 class DoorCheck {
  public:
   using Function = bool (*)(const std::vector<c10::IValue>& arguments);
-  DoorCheck(const char* op, Function function) { all()[op] = function; }
-  static std::unordered_map<std::string, Function>& all();
+  enum class Dtypes { one, any };
+  DoorCheck(const char* op, Function function, Dtypes dtypes = Dtypes::one) : fits(function), dtypes(dtypes) {
+    all()[op] = this;
+  }
+  DoorCheck(const DoorCheck&) = delete;
+  static std::unordered_map<std::string, const DoorCheck*>& all();
+
+  const Function fits;
+  const Dtypes dtypes;
 };
 
 }  // namespace mmk

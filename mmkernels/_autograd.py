@@ -210,7 +210,7 @@ def vjp(
     return tuple(result)
 
 
-def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
     """The batching rule of an op that cannot fold the mapped dim into another: one call per example."""
 
     def example(x: Any, dim: Any, i: int) -> Any:

@@ -14,6 +14,7 @@ with one flag and one gradient per tensor argument, lists element by element; a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,16 +49,20 @@ class NativeKernels:
 
     name: str
     supports: Callable[..., str | None] | None = None
+    any_strides: bool = False  # whether they take floating tensors as they come
 
 
 @dataclass(frozen=True)
 class TritonKernels:
     """That the op's ``kernel_triton.py`` has ``forward`` and ``backward``, and what they cannot serve.
 
-    They take the arguments of the two operators' schemas; ``supports`` those of the op alone.
+    They take the arguments of the two operators' schemas; ``supports`` those of the op alone, ``supports_backward`` the
+    flags of the needed gradients before them.
     """
 
     supports: Callable[..., str | None] | None = None
+    supports_backward: Callable[..., str | None] | None = None  # default: as ``supports``
+    any_strides: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class CudaKernels:
 native_backend = NativeKernels
 
 
-def _contiguous_gradient(leaf: Tensor) -> Tensor:
+def _contiguous_gradient(leaf: Tensor, argument: str) -> Tensor:
     return leaf.new_empty(leaf.shape)
 
 
@@ -109,7 +114,10 @@ class DifferentiableOp:
         triton: the Triton kernels.
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
         keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
-        gradient: a fresh tensor with the shape and strides of the gradient of its argument; default: contiguous.
+        gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
+            argument; default: contiguous.
+        batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
+            example.
     """
 
     def __init__(
@@ -126,7 +134,8 @@ class DifferentiableOp:
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps_outputs: Callable[..., bool] = lambda *_: False,
-        gradient: Callable[[Tensor], Tensor] = _contiguous_gradient,
+        gradient: Callable[[Tensor, str], Tensor] = _contiguous_gradient,
+        batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
     ) -> None:
         self.name = name
         self._reference = reference
@@ -165,8 +174,11 @@ class DifferentiableOp:
         self._positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
         self._arguments = len(types)
         self._names = tuple(a.name for a in self.forward.overload._schema.arguments[:-1])
-        self.forward.register_gradient(self._save, self._grad, self._forward_vmap)
-        self.backward.register_gradient(self._save_for_double, self._double_grad, self._backward_vmap)
+        of_forward, of_backward = batching
+        self.forward.register_gradient(self._save, self._grad, functools.partial(of_forward, self.forward))
+        self.backward.register_gradient(
+            self._save_for_double, self._double_grad, functools.partial(of_backward, self.backward)
+        )
         # torch's old vmap (is_grads_batched, jacobian(vectorize=True)) knows no lists: it takes the reference apart.
         self.backward.impl("Batched", self._reference_backward)
         self._supports = cpu.supports
@@ -208,6 +220,10 @@ class DifferentiableOp:
             else:
                 leaves.append(args[i])
         return leaves
+
+    def _leaf_names(self, args: Sequence[Any]) -> list[str]:
+        """The name of the argument of each of the leaves."""
+        return [self._names[i] for i in self._positions for _ in (args[i] if self._is_list[i] else (args[i],))]
 
     def _with_leaves(self, args: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
         """The arguments with other things in the places of the tensors."""
@@ -274,8 +290,8 @@ class DifferentiableOp:
 
     def _backward_fake(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         *args, _, needed = rest
-        pairs = zip(self._leaves(args), needed, strict=True)
-        return [self._gradient(leaf) if leaf is not None and n else grads[0].new_empty(0) for leaf, n in pairs]
+        leaves = zip(self._leaves(args), self._leaf_names(args), needed, strict=True)
+        return [self._gradient(x, name) if x is not None and n else grads[0].new_empty(0) for x, name, n in leaves]
 
     def _reference_backward(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
         *args, _, needed = rest
@@ -284,8 +300,8 @@ class DifferentiableOp:
         pulled: Sequence[Tensor | None] = kernel_vjp(self._reference_of(args, given), wanted, grads)
         empty = grads[0].new_empty
         return [
-            empty(0) if x is None or g is None else self._in_order_of_leaf(x, g)
-            for x, g in zip(given, pulled, strict=True)
+            empty(0) if x is None or g is None else self._in_order_of_leaf(x, name, g)
+            for x, name, g in zip(given, self._leaf_names(args), pulled, strict=True)
         ]
 
     def _differentiable_backward(self, grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
@@ -295,10 +311,10 @@ class DifferentiableOp:
         pulled = vjp(self._reference_of(args, given), wanted, grads)
         return [grads[0].new_empty(0) if g is None else g for g in pulled]
 
-    def _in_order_of_leaf(self, leaf: Tensor, grad: Tensor) -> Tensor:
+    def _in_order_of_leaf(self, leaf: Tensor, name: str, grad: Tensor) -> Tensor:
         if torch._C._functorch.is_legacy_batchedtensor(grad):
             return grad.clone(memory_format=torch.contiguous_format)
-        return self._gradient(leaf).copy_(grad)
+        return self._gradient(leaf, name).copy_(grad)
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
@@ -380,14 +396,6 @@ class DifferentiableOp:
         of_arguments = self._in_places(ctx.arguments, pulled[count:])
         return (list(pulled[:count]), *of_arguments, [None] * ctx.saved_count, None)
 
-    # --- batching -----------------------------------------------------------------------------------------------------
-
-    def _forward_vmap(self, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return loop_vmap(self.forward, info, in_dims, args)
-
-    def _backward_vmap(self, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-        return loop_vmap(self.backward, info, in_dims, args)
-
 
 def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
     """The compiled forward or backward; its own arguments start at position ``first``."""
@@ -404,7 +412,7 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
         return None if kernels.supports is None else kernels.supports(*args[first:])
 
     def run(*args: Any) -> Any:
-        result = native(*(_triton.dense(x) for x in args))
+        result = native(*args) if kernels.any_strides else native(*(_triton.dense(x) for x in args))
         return list(result) if first else result
 
     return Backend("cpu", run, supports)
@@ -423,7 +431,10 @@ def _triton_backends(name: str, kernels: TritonKernels | None, function: str, fi
     """The Triton forward or backward, if there is one; the op's own arguments are [first, −end) of its."""
     if kernels is None:
         return []
-    return [_triton.triton_backend(name, function, first, _of_arguments(kernels.supports, first, end))]
+    supports = _of_arguments(kernels.supports, first, end)
+    if function == "backward" and (of_backward := kernels.supports_backward) is not None:
+        supports = lambda *args: of_backward(args[-1], *args[first:-end])  # noqa: E731
+    return [_triton.triton_backend(name, function, first, supports, kernels.any_strides)]
 
 
 def _of_arguments(supports: Callable[..., str | None] | None, first: int, end: int) -> Callable[..., str | None] | None:

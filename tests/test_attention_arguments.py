@@ -77,7 +77,8 @@ def test_the_op_itself_takes_lengths_in_any_layout(native_isa: str) -> None:
     op = torch.ops.mmkernels.cross_attention
 
     def call(n: Tensor) -> list[Tensor]:
-        return op(q, k, k, None, None, None, n, -1, -1, False, 0.0, 0.3, 0.0, None, True)
+        out, lse, stats = op(q, k, k, None, None, None, n, -1, -1, False, 0.0, 0.3, 0.0, None, False, True, True)
+        return [out, *lse, stats]
 
     check_layouts(call, torch.tensor([3, 0, 9]), constant=torch.tensor(5))
     assert same_bits(call(torch.tensor([3, 0, 9], dtype=torch.int32)), call(torch.tensor([3, 0, 9])))
@@ -89,7 +90,8 @@ def test_the_op_itself_takes_lengths_in_any_layout(native_isa: str) -> None:
     check_layouts(joint, torch.tensor([3, 0, 9]), constant=torch.tensor(5))
 
     def dropped(state: Tensor) -> list[Tensor]:
-        return op(q, k, k, None, None, None, None, -1, -1, False, 0.0, 0.3, 0.5, state, True)
+        out, lse, stats = op(q, k, k, None, None, None, None, -1, -1, False, 0.0, 0.3, 0.5, state, False, True, True)
+        return [out, *lse, stats]
 
     check_layouts(dropped, torch.tensor([12345, 678]), constant=torch.tensor(9))
 
@@ -175,7 +177,7 @@ def test_a_window_beyond_the_lengths_is_unbounded(queries: int, alignment: Any, 
 
 def test_the_ops_themselves_take_any_window(native_isa: str) -> None:
     q, k = torch.randn(2, 2, 20, 8), torch.randn(2, 2, 30, 8)
-    tail = (0.0, 0.3, 0.0, None, False)
+    tail = (0.0, 0.3, 0.0, None, False, False, False)
     for bottom_right in (False, True):
         got, want = (
             torch.ops.mmkernels.cross_attention(q, k, k, None, None, None, None, w, w, bottom_right, *tail)[0]

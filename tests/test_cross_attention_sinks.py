@@ -296,11 +296,12 @@ def test_opcheck_with_sinks_and_bias(alike: bool, backend: str) -> None:
     inputs = leaves_of_all()
     if alike:  # one gradient serves both
         inputs[3] = torch.randn_like(inputs[4]).requires_grad_()
-    options = (None, -1, 0, False, 0.0, 0.3, 0.0, None)
+    options = (None, -1, 0, False, 0.0, 0.3, 0.0, None, False, True)
     torch.library.opcheck(torch.ops.mmkernels.cross_attention.default, (*inputs, *options, True))
-    out, row_max, log_sum = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
-    saved = (out.detach(), row_max, log_sum.detach())
-    arguments = (torch.randn_like(out), torch.randn_like(log_sum), *inputs, None, *saved, *options[1:], [True] * 6)
+    out, (lse,), stats = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
+    outputs = [out.detach(), lse.detach()]
+    grads = [torch.randn_like(x) for x in outputs]
+    arguments = (grads, *inputs, *options, [*outputs, stats.detach()], [True] * 6 + [False] * 2)
     torch.library.opcheck(torch.ops.mmkernels.cross_attention_backward.default, arguments)
 
 

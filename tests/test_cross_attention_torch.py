@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mmkernels as mmk
 from mmkernels import _native
+from mmkernels.ops.cross_attention.op import cross_attention_op
 
 
 def make(query_len: int = 7, key_len: int = 9, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -42,54 +43,28 @@ def grads_of(outputs: tuple[Tensor, Tensor], leaves: list[Tensor]) -> tuple[Tens
 
 OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "masks and lse": lambda: (
-        *make(),
-        mask_with_grad(),
-        None,
-        None,
-        torch.tensor([9, 4]),
-        5,
-        0,
-        False,
-        3.0,
-        0.3,
-        0.0,
-        None,
-        True,
+        *(*make(), mask_with_grad(), None, None, torch.tensor([9, 4])),
+        *(5, 0, False, 3.0, 0.3, 0.0, None, False, True, True),
     ),
-    "gradient without saved lse": lambda: (
-        *make(),
-        mask_with_grad(),
-        *(None, None, None),
-        *(-1, -1, False, 0.0, 0.3, 0.0, None, False),
+    "gradient without what it wants saved": lambda: (
+        *(*make(), mask_with_grad(), None, None, None),
+        *(-1, -1, False, 0.0, 0.3, 0.0, None, False, False, False),
     ),
     "dropout": lambda: (
-        *make(),
-        *(None, None, None, None),
-        *(-1, -1, False, 0.0, 0.3, 0.2, torch.tensor([3, 4]), True),
+        *(*make(), None, None, None, None),
+        *(-1, -1, False, 0.0, 0.3, 0.2, torch.tensor([3, 4]), False, False, True),
     ),
     "transposed, no gradient": lambda: (
         *(x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in make()),
-        *(None, None, None, None),
-        -1,
-        0,
-        True,
-        0.0,
-        0.3,
-        0.0,
-        None,
-        False,
+        *(None, None, None, None, -1, 0, True, 0.0, None, 0.0, None, False, False, False),
     ),
     "last dim strided": lambda: (
         *(x.detach().repeat_interleave(2, 3)[..., ::2] for x in make()),
-        *(None, None, None, None),
-        -1,
-        -1,
-        False,
-        0.0,
-        0.3,
-        0.0,
-        None,
-        True,
+        *(None, None, None, None, -1, -1, False, 0.0, 0.3, 0.0, None, False, True, False),
+    ),
+    "mask of two dims": lambda: (
+        *(*make(), torch.randn(1, 9, requires_grad=True), None, None, None),
+        *(-1, -1, False, 0.0, 0.3, 0.0, None, False, False, True),
     ),
 }
 
@@ -99,14 +74,15 @@ def test_opcheck_of_the_forward(arguments: str, backend: str) -> None:
     torch.library.opcheck(torch.ops.mmkernels.cross_attention.default, OPCHECKS[arguments]())
 
 
-@pytest.mark.parametrize("grad_mask", [[True] * 4, [False, True, False, True]], ids=["all", "key and mask"])
-def test_opcheck_of_the_backward(grad_mask: list[bool], backend: str) -> None:
-    inputs = (*make(), mask_with_grad())
-    options = (None, None, None, -1, -1, False, 0.0, 0.3, 0.0, None)
-    out, row_max, log_sum = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
-    saved = (out.detach(), row_max, log_sum.detach())
-    arguments = (torch.randn_like(out), torch.randn_like(log_sum), *inputs, *options[:3], *saved, *options[3:])
-    arguments = (*arguments, [*grad_mask, False, False])
+@pytest.mark.parametrize("of_inputs", [[True] * 4, [False, True, False, True]], ids=["all", "key and mask"])
+@pytest.mark.parametrize("return_lse", [False, True], ids=["output", "output and lse"])
+def test_opcheck_of_the_backward(of_inputs: list[bool], return_lse: bool, backend: str) -> None:
+    inputs = (*make(), mask_with_grad(), None, None, None)
+    options = (-1, -1, False, 0.0, 0.3, 0.0, None, False, return_lse)
+    out, lse, stats = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
+    outputs = [out.detach(), *(x.detach() for x in lse)]
+    grads = [torch.randn_like(x) for x in outputs]
+    arguments = (grads, *inputs, *options, [*outputs, stats.detach()], [*of_inputs, False, False, False, False])
     torch.library.opcheck(torch.ops.mmkernels.cross_attention_backward.default, arguments)
 
 
@@ -328,34 +304,100 @@ def plain_inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(s).to(dtype).requires_grad_() for s in shapes]
 
 
+# Every option but dropout, whose bits are drawn in Python.
+SHORT: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": dict(scale=0.3),
+    "bool mask": dict(attn_mask=torch.arange(21)[None] % 3 > 0),
+    "mask for each batch element": dict(attn_mask=torch.randn(2, 1, 1, 21)),
+    "float mask of two dims": dict(attn_mask=torch.randn(9, 21)),
+    "expanded mask": dict(attn_mask=torch.randn(2, 1, 9, 1).expand(2, 4, 9, 21)),
+    "mask and bias": dict(attn_mask=torch.arange(21)[None] % 3 > 0, attn_bias=torch.randn(4, 9, 21)),
+    "bias alone": dict(attn_bias=torch.randn(1, 1, 9, 1)),
+    "sinks": dict(sinks=torch.randn(4)),
+    "lengths": dict(key_lengths=torch.tensor([21, 4])),
+    "strided lengths": dict(key_lengths=torch.tensor([21, 0, 4, 0])[::2]),
+    "causal": dict(is_causal=True),
+    "causal from the bottom right, by lengths": dict(
+        is_causal=True, causal_alignment="bottom_right", key_lengths=torch.tensor([21, 4])
+    ),
+    "window": dict(window=(3, 2)),
+    "softcap": dict(softcap=2.0),
+    "log-sum-exp": dict(return_lse=True),
+    "grouped heads": dict(enable_gqa=True),
+}
+
+
+def everything_short(options: dict[str, Any], inputs: list[Tensor]) -> list[Tensor]:
+    """Output, LSE and gradients, those of masks too."""
+    q, k, v = inputs
+    masks = {n: options[n].clone().requires_grad_() for n in options if is_differentiable(options[n])}
+    options = {**options, **masks}
+    if options.get("enable_gqa"):
+        k, v = k[:, :2], v[:, :2]
+    result = mmk.cross_attention(q, k, v, **options)
+    outputs = result if isinstance(result, tuple) else (result,)
+    total = sum(o.float().square().sum() for o in outputs)
+    return [*outputs, *torch.autograd.grad(total, [*inputs, *masks.values()])]
+
+
+def is_differentiable(option: Any) -> bool:
+    return isinstance(option, Tensor) and option.is_floating_point()
+
+
 @short_way
-@pytest.mark.parametrize("function", [mmk.cross_attention, mmk.scaled_dot_product_attention])
-@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("option", SHORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_short_way_in_gives_the_bits_of_the_long_one(
-    function: Callable[..., Tensor], scale: float | None, dtype: torch.dtype
+def test_the_short_way_in_serves_every_option_with_the_bits_of_the_long_one(
+    option: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = plain_inputs(dtype)
-    short = function(*inputs, scale=scale)
-    assert short.grad_fn is not None and "PlainCrossAttention" in short.grad_fn.name()
     with mmk.use_backend("cpu"):
-        long = function(*inputs, scale=scale)
-    assert "PlainCrossAttention" not in long.grad_fn.name()
-    grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (short, long)]
-    assert agree([short, *grads[0]], [long, *grads[1]])
+        long = everything_short(SHORT[option], inputs)
+    monkeypatch.setattr(cross_attention_op, "forward", None)  # which only the long way asks for
+    short = everything_short(SHORT[option], inputs)
+    assert agree(short, long)
+
+
+@short_way
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_drop_in_takes_the_short_way(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in plain_inputs())
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    monkeypatch.setattr(cross_attention_op, "forward", None)
+    torch.testing.assert_close(mmk.scaled_dot_product_attention(q, k, v, is_causal=causal), want)
 
 
 @short_way
 def test_the_short_way_in_is_left_to_plain_calls() -> None:
-    door = _native.door("cross_attention_door")
     q, k, v = (x.detach() for x in plain_inputs())
-    assert door(q, k, v, None) is not None
-    for other in (q.double(), q.to("meta"), q[0], q.mT.contiguous().mT, k[:1], k[:, :, :8], None, 3):
-        assert door(q, k, other, None) is None
-    assert door(q.double(), k.double(), v.double(), None) is None
-    assert door(q, k, v, 1) is None
+
+    def short(*tensors: Any, **changes: Any) -> Any:
+        names = ("mask", "bias", "sinks", "lengths", "left", "right", "bottom_right", "softcap", "scale", "dropout_p")
+        usual = dict(zip(names, (None, None, None, None, -1, -1, False, 0.0, None, 0.0), strict=True))
+        return cross_attention_op.unchecked(*tensors, *{**usual, **changes}.values(), None, False, False)
+
+    assert short(q, k, v) is not None
+    for other in (q.double(), q.to("meta"), q[0], q.mT.contiguous().mT, k[:1], k[:, :, :8], k[:, :2], None, 3):
+        assert short(q, k, other) is None
+    assert short(q.double(), k.double(), v.double()) is None
+    for change in (
+        dict(scale=1),
+        dict(mask=torch.ones(9, 20, dtype=torch.bool)),
+        dict(mask=torch.ones(9, 21, dtype=torch.int32)),
+        dict(bias=torch.ones(9, 21, dtype=torch.bool)),
+        dict(sinks=torch.ones(3)),
+        dict(lengths=torch.tensor([22, 4])),
+        dict(lengths=torch.tensor([-1, 4])),
+        dict(left=-2),
+        dict(left=None),
+        dict(softcap=-1.0),
+        dict(softcap=float("nan")),
+        dict(dropout_p=0.5),
+    ):
+        assert short(q, k, v, **change) is None, change
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert door(q, k, v, None) is None
+        assert short(q, k, v) is None
         assert mmk.cross_attention(q, k, v).dtype == torch.bfloat16
     assert torch.func.vmap(lambda q: mmk.cross_attention(q, k, v))(torch.stack([q, q])).shape == (2, 2, 4, 9, 24)
 

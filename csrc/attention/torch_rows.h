@@ -24,6 +24,9 @@ inline Rows rows_of(const at::Tensor& t) {
   return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+// With a last dim that is contiguous.
+inline at::Tensor dense_rows(const at::Tensor& t) { return t.stride(-1) == 1 || t.size(-1) <= 1 ? t : t.contiguous(); }
+
 // Lengths, or words of a random state, as kernels read them: dense int64, whatever the layout they came in.
 inline at::Tensor dense_integers(const at::Tensor& t) { return t.to(at::kLong).contiguous(); }
 inline std::optional<at::Tensor> dense_integers(const std::optional<at::Tensor>& t) {
@@ -66,7 +69,18 @@ inline at::Tensor empty_gradient(bool wanted, const at::Tensor& like) {
 }
 
 inline bool is_finite(const at::Tensor& t) {
-  return t.numel() == 0 || std::isfinite(at::sum(t, at::ScalarType::Float).item<float>());
+  constexpr int64_t kFew = 4096;  // elements that are looked at sooner than torch is asked
+  if (t.numel() > kFew || !t.is_non_overlapping_and_dense() || t.element_size() > 4) {
+    return t.numel() == 0 || std::isfinite(at::sum(t, at::ScalarType::Float).item<float>());
+  }
+  const auto exponents_below = [&](auto bits, unsigned exponent) {
+    const auto* p = static_cast<const decltype(bits)*>(t.const_data_ptr());
+    unsigned most = 0;
+    for (int64_t i = 0; i < t.numel(); ++i) most = std::max<unsigned>(most, p[i] & exponent);
+    return most != exponent;
+  };
+  if (t.scalar_type() == at::kFloat) return exponents_below(uint32_t{}, 0x7f800000u);
+  return exponents_below(uint16_t{}, t.scalar_type() == at::kHalf ? 0x7c00u : 0x7f80u);
 }
 
 // Keys of which K or V holds NaN or infinity, [B, Hkv, Lk]; zeros take their place. Undefined if there are none.

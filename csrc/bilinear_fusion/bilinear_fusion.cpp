@@ -8,6 +8,7 @@
 
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -82,6 +83,20 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
   for (int s = 0; s < 2; ++s) present.clear(results[s], s);
   return results;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const Tensor &x = arguments[0].toTensor(), &y = arguments[1].toTensor();
+  const Tensor &x_weight = arguments[2].toTensor(), &y_weight = arguments[3].toTensor();
+  const int64_t rank = arguments[4].toInt();
+  for (const Tensor* t : {&x, &y, &x_weight, &y_weight}) {
+    if (t->dim() != 2 || t->scalar_type() != x.scalar_type()) return false;
+  }
+  return arguments[5].isNone() && y.size(0) == x.size(0) && x_weight.size(1) == x.size(1) &&
+         y_weight.size(1) == y.size(1) && y_weight.size(0) == x_weight.size(0) && rank >= 1 &&
+         x_weight.size(0) % rank == 0;
+}
+
+const DoorCheck door_check("bilinear_fusion", fits);
 
 }  // namespace
 

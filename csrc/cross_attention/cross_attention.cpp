@@ -1,7 +1,6 @@
-// cross_attention on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/cross_attention):
-// here they become Params, and outputs are allocated. All tensors are [B, H, L, features], features contiguous.
-#include "csrc/cross_attention/cross_attention.h"
-
+// cross_attention on the CPU, as torch sees it. Arguments were checked before (mmkernels/ops/cross_attention, or
+// `fits`): here they become Params, and outputs are allocated. Query, key and value are [B, H, L, features]; masks
+// broadcast.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -10,12 +9,16 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <vector>
 
 #include "csrc/attention/torch_rows.h"
+#include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -34,6 +37,26 @@ struct Options {
 struct Inputs {
   Tensor query, key, value;
   OptionalTensor mask, bias, sinks, key_lengths, rng_state;
+
+  Inputs(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+         const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+         const OptionalTensor& rng_state)
+      : query(dense_rows(query)),
+        key(dense_rows(key)),
+        value(dense_rows(value)),
+        mask(four_dims(mask)),
+        bias(four_dims(bias)),
+        sinks(sinks ? OptionalTensor(sinks->contiguous()) : sinks),
+        key_lengths(dense_integers(key_lengths)),
+        rng_state(dense_integers(rng_state)) {}
+
+  // A mask of two to four dims as one of four, whose last is dense or repeated.
+  static OptionalTensor four_dims(const OptionalTensor& mask) {
+    if (!mask) return mask;
+    Tensor t = *mask;
+    while (t.dim() < 4) t = t.unsqueeze(0);
+    return t.size(3) > 1 && t.stride(3) > 1 ? t.contiguous() : t;
+  }
 };
 
 Dtype dtype_of(const Tensor& t) {
@@ -50,8 +73,6 @@ Dtype dtype_of(const Tensor& t) {
       TORCH_CHECK_TYPE(false, "cross_attention: expected float32, bfloat16 or float16; got ", t.scalar_type());
   }
 }
-
-OptionalTensor contiguous(const OptionalTensor& t) { return t ? OptionalTensor(t->contiguous()) : t; }
 
 // Strides of a mask or of its gradient, 0 where it is broadcast.
 template <class M>
@@ -121,13 +142,21 @@ bool has_no_scores(const Inputs& in) {
   return in.query.size(0) == 0 || in.query.size(1) == 0 || in.query.size(2) == 0 || in.key.size(2) == 0;
 }
 
-// row_max [B, Hq, Lq] of rows without a key: that of their sinks, which need no log_sum.
-void fill_with_sinks(const Inputs& in, const Tensor& out, const Tensor& row_max, const Tensor& log_sum) {
+// Stats of rows without a key: row_max is that of their sinks, which need no log_sum.
+void fill_with_sinks(const Inputs& in, const Tensor& out, const Tensor& stats) {
   const Tensor sinks = in.sinks->view({1, -1, 1});
   out.masked_fill_(sinks.isnan().unsqueeze(-1), std::numeric_limits<double>::quiet_NaN());
-  if (row_max.dim() != 3) return;
-  row_max.copy_(sinks.expand_as(row_max));
-  log_sum.copy_(row_max.masked_fill(sinks.ne(-kInfinity), 0));
+  if (stats.dim() != 4) return;
+  stats[0].copy_(sinks.expand_as(stats[0]));
+  stats[1].copy_(stats[0].masked_fill(sinks.ne(-kInfinity), 0));
+}
+
+// row_max + log_sum of stats [2, B, Hq, Lq].
+Tensor lse_of(const Tensor& stats) {
+  const Tensor lse = at::empty(stats.sizes().slice(1), stats.options());
+  const auto* row_max = stats.const_data_ptr<float>();
+  std::transform(row_max, row_max + lse.numel(), row_max + lse.numel(), lse.data_ptr<float>(), std::plus<float>());
+  return lse;
 }
 
 // Rows that may attend to no key, [B, Hq, Lq], where a sink hides that from row_max.
@@ -154,36 +183,46 @@ bool is_masked(const Inputs& in, const Options& o, bool mask_hides) {
   return mask_hides || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
 }
 
-}  // namespace
+using Outputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // out, lse where it is asked for, and stats: row_max
+                                                                  // and log_sum, [2, B, Hq, Lq], of a training
 
-std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(
-    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias,
-    const OptionalTensor& sinks, const OptionalTensor& key_lengths, int64_t window_left, int64_t window_right,
-    bool bottom_right, double softcap, double scale, double dropout_p, const OptionalTensor& rng_state, bool with_lse) {
-  Inputs in{query, key, value, mask, bias, contiguous(sinks), dense_integers(key_lengths), dense_integers(rng_state)};
-  const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
+Options options_of(const Tensor& query, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+                   const std::optional<double>& scale, double dropout_p) {
+  const auto features = static_cast<double>(std::max<int64_t>(query.size(3), 1));
+  return {window_left, window_right, bottom_right, softcap, scale ? *scale : 1. / std::sqrt(features), dropout_p};
+}
+
+Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
+                const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+                int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
+                std::optional<double> scale, double dropout_p, const OptionalTensor& rng_state, bool, bool return_lse,
+                bool training) {
+  Inputs in(query, key, value, mask, bias, sinks, key_lengths, rng_state);
+  const Options o = options_of(query, window_left, window_right, bottom_right, softcap, scale, dropout_p);
+  const bool with_stats = training || return_lse;
   const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), query.size(2), value.size(3)});
-  const auto stats_options = query.options().dtype(at::kFloat);
-  const std::vector<int64_t> stats_size = with_lse ? query.sizes().slice(0, 3).vec() : std::vector<int64_t>{0};
-  const Tensor row_max = at::empty(stats_size, stats_options), log_sum = at::empty(stats_size, stats_options);
+  const Tensor none = at::empty({0}, query.options().dtype(at::kFloat));
+  const Tensor stats = with_stats ? at::empty({2, query.size(0), query.size(1), query.size(2)}, none.options()) : none;
+  const auto outputs = [&]() -> Outputs {
+    return {out, return_lse ? std::vector<Tensor>{lse_of(stats)} : std::vector<Tensor>{}, training ? stats : none};
+  };
   if (has_no_scores(in)) {
     out.zero_();
-    row_max.fill_(-kInfinity);
-    log_sum.fill_(-kInfinity);
-    if (sinks) fill_with_sinks(in, out, row_max, log_sum);
-    return {out, row_max, log_sum};
+    stats.fill_(-kInfinity);
+    if (sinks) fill_with_sinks(in, out, stats);
+    return outputs();
   }
   bool mask_hides = false;
   const auto run = [&](const Tensor& poisoned) {
     AttentionParams p = make_params(in, o, 2., &mask_hides);
     p.queries[0].out = rows_of(out);
-    if (with_lse) {
-      p.queries[0].row_max = row_max.data_ptr<float>();
-      p.queries[0].log_sum = log_sum.data_ptr<float>();
+    if (with_stats) {
+      p.queries[0].row_max = stats.data_ptr<float>();
+      p.queries[0].log_sum = p.queries[0].row_max + stats.numel() / 2;
     }
     p.keys[0].poisoned = poison_data(poisoned);
     constexpr int64_t kFew = 4;
-    const bool few = !with_lse && dropout_p == 0. && query.size(2) <= kFew;
+    const bool few = !with_stats && dropout_p == 0. && query.size(2) <= kFew;
     (few ? MMK_DISPATCH(attention_few_queries) : MMK_DISPATCH(attention_forward))(p);
   };
   run({});
@@ -191,29 +230,30 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_forward(
   if (is_masked(in, o, mask_hides) && !is_finite(out)) {
     if (const Tensor poisoned = take_out_poison(in.key, in.value); poisoned.defined()) run(poisoned);
   }
-  return {out, row_max, log_sum};
+  return outputs();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backward(
-    const Tensor& grad_out, const OptionalTensor& grad_log_sum, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& sinks,
-    const OptionalTensor& key_lengths, const Tensor& out, const Tensor& row_max, const Tensor& log_sum,
-    int64_t window_left, int64_t window_right, bool bottom_right, double softcap, double scale, double dropout_p,
-    const OptionalTensor& rng_state, std::array<bool, 6> grad_mask) {
-  Inputs in{query, key, value, mask, bias, contiguous(sinks), dense_integers(key_lengths), dense_integers(rng_state)};
-  const Options o{window_left, window_right, bottom_right, softcap, scale, dropout_p};
-  const Tensor dq = empty_gradient(grad_mask[0], query), dk = empty_gradient(grad_mask[1], key),
-               dv = empty_gradient(grad_mask[2], value);
-  const Tensor row_max_dense = row_max.contiguous(), log_sum_dense = log_sum.contiguous();
-  const Tensor grad_log_sum_dense = grad_log_sum ? grad_log_sum->contiguous() : Tensor{};
+std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Tensor& key, const Tensor& value,
+                             const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& sinks,
+                             const OptionalTensor& key_lengths, int64_t window_left, int64_t window_right,
+                             bool bottom_right, double softcap, std::optional<double> scale, double dropout_p,
+                             const OptionalTensor& rng_state, bool, bool return_lse, at::TensorList saved,
+                             const c10::List<bool>& needed) {
+  Inputs in(query, key, value, mask, bias, sinks, key_lengths, rng_state);
+  const Options o = options_of(query, window_left, window_right, bottom_right, softcap, scale, dropout_p);
+  const bool of_mask = needed[3], of_bias = needed[4], of_sinks = needed[5];
+  const Tensor dq = empty_gradient(needed[0], query), dk = empty_gradient(needed[1], key),
+               dv = empty_gradient(needed[2], value);
+  const Tensor out = dense_rows(saved[0]), stats = saved[saved.size() - 1].contiguous();  // between them the LSE
+  const Tensor grad_lse = return_lse ? grads[1].contiguous() : Tensor{};
   const auto none = [&] { return at::empty({0}, query.options()); };
-  Tensor grad = grad_out, dmask = none(), dsinks = grad_mask[5] ? at::empty_like(*in.sinks) : none();
+  Tensor grad = dense_rows(grads[0]), dmask = none(), dsinks = of_sinks ? at::empty_like(*in.sinks) : none();
   // The gradient of both masks is summed for what they are broadcast to.
-  const bool of_masks = grad_mask[3] || grad_mask[4], of_both = grad_mask[3] && grad_mask[4];
-  const std::vector<int64_t> dmask_shape = of_both        ? joint_shape(*mask, *bias)
-                                           : grad_mask[3] ? mask->sizes().vec()
-                                           : grad_mask[4] ? bias->sizes().vec()
-                                                          : std::vector<int64_t>{};
+  const bool of_masks = of_mask || of_bias, of_both = of_mask && of_bias;
+  const std::vector<int64_t> dmask_shape = of_both   ? joint_shape(*in.mask, *in.bias)
+                                           : of_mask ? in.mask->sizes().vec()
+                                           : of_bias ? in.bias->sizes().vec()
+                                                     : std::vector<int64_t>{};
   const bool sums_mask =  // in float32: broadcast entries, and those of two
       of_both ||
       (of_masks && dmask_shape != std::vector<int64_t>{query.size(0), query.size(1), query.size(2), key.size(2)});
@@ -224,14 +264,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
     QuerySegment& q = p.queries[0];
     q.out = rows_of(out);
     q.grad_out = rows_of(grad);
-    q.row_max = row_max_dense.data_ptr<float>();
-    q.log_sum = log_sum_dense.data_ptr<float>();
-    if (grad_log_sum) q.grad_log_sum = grad_log_sum_dense.const_data_ptr<float>();
-    if (grad_mask[0]) q.grad_query = rows_of(dq);
-    if (grad_mask[1]) p.keys[0].grad_key = rows_of(dk);
-    if (grad_mask[2]) p.keys[0].grad_value = rows_of(dv);
+    q.row_max = stats.data_ptr<float>();
+    q.log_sum = q.row_max + stats.numel() / 2;
+    if (return_lse) q.grad_log_sum = grad_lse.const_data_ptr<float>();
+    if (needed[0]) q.grad_query = rows_of(dq);
+    if (needed[1]) p.keys[0].grad_key = rows_of(dk);
+    if (needed[2]) p.keys[0].grad_value = rows_of(dv);
     if (of_masks) {
-      const auto options = (grad_mask[3] ? mask : bias)->options();
+      const auto options = (of_mask ? mask : bias)->options();
       // Blocks that a mask per key hides as a whole are left out.
       const bool leaves_out = (mask && bias) || query.size(2) == 1;
       p.grad_mask.zeroed = sums_mask || leaves_out || key_lengths || window_left >= 0 || window_right >= 0;
@@ -241,53 +281,102 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_attention_backw
       p.grad_mask.dtype = dtype_of(dmask);
       set_strides(p.grad_mask, dmask);
     }
-    if (grad_mask[5]) p.grad_sinks = dsinks.data_ptr<float>();
+    if (of_sinks) p.grad_sinks = dsinks.data_ptr<float>();
     p.keys[0].poisoned = poison_data(poisoned);
     MMK_DISPATCH(attention_backward)(p);
   };
+  const auto result = [&](const Tensor& of_mask, const Tensor& of_bias) -> std::vector<Tensor> {
+    return {dq, dk, dv, of_mask, of_bias, dsinks, none(), none()};  // the last are lengths and random state
+  };
   if (has_no_scores(in)) {
     for (const Tensor& t : {dq, dk, dv, dsinks}) t.zero_();
-    if (grad_mask[5] && grad_log_sum) {  // each row's lse is its sink
-      dsinks.copy_(grad_log_sum_dense.sum({0, 2}).masked_fill(in.sinks->eq(-kInfinity), 0));
+    if (of_sinks && return_lse) {  // each row's lse is its sink
+      dsinks.copy_(grad_lse.sum({0, 2}).masked_fill(in.sinks->eq(-kInfinity), 0));
     }
     const auto zeros = [&](bool wanted, const OptionalTensor& t) {
       return wanted ? at::zeros(t->sizes(), t->options()) : none();
     };
-    return {dq, dk, dv, zeros(grad_mask[3], mask), zeros(grad_mask[4], bias), dsinks};
+    return result(zeros(of_mask, mask), zeros(of_bias, bias));
   }
   run({});
   const std::array results{dq, dk, dv, dmask, dsinks};
   if (is_masked(in, o, mask_hides) && !std::all_of(results.begin(), results.end(), is_finite)) {
-    const Tensor empty = (sinks ? idle_rows(in, o) : row_max_dense.eq(-kInfinity)).unsqueeze(-1);
+    const Tensor empty = (sinks ? idle_rows(in, o) : stats[0].eq(-kInfinity)).unsqueeze(-1);
     in.query = query.masked_fill(empty, 0);
-    grad = grad_out.masked_fill(empty, 0);
+    grad = grad.masked_fill(empty, 0);
     run(take_out_poison(in.key, in.value));
   }
-  const auto of = [&](bool wanted, const OptionalTensor& t) {
+  const auto of = [&](bool wanted, const OptionalTensor& given, const OptionalTensor& t) {
     if (!wanted) return none();
     const Tensor summed = dmask.sum_to_size(t->sizes()).to(t->scalar_type());
-    return of_both && summed.is_alias_of(dmask) ? summed.clone() : summed;
+    return (of_both && summed.is_alias_of(dmask) ? summed.clone() : summed).view(given->sizes());
   };
-  return {dq, dk, dv, of(grad_mask[3], mask), of(grad_mask[4], bias), dsinks};
+  return result(of(of_mask, mask, in.mask), of(of_bias, bias, in.bias));
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const Tensor &query = arguments[0].toTensor(), &key = arguments[1].toTensor(), &value = arguments[2].toTensor();
+  if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
+  const auto dtype = query.scalar_type();
+  const auto q = query.sizes(), k = key.sizes(), v = value.sizes();
+  const bool may_group = arguments[14].toBool();
+  const bool heads_fit = k[1] == q[1] || (may_group && k[1] > 0 && q[1] % k[1] == 0);
+  if (key.scalar_type() != dtype || value.scalar_type() != dtype || k[0] != q[0] || v[0] != q[0] || !heads_fit ||
+      v[1] != k[1] || k[3] != q[3] || v[2] != k[2] || q[3] == 0 || !is_countable({q[0], q[1], q[2], k[2]})) {
+    return false;
+  }
+  const std::array full{q[0], q[1], q[2], k[2]};
+  const auto broadcasts = [&](const c10::IValue& argument, bool may_be_flags) {
+    if (argument.isNone()) return true;
+    const Tensor& mask = argument.toTensor();
+    if (mask.dim() < 2 || mask.dim() > 4) return false;
+    for (int64_t back = 1; back <= mask.dim(); ++back) {
+      if (mask.size(-back) != 1 && mask.size(-back) != full[static_cast<size_t>(4 - back)]) return false;
+    }
+    return mask.scalar_type() == dtype || mask.scalar_type() == at::kFloat ||
+           (may_be_flags && mask.scalar_type() == at::kBool);
+  };
+  if (!broadcasts(arguments[3], true) || !broadcasts(arguments[4], false)) return false;
+  if (!arguments[5].isNone()) {
+    const Tensor& sinks = arguments[5].toTensor();
+    if (sinks.dim() != 1 || sinks.size(0) != q[1] || sinks.scalar_type() != at::kFloat) return false;
+  }
+  if (!arguments[6].isNone()) {
+    const Tensor& lengths = arguments[6].toTensor();
+    if (lengths.dim() != 1 || lengths.size(0) != q[0] || lengths.scalar_type() != at::kLong) return false;
+    const auto* length = lengths.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < q[0]; ++b, length += lengths.stride(0)) {
+      if (*length < 0 || *length > k[2]) return false;
+    }
+  }
+  constexpr int64_t kLongest = int64_t{1} << 62;  // LONGEST of mmkernels/ops/_attention_checks.py
+  for (const size_t side : {7, 8}) {
+    if (arguments[side].toInt() < -1 || arguments[side].toInt() >= kLongest) return false;
+  }
+  const double softcap = arguments[10].toDouble();
+  return softcap >= 0. && softcap < std::numeric_limits<double>::infinity() && arguments[12].toDouble() == 0.;
+}
+
+const DoorCheck door_check("cross_attention", fits, DoorCheck::Dtypes::any);  // those of masks may differ
+
+}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
-      "_cross_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? attn_bias, Tensor? "
-      "sinks, "
-      "Tensor? key_lengths, int window_left, int window_right, bool bottom_right, float softcap, float scale, "
-      "float dropout_p, Tensor? rng_state, bool with_lse) -> (Tensor out, Tensor row_max, Tensor log_sum)");
+      "_cross_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? attn_bias, "
+      "Tensor? sinks, Tensor? key_lengths, int window_left, int window_right, bool bottom_right, float softcap, "
+      "float? scale, float dropout_p, Tensor? rng_state, bool enable_gqa, bool return_lse, bool training) "
+      "-> (Tensor out, Tensor[] lse, Tensor stats)");
   m.def(
-      "_cross_attention_bwd(Tensor grad_out, Tensor? grad_log_sum, Tensor query, Tensor key, Tensor value, "
-      "Tensor? attn_mask, Tensor? attn_bias, Tensor? sinks, Tensor? key_lengths, Tensor out, Tensor row_max, "
-      "Tensor log_sum, int window_left, int window_right, bool bottom_right, float softcap, float scale, "
-      "float dropout_p, Tensor? rng_state, bool[6] grad_mask) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask, Tensor dbias, Tensor dsinks)");
+      "_cross_attention_bwd(Tensor[] grads, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "Tensor? attn_bias, Tensor? sinks, Tensor? key_lengths, int window_left, int window_right, bool bottom_right, "
+      "float softcap, float? scale, float dropout_p, Tensor? rng_state, bool enable_gqa, bool return_lse, "
+      "Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
-  m.impl("_cross_attention_fwd", cross_attention_forward);
-  m.impl("_cross_attention_bwd", cross_attention_backward);
+  m.impl("_cross_attention_fwd", forward);
+  m.impl("_cross_attention_bwd", backward);
 }
 
 }  // namespace mmk

@@ -5,11 +5,13 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "csrc/cpu/large_output.h"
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -87,6 +89,17 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& text, at::Tenso
   MMK_DISPATCH(split_rows)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const Tensor &text = arguments[0].toTensor(), &mask = arguments[2].toTensor();
+  if (text.dim() != 3 || mask.scalar_type() != at::kBool || mask.sizes() != text.sizes().slice(0, 2)) return false;
+  const c10::List<Tensor> modals = arguments[1].toTensorList();
+  return !modals.empty() && std::all_of(modals.begin(), modals.end(), [&](const Tensor& modal) {
+    return modal.scalar_type() == text.scalar_type() && modal.dim() == 2 && modal.size(1) == text.size(2);
+  });
+}
+
+const DoorCheck door_check("merge_embeddings", fits);
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def("_merge_embeddings_fwd(Tensor text, Tensor[] modals, Tensor mask, bool check, bool training) -> Tensor");

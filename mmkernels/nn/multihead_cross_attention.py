@@ -93,7 +93,7 @@ class MultiheadCrossAttention(nn.MultiheadAttention):
             if mask is not None:
                 _check_mask_dtype(name, mask)
         if need_weights:
-            cross_attention_op.explain_reference("need_weights=True forms the weights in plain PyTorch")
+            cross_attention_op.forward.explain_reference("need_weights=True forms the weights in plain PyTorch")
         q, k, v = self._projected(query, key, value)
         if self.bias_k is not None and self.bias_v is not None:
             k, v = (_appended(x, b, batched, self.batch_first) for x, b in ((k, self.bias_k), (v, self.bias_v)))

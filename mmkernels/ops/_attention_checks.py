@@ -15,6 +15,13 @@ LONGEST = 2**62  # no sequence is longer, and twice that is within int64
 CausalAlignment = Literal["top_left", "bottom_right"]
 
 
+def scale_of(scale: float | None, head_dim: int) -> float:
+    """The factor of QKᵀ; where none is given, 1/√D."""
+    if scale is not None:
+        return scale
+    return 1.0 / math.sqrt(head_dim) if head_dim else 1.0
+
+
 def is_bottom_right(op: str, alignment: CausalAlignment) -> bool:
     if alignment not in ("top_left", "bottom_right"):
         raise checks.value_error(op, "causal_alignment", "'top_left' or 'bottom_right'", repr(alignment))

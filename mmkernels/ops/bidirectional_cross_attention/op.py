@@ -20,7 +20,7 @@ def _bidirectional_cross_attention_fake(
     return (*outs, *(side.new_empty((2, *side.shape[:3]), dtype=wide) for side in sides))
 
 
-def _gradient(leaf: Tensor) -> Tensor:
+def _gradient(leaf: Tensor, _: str) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -65,6 +66,10 @@ def bilinear_fusion(
         >>> bilinear_fusion(image, question, U, V, rank=5).shape
         torch.Size([8, 256])
     """
+    if out_weight is None and out_bias is None and may_use_door():
+        out = bilinear_fusion_op.unchecked(x, y, x_weight, y_weight, rank, presence)
+        if out is not None:
+            return out
     if is_overridden(x, y, x_weight, y_weight, out_weight, out_bias, presence):
         return overridden_call(bilinear_fusion, locals())
     name = "bilinear_fusion"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import may_use_door, native_door, needs_grad
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op, unexpanded
 
 __all__ = ["cross_attention", "scaled_dot_product_attention"]
-
-_plain_call = native_door("cross_attention_door")
 
 
 @overload
@@ -131,13 +130,16 @@ def cross_attention(
         >>> cross_attention(text, image, image, key_lengths=torch.tensor([576, 196])).shape
         torch.Size([2, 8, 77, 64])
     """
-    plain = attn_mask is None and attn_bias is None and sinks is None and key_lengths is None and window is None
-    if plain and may_use_door():
-        aligned = causal_alignment == "top_left" or causal_alignment == "bottom_right"
-        if aligned and softcap == 0.0 and dropout_p == 0.0 and not is_causal and not return_lse:
-            out = _plain_call(query, key, value, scale)
-            if out is not None:
-                return out
+    aligned = causal_alignment == "top_left" or causal_alignment == "bottom_right"
+    if aligned and (window is None or (type(window) is tuple and len(window) == 2)) and may_use_door():
+        left, right = (-1, -1) if window is None else window
+        outputs = cross_attention_op.unchecked(
+            *(query, key, value, attn_mask, attn_bias, sinks, key_lengths),
+            *(left, 0 if is_causal else right, causal_alignment == "bottom_right"),
+            *(softcap, scale, dropout_p, None, enable_gqa, return_lse),
+        )
+        if outputs is not None:
+            return (outputs[0], outputs[1]) if return_lse else outputs[0]
     if is_overridden(query, key, value, attn_mask, attn_bias, sinks, key_lengths):
         return overridden_call(cross_attention, locals())
     name = "cross_attention"
@@ -158,24 +160,11 @@ def cross_attention(
     bottom_right = attention.is_bottom_right(name, causal_alignment)
     if type(softcap) is not float or softcap != 0.0:
         softcap = attention.check_softcap(name, softcap)
-    out, lse = _attend(
-        name,
-        query,
-        key,
-        value,
-        attn_mask,
-        attn_bias,
-        sinks,
-        key_lengths,
-        left,
-        right,
-        bottom_right,
-        softcap,
-        scale,
-        dropout_p,
-        return_lse,
+    masks = (attn_mask, attn_bias, sinks, key_lengths)
+    outputs = _attend(
+        name, query, key, value, masks, (left, right, bottom_right), softcap, scale, dropout_p, return_lse
     )
-    return out if lse is None else (out, lse)
+    return (outputs[0], outputs[1]) if return_lse else outputs[0]
 
 
 def scaled_dot_product_attention(
@@ -209,10 +198,13 @@ def scaled_dot_product_attention(
     all of the dims before the heads is repeated over those; over heads, queries and keys a mask is never expanded.
     Errors as in `cross_attention`.
     """
-    if attn_mask is None and dropout_p == 0.0 and not is_causal and may_use_door():
-        out = _plain_call(query, key, value, scale)
-        if out is not None:
-            return out
+    if (attn_mask is None or not is_causal) and may_use_door():
+        outputs = cross_attention_op.unchecked(
+            *(query, key, value, attn_mask, None, None, None, -1, 0 if is_causal else -1, False),
+            *(0.0, scale, dropout_p, None, enable_gqa, False),
+        )
+        if outputs is not None:
+            return outputs[0]
     if is_overridden(query, key, value, attn_mask):
         return overridden_call(scaled_dot_product_attention, locals())
     name = "scaled_dot_product_attention"
@@ -232,10 +224,8 @@ def scaled_dot_product_attention(
     query, key, value = _check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
         attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
-    right = 0 if is_causal else -1
-    out, _ = _attend(
-        name, query, key, value, attn_mask, None, None, None, -1, right, False, 0.0, scale, dropout_p, False
-    )
+    masks, window = (attn_mask, None, None, None), (-1, 0 if is_causal else -1, False)
+    out = _attend(name, query, key, value, masks, window, 0.0, scale, dropout_p, False)[0]
     return out if lead is None else out.reshape(*lead, *out.shape[2:])
 
 
@@ -244,47 +234,22 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
-    attn_bias: Tensor | None,
-    sinks: Tensor | None,
-    key_lengths: Tensor | None,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
+    masks: tuple[Tensor | None, ...],  # attn_mask, attn_bias, sinks, key_lengths
+    window: tuple[int, int, bool],  # left, right, bottom_right
     softcap: float,
     scale: float | None,
     dropout_p: float,
     return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> Sequence[Tensor]:
     """The output, and the LSE where it is wanted, of checked inputs."""
-    if scale is None:
-        head_dim = query.shape[3]
-        scale = 1.0 / math.sqrt(head_dim) if head_dim else 1.0
-    else:
+    if scale is not None:
         scale = checks.check_number(name, "scale", scale)
     rng_state = None
     if type(dropout_p) is not float or dropout_p != 0.0:
         dropout_p = attention.check_dropout(name, dropout_p)
         rng_state = attention.random_state() if dropout_p > 0.0 else None
-    with_lse = return_lse or needs_grad(query, key, value, attn_mask, attn_bias, sinks)
-    out, row_max, log_sum = cross_attention_op(
-        query,
-        key,
-        value,
-        attn_mask,
-        attn_bias,
-        sinks,
-        key_lengths,
-        window_left,
-        window_right,
-        bottom_right,
-        softcap,
-        scale,
-        dropout_p,
-        rng_state,
-        with_lse,
-    )
-    return out, row_max + log_sum if return_lse else None
+    options = (softcap, scale, dropout_p, rng_state, True, bool(return_lse))
+    return cross_attention_op(query, key, value, *masks, *window, *options)
 
 
 def _check_inputs(

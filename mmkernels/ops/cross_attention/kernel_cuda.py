@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from mmkernels._cuda import Library
 from mmkernels.ops import _short_key_attention as short_keys
-from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops._attention_checks import scale_of
+from mmkernels.ops.cross_attention.op import empty_in_order_of, new_statistics
 
 
 def _attention(
@@ -23,44 +25,32 @@ def _attention(
     window_right: int,
     bottom_right: bool,
     softcap: float,
-    scale: float,
-    *dropout: Any,
+    scale: float | None,
+    *_: Any,
 ) -> short_keys.ShortKeys:
     lengths = [] if key_lengths is None else [key_lengths]
-    return short_keys.ShortKeys([key], [value], lengths, [0] * len(lengths), scale, mask=attn_mask)
+    factor = scale_of(scale, key.shape[3])
+    return short_keys.ShortKeys([key], [value], lengths, [0] * len(lengths), factor, mask=attn_mask)
 
 
 def forward(
     kernels: Library, query: Tensor, key: Tensor, value: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *of_attention, with_lse = options
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    *of_attention, return_lse, training = options
     out = empty_in_order_of(query, query.shape)
-    size = query.shape[:3] if with_lse else (0,)
-    row_max, log_sum = (query.new_empty(size, dtype=torch.float32) for _ in range(2))
-    statistics = (row_max, log_sum) if with_lse else None
+    stats, statistics = new_statistics(query, return_lse or training)
     short_keys.attend(kernels, query, _attention(key, value, *of_attention), out, statistics)
-    return out, row_max, log_sum
+    return out, [stats.sum(0)] if return_lse else [], stats if training else stats.new_empty(0)
 
 
 def backward(
-    kernels: Library,
-    grad_out: Tensor,
-    grad_log_sum: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    attn_bias: None,
-    sinks: None,
-    key_lengths: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *of_attention, (of_query, of_key, of_value, of_mask, _, _) = options
-    attention = _attention(key, value, attn_mask, attn_bias, sinks, key_lengths, *of_attention)
-    stream = short_keys.Queries(query, grad_out, out, row_max, log_sum, grad_log_sum)
+    kernels: Library, grads: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor, *options: Any
+) -> list[Tensor]:
+    attn_mask, *_, saved, (of_query, of_key, of_value, of_mask, *_) = options
+    out, *_, (row_max, log_sum) = saved
+    grad_out, grad_lse = grads[0], grads[1].contiguous() if len(grads) > 1 else None
+    attention = _attention(key, value, *options[:-2])
+    stream = short_keys.Queries(query, grad_out, out, row_max, log_sum, grad_lse)
     dq, dk, dv = (
         empty_in_order_of(x, x.shape) if needed else None
         for x, needed in ((query, of_query), (key, of_key), (value, of_value))
@@ -73,4 +63,4 @@ def backward(
     dmask = None
     if dscores is not None and attn_mask is not None:
         dmask = dscores.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
-    return tuple(query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, None, None))
+    return [query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, None, None, None, None)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmkernels._triton import dense
-from mmkernels.ops.cross_attention.op import apart, empty_in_order_of
+from mmkernels.ops._attention_checks import scale_of
+from mmkernels.ops.cross_attention.op import empty_in_order_of, new_statistics
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -39,15 +40,16 @@ def _attention(
     window_right: int,
     bottom_right: bool,
     softcap: float,
-    scale: float,
+    scale: float | None,
     dropout_p: float,
     rng_state: Tensor | None,
+    *_: Any,
 ) -> Attention:
     return Attention(
         keys=[dense(key)],
         values=[dense(value)],
         padding=[None if key_lengths is None else key_lengths.contiguous()],
-        scale=scale,
+        scale=scale_of(scale, key.shape[3]),
         softcap=softcap,
         mask=_one_mask(attn_mask, attn_bias),
         window=(window_left, window_right),
@@ -57,36 +59,22 @@ def _attention(
     )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *of_attention, with_lse = options
+def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, list[Tensor], Tensor]:
+    *of_attention, return_lse, training = options
     batch, heads, queries, _ = query.shape
     out = empty_in_order_of(query, (batch, heads, queries, value.shape[3]))
-    size = (batch, heads, queries) if with_lse else (0,)
-    row_max, log_sum = (query.new_empty(size, dtype=torch.float32) for _ in range(2))
-    statistics = (row_max, log_sum) if with_lse else None
+    stats, statistics = new_statistics(query, return_lse or training)
     attend(dense(query), _attention(key, value, *of_attention), out, statistics, batch, queries)
-    return out, row_max, log_sum
+    return out, [stats.sum(0)] if return_lse else [], stats if training else stats.new_empty(0)
 
 
-def backward(
-    grad_out: Tensor,
-    grad_log_sum: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    attn_bias: Tensor | None,
-    sinks: None,
-    key_lengths: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    *of_attention, (of_query, of_key, of_value, of_mask, of_bias, _) = options
+def backward(grads: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
+    attn_mask, attn_bias, *_, saved, (of_query, of_key, of_value, of_mask, of_bias, *_) = options
+    out, *_, (row_max, log_sum) = saved
+    grad_out, grad_lse = grads[0], grads[1].contiguous() if len(grads) > 1 else None
     batch, _, queries, _ = query.shape
-    stream = Queries(dense(query), dense(grad_out), dense(out), row_max, log_sum, grad_log_sum, batch, queries)
-    attention = _attention(key, value, attn_mask, attn_bias, sinks, key_lengths, *of_attention)
+    stream = Queries(dense(query), dense(grad_out), dense(out), row_max, log_sum, grad_lse, batch, queries)
+    attention = _attention(key, value, *options[:-2])
     dq, dk, dv = (
         empty_in_order_of(x, x.shape) if needed else None
         for x, needed in ((query, of_query), (key, of_key), (value, of_value))
@@ -101,10 +89,9 @@ def backward(
         dscores.sum_to_size(x.shape).to(x.dtype) if needed and dscores is not None and x is not None else None
         for x, needed in ((attn_mask, of_mask), (attn_bias, of_bias))
     )
-    dq, dk, dv, dmask, dbias, dsinks = (
-        query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, dbias, None)
-    )
-    return dq, dk, dv, dmask, apart(dmask, dbias), dsinks
+    if dmask is not None and dbias is not None and dmask.shape == dbias.shape:
+        dbias = dbias.clone()  # the two may be one tensor
+    return [query.new_empty(0) if x is None else x for x in (dq, dk, dv, dmask, dbias, None, None, None)]
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:

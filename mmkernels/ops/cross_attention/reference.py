@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops._products import matmul
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -27,17 +28,17 @@ def cross_attention(
     query: Tensor,  # [B, Hq, Lq, D]
     key: Tensor,  # [B, Hkv, Lk, D]
     value: Tensor,  # [B, Hkv, Lk, Dv]
-    attn_mask: Tensor | None,  # [1|B, 1|Hq, 1|Lq, 1|Lk], bool (True = attend) or float (added)
+    attn_mask: Tensor | None,  # broadcastable to [B, Hq, Lq, Lk], bool (True = attend) or float (added)
+    attn_bias: Tensor | None,  # as attn_mask, in a shape of its own
+    sinks: Tensor | None,  # [Hq] float32, or float64 as the inputs
     key_lengths: Tensor | None,  # [B] int64
     window_left: int,  # -1 = unbounded
     window_right: int,  # -1 = unbounded, 0 = causal
     bottom_right: bool,
     softcap: float,
-    scale: float,
+    scale: float | None,  # None = 1/√D
     dropout_p: float,
     rng_state: Tensor | None,  # [2] int64: seed, offset
-    attn_bias: Tensor | None = None,  # as attn_mask, in a shape of its own
-    sinks: Tensor | None = None,  # [Hq] float32, or float64 as the inputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, Hq, Lq, Dv] and the two parts of the LSE: row_max, a constant shift, and log_sum, each [B, Hq, Lq].
 
@@ -57,7 +58,7 @@ def cross_attention(
         key, value = key.masked_fill(bad_key[..., None], 0), value.masked_fill(bad_key[..., None], 0)
         query = query.masked_fill(idle_row, 0)
 
-    scores = (matmul(query, key.mT) * scale).to(wide)  # [B, Hq, Lq, Lk]
+    scores = (matmul(query, key.mT) * scale_of(scale, query.shape[3])).to(wide)  # [B, Hq, Lq, Lk]
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
     for mask in masks:

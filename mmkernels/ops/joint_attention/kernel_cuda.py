@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mmkernels._cuda import Library
 from mmkernels.ops import _short_key_attention as short_keys
+from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.joint_attention.op import statistics_of_streams
 
@@ -27,7 +28,7 @@ def _attentions(
 ) -> list[short_keys.ShortKeys]:
     """What each stream of queries attends to."""
     heads, dim = queries[0].shape[1], queries[0].shape[3]
-    factor = scale if scale is not None else 1 / math.sqrt(dim)
+    factor = scale_of(scale, dim)
     biases: list[Tensor | None] = [None] * len(queries)
     if stream_bias is not None:
         full = stream_bias.float().expand(heads, len(queries), len(keys))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.joint_attention.op import statistics_of_streams
 from mmkernels.triton.attention_backward import Queries
@@ -36,7 +37,7 @@ def _attention(
         keys=keys,
         values=values,
         padding=[lengths.get(j) for j in range(len(keys))],
-        scale=scale if scale is not None else 1 / math.sqrt(dim) if dim else 1.0,
+        scale=scale_of(scale, dim),
         softcap=softcap,
         stream_bias=stream_bias,
         dropout_p=dropout_p,

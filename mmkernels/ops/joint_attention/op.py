@@ -38,7 +38,7 @@ def statistics_of_streams(stats: Tensor, queries: Sequence[Tensor]) -> list[tupl
     return [(a.view(q.shape[:3]), b.view(q.shape[:3])) for a, b, q in zip(*halves, queries, strict=True)]
 
 
-def _gradient(leaf: Tensor) -> Tensor:
+def _gradient(leaf: Tensor, _: str) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if leaf.dim() == 4 else leaf.new_empty(leaf.shape)
 
 

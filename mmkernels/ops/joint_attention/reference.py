@@ -9,7 +9,6 @@ along the concatenation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -33,13 +32,11 @@ def joint_attention(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [B, H, L_i, Dv] and, with ``return_lse``, the LSE of each [B, H, L_i]."""
     query, key, value = (torch.cat(list(streams), 2) for streams in (queries, keys, values))
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[3]) if query.shape[3] else 1.0
     mask = None
     if stream_bias is not None or key_lengths:
         mask = _mask(queries, keys, key_lengths, padded_streams, stream_bias)
     out, row_max, log_sum = reference.cross_attention(
-        query, key, value, mask, None, -1, -1, False, softcap, scale, dropout_p, rng_state
+        query, key, value, mask, None, None, None, -1, -1, False, softcap, scale, dropout_p, rng_state
     )
     sizes = [q.shape[2] for q in queries]
     outs = [o.clone() for o in out.split(sizes, 2)]

@@ -36,5 +36,5 @@ merge_attention_op = DifferentiableOp(
     fake=_merge_attention_fake,
     cpu=native_backend("merge_attention"),
     triton=TritonKernels(_triton_supports),
-    gradient=_in_own_order,
+    gradient=lambda leaf, _: _in_own_order(leaf),
 )

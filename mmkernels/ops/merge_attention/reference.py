@@ -39,7 +39,7 @@ def example_inputs(
 ) -> dict[str, list[Tensor]]:
     """Attention of the same queries over two sets of keys."""
     inputs = attention.example_inputs(dtype, device, seed)
-    options = (None, None, -1, -1, False, 0.0, 32**-0.5, 0.0, None)
+    options = (None, None, None, None, -1, -1, False, 0.0, 32**-0.5, 0.0, None)
     halves = [(inputs["key"][:, :, part], inputs["value"][:, :, part]) for part in (slice(0, 20), slice(20, 49))]
     parts = [attention.cross_attention(inputs["query"], key, value, *options) for key, value in halves]
     return {"outputs": [out for out, _, _ in parts], "lses": [top + log for _, top, log in parts]}

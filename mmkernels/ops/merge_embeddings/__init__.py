@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.merge_embeddings.op import merge_embeddings_op
@@ -46,6 +47,12 @@ def merge_embeddings(
         >>> merge_embeddings(text, image, torch.tensor([[False, True, True, False]]))[0, :, 0]
         tensor([0., 1., 1., 0.])
     """
+    if may_use_door():
+        out = merge_embeddings_op.unchecked(
+            text, modal if type(modal) is list else [modal], mask, True if check is None else check
+        )
+        if out is not None:
+            return out
     if is_overridden(text, modal, mask):
         return overridden_call(merge_embeddings, locals())
     modals: list[Tensor] = list(modal) if isinstance(modal, (list, tuple)) else [modal]  # type: ignore[list-item]

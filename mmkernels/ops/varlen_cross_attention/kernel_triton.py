@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
@@ -35,7 +35,7 @@ def _attention(
         keys=[key],
         values=[value],
         padding=[None],
-        scale=scale if scale is not None else 1 / math.sqrt(dim) if dim else 1.0,
+        scale=scale_of(scale, dim),
         softcap=softcap,
         window=(window_left, window_right),
         bottom_right=bottom_right,

@@ -6,7 +6,6 @@ It is `cross_attention` of one member of the batch after the other.
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 from torch import Tensor
@@ -31,16 +30,14 @@ def varlen_cross_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, Hq, Dv] and, with ``return_lse``, the LSE [Tq, Hq]."""
-    if scale is None:
-        scale = 1 / math.sqrt(query.shape[2]) if query.shape[2] else 1.0
-    options = (None, None, window_left, window_right, bottom_right, softcap, scale, 0.0, None)
+    options = (None, None, sinks, None, window_left, window_right, bottom_right, softcap, scale, 0.0, None)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     outs = [query.new_empty(0, query.shape[1], value.shape[2])]
     lses = [query.new_empty(0, query.shape[1], dtype=wide)]
     rows, keys = itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist())
     for (row, row_end), (first, end) in zip(rows, keys, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[row:row_end], key[first:end], value[first:end]))
-        out, row_max, log_sum = reference.cross_attention(q, k, v, *options, sinks=sinks)
+        out, row_max, log_sum = reference.cross_attention(q, k, v, *options)
         outs.append(out[0].transpose(0, 1))
         lses.append((row_max + log_sum)[0].T)
     return torch.cat(outs), torch.cat(lses) if return_lse else query.new_empty(0, dtype=wide)
