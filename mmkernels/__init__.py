@@ -12,6 +12,7 @@ from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
+from mmkernels.ops.decision_fusion import decision_fusion
 from mmkernels.ops.deformable_attention import deformable_attention
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
@@ -37,6 +38,7 @@ __all__ = [
     "concat_norm_linear",
     "concat_tokens",
     "cross_attention",
+    "decision_fusion",
     "deformable_attention",
     "explain",
     "gated_concat",
