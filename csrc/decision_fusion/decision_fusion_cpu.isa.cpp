@@ -39,14 +39,15 @@ float largest(const T* z, int64_t classes) {
   return max_lane(max(max(most[0], most[1]), max(most[2], most[3])));
 }
 
-// e = exp(z − max z), zeros behind the last class; e may be z.
+// e = exp(z − max z), zeros behind the last class; e may be z. Fetches a row that will be asked for next.
 template <class T>
-SoftmaxRow exponentials(const T* z, int64_t classes, float* e) {
+SoftmaxRow exponentials(const T* z, int64_t classes, float* e, const T* next) {
   const float top = largest(z, classes);
   const vf shift = set1(top), log2e = set1(kLog2e);
   vf sums[kGroup] = {zero(), zero(), zero(), zero()};
   for_padded(classes, [&](int64_t c, int j) MMK_LAMBDA {
     const vf x = exp_scaled(load_logits(z + c, classes - c) - shift, log2e);
+    __builtin_prefetch(next + c);
     store(e + c, x);
     sums[j] = sums[j] + x;
   });
@@ -130,6 +131,8 @@ class Row {
     const PoolModality& item = pool_.items[i];
     return static_cast<const T*>(item.x) + row_ * item.stride;
   }
+  // The modality in the next row, or once more in this one, the last.
+  const T* following(int64_t i) const { return modality(i) + (row_ + 1 < pool_.rows ? pool_.items[i].stride : 0); }
   T* gradient(int64_t row, int64_t i) const {
     const PoolModality& item = pool_.items[i];
     return item.grad == nullptr ? nullptr : static_cast<T*>(item.grad) + row * item.grad_stride;
@@ -148,7 +151,7 @@ class Row {
       if (!is_present(pool_, row, i)) continue;
       SoftmaxRow softmax;
       if (takes_exponentials()) {
-        softmax = exponentials(modality(i), pool_.width, m_.exponentials(count_));
+        softmax = exponentials(modality(i), pool_.width, m_.exponentials(count_), following(i));
         if (softmax.total == 0.f) continue;
       } else {
         softmax = {largest(modality(i), pool_.width), 1.f};
@@ -185,12 +188,19 @@ class Row {
   float factor(int64_t k) const { return p_.method == FusionMethod::product ? 1.f : m_.share[k]; }
 
   void add_up(T* out) {
-    for_padded(pool_.width, [&](int64_t c, int) MMK_LAMBDA {
-      vf total = zero();
-      for (int64_t k = 0; k < count_; ++k) {
-        total = fma(set1(m_.share[k] * m_.inverse[k]), load(m_.exponentials(k) + c), total);
+    for (int64_t k = 0; k < count_; ++k) m_.slope[k] = m_.share[k] * m_.inverse[k];
+    for_logits<kGroup>(pool_.width, [&](int64_t c, auto vectors) MMK_LAMBDA {
+      constexpr int kVectors = decltype(vectors)::value;
+      vf sums[kVectors];
+      MMK_UNROLL for (int j = 0; j < kVectors; ++j) sums[j] = zero();
+      const float* e = m_.e + c;
+      for (int64_t k = 0; k < count_; ++k, e += m_.padded) {
+        const vf factor = set1(m_.slope[k]);
+        MMK_UNROLL for (int j = 0; j < kVectors; ++j) sums[j] = fma(factor, load(e + j * VW), sums[j]);
       }
-      store_from_float(out + c, total, pool_.width - c);
+      MMK_UNROLL for (int j = 0; j < kVectors; ++j) {
+        store_from_float(out + c + j * VW, sums[j], pool_.width - c - j * VW);
+      }
     });
   }
 
@@ -208,7 +218,7 @@ class Row {
       }
       store(u + c, total);
     });
-    return exponentials(u, pool_.width, u).inverse();
+    return exponentials(u, pool_.width, u, u).inverse();
   }
 
   // max_i p_i, and 1 / its sum.

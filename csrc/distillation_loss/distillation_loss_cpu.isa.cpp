@@ -34,7 +34,10 @@ MMK_INLINE void for_vectors(int64_t classes, Function f) {
 
 MMK_INLINE float total_of(const vf (&sums)[kGroup]) { return sum((sums[0] + sums[1]) + (sums[2] + sums[3])); }
 
-float log_total(const SoftmaxRow& row) { return row.total == 0.f ? 0.f : std::log(row.total); }
+// log (b's sum / a's sum), where they have any.
+float log_of_totals(const SoftmaxRow& a, const SoftmaxRow& b) {
+  return a.total == 0.f || b.total == 0.f ? 0.f : std::log(b.total / a.total);
+}
 
 // Two rows of logits with their softmaxes, a vector at a time.
 template <class T>
@@ -56,7 +59,7 @@ class Pair {
         log2e_(set1(scale * kLog2e)),
         inverse_a_(set1(row_a.inverse())),
         inverse_b_(set1(row_b.inverse())),
-        offset_(set1(log_total(row_b) - log_total(row_a))) {}
+        offset_(set1(log_of_totals(row_a, row_b))) {}
 
   MMK_INLINE Vectors load(int64_t c) const {
     return {load_logits(a_ + c, classes_ - c) - top_a_, load_logits(b_ + c, classes_ - c) - top_b_};
@@ -74,25 +77,35 @@ class Pair {
 // a · value, 0 where a is excluded.
 MMK_INLINE vf weighed(vi excluded, vf a, vf value) { return select(excluded, zero(), a * value); }
 
+// p log(p/q) − p + q, from log(p/q).
+MMK_INLINE vf divergence_term(vf p, vf q, vf log_ratio) {
+  const vf near = p * (log_ratio * log_ratio) * exp_remainder(-log_ratio);
+  return select(max(log_ratio, -log_ratio) < set1(0.5f), near, fma(p, log_ratio, q - p));
+}
+
 // KL(a‖b).
 template <class T>
 float divergence(const Pair<T>& pair, int64_t classes) {
   vf sums[kGroup] = {zero(), zero(), zero(), zero()};
   for_vectors(classes, [&](int64_t c, int j) MMK_LAMBDA {
     const auto v = pair.load(c);
-    const vf term = select(v.b_excluded(), set1(kInfinity), pair.a(v) * pair.log_ratio(v));
-    sums[j] = sums[j] + select(v.a_excluded(), zero(), term);
+    const vf b = pair.b(v);
+    const vf term = select(v.b_excluded(), set1(kInfinity), divergence_term(pair.a(v), b, pair.log_ratio(v)));
+    sums[j] = sums[j] + select(v.a_excluded(), b, term);
   });
   return total_of(sums);
 }
 
-// log(a/m) and log(b/m), m = α a + β b, from d = log(a/b): the logarithm is of α + β e^-d or α e^d + β.
+// log(a/m) and log(b/m), m = α a + β b, α + β = 1, from d = log(a/b): m over the larger of both is 1 + β (e^-|d| − 1),
+// or with α.
 struct MixtureRatios {
   vf a, b;
   MMK_INLINE MixtureRatios(vf d, vf of_a, vf of_b) {
     const vi above = d > zero();
-    const vf e = exp_scaled(min(d, -d), set1(kLog2e));
-    const vf log_m = log_of(select(above, fma(of_b, e, of_a), fma(of_a, e, of_b)));  // m over the larger of a and b
+    const vf below = min(d, -d);
+    const vf less = select(below > set1(-0.5f), fma(below * below, exp_remainder(below), below),
+                           exp_scaled(below, set1(kLog2e)) - set1(1.f));  // e^-|d| − 1
+    const vf log_m = log1p(select(above, of_b, of_a) * less);
     a = select(above, zero(), d) - log_m;
     b = select(above, -d, zero()) - log_m;
   }
@@ -119,6 +132,12 @@ class Rows {
     kept = {s.top, s.total, t.top, t.total, 0.f, 0.f};
     if (is_constant(p_)) return;
     if (p_.kind == Divergence::jsd) {
+      if (s.total == 0.f || t.total == 0.f) {  // m is a multiple of the one that has classes
+        if (t.total > 0.f) kept.first = -std::log(p_.beta);
+        if (s.total > 0.f) kept.second = -std::log(1.f - p_.beta);
+        p_.losses[row] = p_.beta * kept.first + (1.f - p_.beta) * kept.second;
+        return;
+      }
       mixture_divergences(Pair<T>(teacher(row), t, student(row), s, p_.classes, p_.scale), kept);
       p_.losses[row] = p_.beta * kept.first + (1.f - p_.beta) * kept.second;
       return;
@@ -137,6 +156,7 @@ class Rows {
     const DistillationRow& kept = p_.statistics[row];
     const SoftmaxRow s = student_of(kept), t = teacher_of(kept);
     if (p_.kind == Divergence::jsd) {
+      if (s.total == 0.f || t.total == 0.f) return clear(ds, dt);
       const Pair<T> pair(teacher(row), t, student(row), s, p_.classes, p_.scale);
       if (ds != nullptr) pull_mixture<false>(pair, kept, ds);
       if (dt != nullptr) pull_mixture<true>(pair, kept, dt);
@@ -172,8 +192,9 @@ class Rows {
     for_vectors(p_.classes, [&](int64_t c, int j) MMK_LAMBDA {
       const Vectors v = pair.load(c);
       const MixtureRatios log_over_m(pair.log_ratio(v), beta, rest);
-      of_a[j] = of_a[j] + weighed(v.a_excluded(), pair.a(v), log_over_m.a);
-      of_b[j] = of_b[j] + weighed(v.b_excluded(), pair.b(v), log_over_m.b);
+      const vf a = pair.a(v), b = pair.b(v), m = fma(beta, a, rest * b);
+      of_a[j] = of_a[j] + select(v.a_excluded(), m, divergence_term(a, m, log_over_m.a));
+      of_b[j] = of_b[j] + select(v.b_excluded(), m, divergence_term(b, m, log_over_m.b));
     });
     kept.first = total_of(of_a);
     kept.second = total_of(of_b);
