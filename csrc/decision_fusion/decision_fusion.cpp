@@ -95,7 +95,9 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList logits, const 
 
 bool fits(const std::vector<c10::IValue>& arguments) {
   const auto shape = pool_shape(arguments[0]);
-  if (!shape || arguments[0].toTensorVector()[0].dim() != 2 || !method_of(arguments[2].toStringRef())) return false;
+  if (!shape || arguments[0].toTensorVector()[0].dim() != 2 || !arguments[2].isString() ||
+      !method_of(arguments[2].toStringRef()))
+    return false;
   return (shape->fits(arguments[1], {shape->modalities}) ||
           shape->fits(arguments[1], {shape->rows, shape->modalities})) &&
          shape->presence_fits(arguments[3]);

@@ -287,13 +287,19 @@ class Row {
                    [&](int64_t c, int) MMK_LAMBDA { store_from_float(out + c, w * load(du + c), pool_.width - c); });
       }
       if (p_.grad_weights == nullptr || !weighs()) continue;
-      const vf lse = set1(softmax_row(z, pool_.width, 1.f).lse(1.f)), excluded = set1(-kInfinity);
-      vf sums[kGroup] = {zero(), zero(), zero(), zero()};
+      // Σ du = 0: distances from the maximum serve for log p, but where du goes to classes that k excludes, whose log p
+      // is not counted. It has no weight there.
+      const vf top = set1(m_.top[k]), excluded = set1(-kInfinity);
+      vf sums[kGroup] = {zero(), zero(), zero(), zero()}, lost = zero();
       for_padded(pool_.width, [&](int64_t c, int j) MMK_LAMBDA {
-        const vf x = load_logits(z + c, pool_.width - c);
-        sums[j] = select(x == excluded, sums[j], fma(load(du + c), x - lse, sums[j]));
+        const vf x = load_logits(z + c, pool_.width - c), slope = load(du + c);
+        sums[j] = select(x == excluded, sums[j], fma(slope, x - top, sums[j]));
+        lost = select(x == excluded, lost + slope, lost);
       });
       m_.slope[k] = sum(sum_of(sums));
+      if (const float elsewhere = sum(lost); elsewhere != 0.f) {
+        m_.slope[k] += elsewhere * std::log(softmax_row(z, pool_.width, 1.f).total);
+      }
     }
   }
 

@@ -102,7 +102,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& student, const 
 bool fits(const std::vector<c10::IValue>& arguments) {
   const Tensor &student = arguments[0].toTensor(), &teacher = arguments[1].toTensor();
   if (student.dim() != 2 || teacher.sizes() != student.sizes() || !teacher.is_floating_point()) return false;
-  if (!kind_of(arguments[4].toStringRef())) return false;
+  if (!arguments[4].isString() || !kind_of(arguments[4].toStringRef())) return false;
   if (arguments[2].isNone()) return true;
   const Tensor& labels = arguments[2].toTensor();
   return at::isIntegralType(labels.scalar_type(), false) && labels.sizes() == at::IntArrayRef{student.size(0)};

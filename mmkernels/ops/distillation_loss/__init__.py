@@ -61,8 +61,8 @@ def distillation_loss(
     float32, as torch does for losses.
 
     Returns:
-        A scalar in the dtype of the logits, made in float32; 0, with gradient 0, where no row counts. The backward keeps
-        six numbers for each row, and writes the gradient in one pass over the logits.
+        A scalar in the dtype of the logits, made in float32; 0, with gradient 0, where no row counts. For the backward
+        six numbers of each row are kept, and it writes the gradient in one pass over the logits.
 
     Raises:
         ValueError: shapes or values that do not fit.
@@ -75,7 +75,13 @@ def distillation_loss(
         >>> distillation_loss(student, teacher, temperature=2.0).shape
         torch.Size([])
     """
-    if may_use_door() and type(temperature) is float and temperature > 0 and type(beta) is float and 0 <= beta <= 1:
+    if (
+        may_use_door()
+        and type(temperature) is float
+        and 0 < temperature < math.inf
+        and type(beta) is float
+        and 0 <= beta <= 1
+    ):
         out = distillation_loss_op.unchecked(student, teacher, labels, temperature, kind, beta, ignore_index)
         if out is not None:
             return out
