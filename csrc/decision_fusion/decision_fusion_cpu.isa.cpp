@@ -56,8 +56,15 @@ SoftmaxRow exponentials(const T* z, int64_t classes, float* e, const T* next) {
 
 template <class T>
 int64_t first_largest(const T* z, int64_t classes, float top) {
-  for (int64_t c = 0; c < classes; ++c) {
-    if (number(z + c) == top) return c;
+  const vf wanted = set1(top);
+  for (int64_t c = 0; c < classes; c += kGroup * VW) {
+    vf hits = zero();
+    for (int64_t at = c; at < min(classes, c + kGroup * VW); at += VW) {
+      hits = select(load_logits(z + at, classes - at) == wanted, set1(1.f), hits);
+    }
+    if (max_lane(hits) == 0.f) continue;
+    while (number(z + c) != top) ++c;
+    return c;
   }
   return 0;
 }
