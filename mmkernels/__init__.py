@@ -12,7 +12,9 @@ from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
+from mmkernels.ops.decision_fusion import decision_fusion
 from mmkernels.ops.deformable_attention import deformable_attention
+from mmkernels.ops.distillation_loss import distillation_loss
 from mmkernels.ops.gated_concat import gated_concat
 from mmkernels.ops.gated_fusion import gated_fusion
 from mmkernels.ops.joint_attention import joint_attention
@@ -37,7 +39,9 @@ __all__ = [
     "concat_norm_linear",
     "concat_tokens",
     "cross_attention",
+    "decision_fusion",
     "deformable_attention",
+    "distillation_loss",
     "explain",
     "gated_concat",
     "gated_fusion",

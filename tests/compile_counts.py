@@ -66,6 +66,8 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
         [meta(b, n, 768), meta(b, 40 + n % 16, 768)], norm="layer", norm_weight=meta(768), norm_bias=meta(768)
     ),
     "cross_attention": lambda b, n: mmk.cross_attention(meta(b, 8, n, 64), meta(b, 8, n, 64), meta(b, 8, n, 64)),
+    "decision_fusion": lambda b, n: mmk.decision_fusion([meta(b * n, 100), meta(b * n, 100)], meta(2), method="log"),
+    "distillation_loss": lambda b, n: mmk.distillation_loss(meta(b * n, 1000), meta(b * n, 1000), temperature=2.0),
     "gated_concat": lambda b, n: mmk.gated_concat(*rows(b, n, 256, 128), meta(256, 384), meta(256)),
     "gated_fusion": lambda b, n: mmk.gated_fusion(
         rows(b, n, 256, 128), [meta(192, 256), meta(192, 128)], [meta(192), meta(192)], meta(192, 384), meta(192)

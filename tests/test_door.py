@@ -95,6 +95,14 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
         lambda x, w, b, u, c: _both(mmk.split_attention_pool(x, w, b, u, c, activation="silu")),
         [(3, 2, 5), (4, 5), (4,), (10, 4), (10,)],
     ),
+    "decision_fusion": (
+        lambda x, y, w: mmk.decision_fusion([x, y], w, method="log", presence=_FLAGS),
+        [(3, 5), (3, 5), (2,)],
+    ),
+    "distillation_loss": (
+        lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, kind="jsd"),
+        [(3, 5), (3, 5)],
+    ),
     "bilinear_fusion": (
         lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),
         [(3, 5), (3, 4), (6, 5), (6, 4)],

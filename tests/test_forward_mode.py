@@ -16,6 +16,7 @@ import mmkernels as mmk
 LENGTHS = torch.tensor([3, 0])
 STARTS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
 PRESENCE = torch.tensor([[True, False], [True, True], [False, False]])
+LABELS = torch.tensor([0, 1, 3])
 POSITIONS = torch.tensor([[True, False, True, False], [False, False, False, True]])
 REAL = torch.tensor([[True, True, True, False, False], [True, True, False, True, True]])
 VISIBLE = torch.tensor([[True, False, True, True, False]] * 3)
@@ -75,6 +76,14 @@ CASES = {
         lambda v, x, a: mmk.deformable_attention(v, MAPS, x.sigmoid(), a),
         ((2, 10, 2, 3), (2, 3, 2, 2, 2, 2), (2, 3, 2, 2, 2)),
     ),
+    "decision_fusion": Case(
+        lambda a, b, w: mmk.decision_fusion([a, b], w, method="log", presence=PRESENCE), ((3, 4), (3, 4), (2,))
+    ),
+    "decision_fusion, the mean": Case(lambda a, b, w: mmk.decision_fusion([a, b], w), ((3, 4), (3, 4), (3, 2))),
+    "distillation_loss": Case(
+        lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, labels=LABELS, ignore_index=1), ((3, 4), (3, 4))
+    ),
+    "distillation_loss, jsd": Case(lambda s, t: mmk.distillation_loss(s, t, kind="jsd", beta=0.3), ((2, 3, 4),) * 2),
     "merge_attention": Case(
         lambda a, b, s, t: mmk.merge_attention([a, b], [s, t]), ((2, 3, 4), (2, 3, 4), (2, 3), (2, 3))
     ),

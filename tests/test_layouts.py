@@ -119,6 +119,13 @@ OPS: dict[str, Callable[..., Inputs]] = {
     "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
         value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=((2, 3), (2, 2)),
         sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),
+    "decision_fusion": lambda B=5, C=6: dict(
+        logits=[r(B, C), r(B, C)], weights=torch.rand(2), method="log", presence=flags(B, 2)),
+    "decision_fusion by the maximum": lambda B=5, C=6: dict(logits=[r(B, C), r(B, C)], method="max"),
+    "distillation_loss": lambda B=5, V=6: dict(
+        student=r(B, V), teacher=r(B, V), temperature=2.0, labels=torch.randint(0, 3, (B,)), ignore_index=0),
+    "distillation_loss of sequences": lambda B=2, L=3, V=6: dict(
+        student=r(B, L, V), teacher=r(B, L, V), kind="jsd", labels=torch.randint(0, 3, (B, L)), ignore_index=0),
 }  # fmt: skip
 
 # Arguments whose values say which calls are valid, so that only layouts that keep the values are tried.
@@ -206,7 +213,8 @@ def results(name: str, inputs: Inputs, gradient: Layout = lambda g: g) -> list[T
         inputs = replaced(inputs, place, leaf)
     outs = outputs_of(name, inputs)
     torch.manual_seed(2)
-    grads = [gradient(torch.randn(o.shape).to(o.device, o.dtype)) for o in outs]
+    grads = [torch.randn(o.shape).to(o.device, o.dtype) for o in outs]
+    grads = [gradient(g) if g.dim() else g for g in grads]
     pulled = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
     pairs = zip(leaves, pulled, strict=True)
     return [*(o.detach() for o in outs), *(torch.zeros_like(x) if g is None else g for x, g in pairs)]
@@ -302,7 +310,8 @@ def test_layouts_under_compile(name: str) -> None:
 
 # --- presence with dynamic rows ---------------------------------------------------------------------------------------
 
-ROWS = {"xs", "x", "y", "query", "residual", "presence", "value", "sampling_locations", "attention_weights"}
+ROWS = {"xs", "x", "y", "query", "residual", "presence", "value", "sampling_locations", "attention_weights", "logits"}
+ROWS |= {"labels"}
 WITH_PRESENCE = [name for name in OPS if "presence" in OPS[name]() and OPS[name]()["presence"].dim() == 2]
 
 

@@ -3,7 +3,9 @@
 from mmkernels.nn.attention_pool import AdditiveAttentionPool, MultiplicativeAttentionPool, SplitAttentionPool
 from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
+from mmkernels.nn.decision_fusion import DecisionFusion
 from mmkernels.nn.deformable_attention import DeformableAttention
+from mmkernels.nn.distillation_loss import DistillationLoss
 from mmkernels.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.joint_attention import JointAttention
@@ -15,7 +17,9 @@ __all__ = [
     "AdditiveAttentionPool",
     "BidirectionalCrossAttention",
     "ConcatFusion",
+    "DecisionFusion",
     "DeformableAttention",
+    "DistillationLoss",
     "GatedCrossAttentionBlock",
     "GatedFusion",
     "JointAttention",

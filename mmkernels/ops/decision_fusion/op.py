@@ -1,0 +1,35 @@
+"""Registration of decision_fusion: schema, shape of its output, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._pool import too_many_modalities
+from mmkernels.ops.decision_fusion import reference
+
+
+def _decision_fusion_fake(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor]:
+    return (logits[0].new_empty(logits[0].shape),)
+
+
+def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
+    if logits[0].shape[-1] > 8192:
+        return f"{logits[0].shape[-1]} classes are more than the 8192 that a program holds"
+    if logits[0].shape[0] >= 2**31:
+        return f"{logits[0].shape[0]} rows are counted in 32 bits"
+    return too_many_modalities(logits)
+
+
+decision_fusion_op = DifferentiableOp(
+    "decision_fusion",
+    "Tensor[] logits, Tensor? weights, str method, Tensor? presence",
+    outputs="Tensor probabilities",
+    reference=reference.decision_fusion,
+    fake=_decision_fusion_fake,
+    cpu=native_backend("decision_fusion"),
+    triton=TritonKernels(_triton_supports),
+)

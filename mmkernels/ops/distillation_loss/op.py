@@ -1,0 +1,36 @@
+"""Registration of distillation_loss: schema, shape of its output, backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops.distillation_loss import reference
+
+# Of every row: maximum and sum of exponentials of student and of teacher, and up to two divergences.
+STATISTICS = 6
+
+
+def _distillation_loss_fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return student.new_empty(()), student.new_empty((student.shape[0], STATISTICS), dtype=torch.float32)
+
+
+def _triton_supports(student: Tensor, *_: Any) -> str | None:
+    if max(student.shape) >= 2**31:
+        return f"sizes of {tuple(student.shape)} are counted in 32 bits"
+    return None
+
+
+distillation_loss_op = DifferentiableOp(
+    "distillation_loss",
+    "Tensor student, Tensor teacher, Tensor? labels, float temperature, str kind, float beta, int ignore_index",
+    outputs="Tensor loss",
+    saved="Tensor statistics",
+    reference=reference.distillation_loss,
+    fake=_distillation_loss_fake,
+    cpu=native_backend("distillation_loss"),
+    triton=TritonKernels(_triton_supports),
+)

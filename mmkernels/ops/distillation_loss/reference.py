@@ -1,0 +1,83 @@
+"""distillation_loss in plain PyTorch: the specification every kernel is tested against.
+
+    s, t = softmax(student / T), softmax(teacher / T);   KL(p‖q) = Σ_c p_c log(p_c / q_c),   0 log 0 = 0
+    forward_kl: T² KL(t‖s);   reverse_kl: T² KL(s‖t);   jsd: T² [β KL(t‖m) + (1−β) KL(s‖m)],  m = β t + (1−β) s
+
+Runs on every device and dtype, in float32 or wider, differentiable any number of times.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / T) of rows; a class with logit −inf is a constant −inf, also where all classes are."""
+    z = logits / temperature
+    impossible = z == -torch.inf
+    none = impossible.all(-1, keepdim=True)
+    return torch.log_softmax(z.masked_fill(none, 0), -1).masked_fill(impossible, -torch.inf)
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q) of each row."""
+    impossible = log_p == -torch.inf
+    log_p, log_q = log_p.masked_fill(impossible, 0), log_q.masked_fill(impossible, 0)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(impossible, 0).sum(-1)
+
+
+def log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log(β p + (1−β) q)."""
+    impossible = (log_p == -torch.inf) & (log_q == -torch.inf)
+    log_p, log_q = log_p.masked_fill(impossible, 0), log_q.masked_fill(impossible, 0)
+    mixed = torch.logaddexp(log_p + _log(beta), log_q + _log(1 - beta))
+    return mixed.masked_fill(impossible, -torch.inf)
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def distillation_loss(
+    student: Tensor,  # [N, V]
+    teacher: Tensor,  # [N, V]
+    labels: Tensor | None,  # [N] integers
+    temperature: float,
+    kind: str,
+    beta: float,
+    ignore_index: int,
+) -> Tensor:
+    """The mean over the rows whose label is not ``ignore_index``; 0 where there are none."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    s, t = student.to(dtype), teacher.to(dtype)
+    count: Tensor | int = max(student.shape[0], 1)
+    ignored = None
+    if labels is not None:
+        ignored = labels == ignore_index
+        count = (~ignored).sum().clamp_min(1)
+        s, t = s.masked_fill(ignored[:, None], 0), t.masked_fill(ignored[:, None], 0)
+    log_s, log_t = log_probabilities(s, temperature), log_probabilities(t, temperature)
+    if kind == "forward_kl":
+        losses = divergence(log_t, log_s)
+    elif kind == "reverse_kl":
+        losses = divergence(log_s, log_t)
+    elif beta in (0, 1):  # m is one of both
+        losses = 0 * (divergence(log_t, log_t) + divergence(log_s, log_s))
+    else:
+        log_m = log_mixture(log_t, log_s, beta)
+        losses = beta * divergence(log_t, log_m) + (1 - beta) * divergence(log_s, log_m)
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0)
+    return (losses.sum() * (temperature**2 / count)).to(student.dtype)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: eight tokens of a vocabulary of fifty."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    student, teacher = (torch.randn(8, 50, generator=generator).to(device, dtype) for _ in range(2))
+    return {"student": student, "teacher": teacher, "temperature": 2.0}
