@@ -204,6 +204,6 @@ def same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and all(
         x.dtype == y.dtype
         and x.shape == y.shape
-        and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+        and torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
         for x, y in zip(a, b, strict=True)
     )

@@ -23,6 +23,11 @@ _FLAGS = torch.tensor([[True, True], [False, True], [True, False]])
 _SLOTS = torch.tensor([[False, True, True, False], [True, False, False, True], [True, True, False, False]])
 
 _STARTS = torch.tensor([0, 1, 1, 3])
+_LABELS = torch.tensor([4, -100, 0])
+
+
+def _in_one(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in outputs])
 
 
 def _both(outputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -94,6 +99,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "split_attention_pool, both outputs": (
         lambda x, w, b, u, c: _both(mmk.split_attention_pool(x, w, b, u, c, activation="silu")),
         [(3, 2, 5), (4, 5), (4,), (10, 4), (10,)],
+    ),
+    "multimodal_cross_entropy": (
+        lambda a, b, s: _in_one(mmk.multimodal_cross_entropy([a, b], _LABELS, log_vars=s, presence=_FLAGS)),
+        [(3, 5), (3, 6), (2,)],
     ),
     "bilinear_fusion": (
         lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),

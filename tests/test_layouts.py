@@ -119,6 +119,12 @@ OPS: dict[str, Callable[..., Inputs]] = {
     "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
         value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=((2, 3), (2, 2)),
         sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),
+    "multimodal_cross_entropy": lambda B=5, C=6: dict(
+        logits=[r(B, C), r(B, 3)], labels=torch.randint(0, 3, (B,)), weights=r(2), presence=flags(B, 2),
+        modulation=r(2)),
+    "multimodal_cross_entropy of uncertainty": lambda B=5, C=6: dict(
+        logits=[r(B, C), r(B, 3)], labels=[torch.randint(0, max(C, 1), (B,)), torch.randint(0, 3, (B,))],
+        log_vars=r(2), label_smoothing=0.1),
 }  # fmt: skip
 
 # Arguments whose values say which calls are valid, so that only layouts that keep the values are tried.
@@ -206,7 +212,8 @@ def results(name: str, inputs: Inputs, gradient: Layout = lambda g: g) -> list[T
         inputs = replaced(inputs, place, leaf)
     outs = outputs_of(name, inputs)
     torch.manual_seed(2)
-    grads = [gradient(torch.randn(o.shape).to(o.device, o.dtype)) for o in outs]
+    grads = [torch.randn(o.shape).to(o.device, o.dtype) for o in outs]
+    grads = [gradient(g) if g.dim() else g for g in grads]
     pulled = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
     pairs = zip(leaves, pulled, strict=True)
     return [*(o.detach() for o in outs), *(torch.zeros_like(x) if g is None else g for x, g in pairs)]
@@ -302,7 +309,8 @@ def test_layouts_under_compile(name: str) -> None:
 
 # --- presence with dynamic rows ---------------------------------------------------------------------------------------
 
-ROWS = {"xs", "x", "y", "query", "residual", "presence", "value", "sampling_locations", "attention_weights"}
+ROWS = {"xs", "x", "y", "query", "residual", "presence", "value", "sampling_locations", "attention_weights", "logits"}
+ROWS |= {"labels"}
 WITH_PRESENCE = [name for name in OPS if "presence" in OPS[name]() and OPS[name]()["presence"].dim() == 2]
 
 

@@ -1,0 +1,35 @@
+"""Registration of multimodal_cross_entropy: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels.ops.multimodal_cross_entropy import reference
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _multimodal_cross_entropy_fake(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, count = logits[0], len(logits)
+    total = first.new_empty((), dtype=_wide(first))
+    means = total.new_empty(count)
+    return total, means, total.new_empty((count, first.shape[0], 2)), total.new_empty(count)
+
+
+multimodal_cross_entropy_op = DifferentiableOp(
+    "multimodal_cross_entropy",
+    "Tensor[] logits, Tensor[] labels, Tensor? weights, Tensor? log_vars, Tensor? presence, Tensor? modulation, "
+    "float label_smoothing, int ignore_index, str? robust, float q",
+    outputs="Tensor total, Tensor means",
+    saved="Tensor statistics, Tensor kept",  # the softmax's top and total of every row, [M, B, 2]; the means
+    reference=reference.multimodal_cross_entropy,
+    fake=_multimodal_cross_entropy_fake,
+    cpu=native_backend("multimodal_cross_entropy"),
+)
