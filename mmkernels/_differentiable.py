@@ -44,10 +44,14 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve."""
+    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve.
+
+    Or, ``composed``, a forward and a backward in Python around torch's products and the private op ``_<name>``.
+    """
 
     name: str
     supports: Callable[..., str | None] | None = None
+    composed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,8 @@ class DifferentiableOp:
         self.backward.impl("Batched", self._reference_backward)
         self._supports = cpu.supports
         _, absent = native_op(f"_{cpu.name}_fwd")
-        self._handle = _native.open_door(cpu.name, self._outputs) if absent is None else None
+        has_door = absent is None and cpu.composed is None
+        self._handle = _native.open_door(cpu.name, self._outputs) if has_door else None
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs, those in lists one by one."""
@@ -391,7 +396,9 @@ class DifferentiableOp:
 
 def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
     """The compiled forward or backward; its own arguments start at position ``first``."""
-    native, absent = native_op(f"_{kernels.name}_{direction}")
+    native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
+    if kernels.composed:
+        native = kernels.composed[first]
 
     def supports(*args: Any) -> str | None:
         if absent is not None:

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import may_use_door
+from mmkernels._dispatch import may_use_door, needs_grad
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
+from mmkernels.ops.multimodal_cross_entropy.linear import linear_op
 from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
-from mmkernels.ops.multimodal_cross_entropy.reference import valid_rows
+from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_rows
 
 __all__ = ["multimodal_cross_entropy"]
 
@@ -33,6 +34,7 @@ def multimodal_cross_entropy(
     robust: Literal["gce", "symmetric"] | None = None,
     q: float = 0.7,
     modulation: Tensor | None = None,
+    linear: Sequence[tuple[Tensor, Tensor | None]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A loss for each modality's own prediction, and their sum; the backward makes the gradient in one pass.
 
@@ -60,6 +62,10 @@ def multimodal_cross_entropy(
         modulation: (M,) of the logits' dtype or float32: what the gradient that flows to each modality's logits is
             multiplied by; the losses, and the gradients of ``weights`` and ``log_vars``, stay. Its own gradient is 0.
 
+        linear: heads (weight (C_i, D_i), bias (C_i,) or None), one for each modality. In the place of ``logits`` come
+            hidden states (B, D_i) then, and the logits hidden_i @ weight_i.T + bias_i are made chunk by chunk and never
+            held: for vocabularies of 32 000 classes and more. Gradients of hidden states, weights and biases.
+
     Rows that are not valid are never read. A modality without a valid row has loss 0 and contributes nothing to the
     total, no s_i either. Under autocast the losses are float32, as torch's are.
 
@@ -81,24 +87,45 @@ def multimodal_cross_entropy(
     vectors = (weights, log_vars, presence, modulation)
     listed = isinstance(labels, (list, tuple))
     targets: Sequence[Any] = labels if listed else [labels]
-    if may_use_door() and isinstance(logits, (list, tuple)) and len(targets) == (len(logits) if listed else 1):
+    if (
+        linear is None
+        and may_use_door()
+        and isinstance(logits, (list, tuple))
+        and len(targets) == (len(logits) if listed else 1)
+    ):
         out = multimodal_cross_entropy_op.unchecked(logits, targets, *vectors, label_smoothing, ignore_index, robust, q)
         if out is not None:
             return _rounded(out, logits[0].dtype)
-    if is_overridden(logits, labels, *vectors):
+    if is_overridden(logits, labels, *vectors, linear):
         return overridden_call(multimodal_cross_entropy, locals())
     first = fusion.first_source(_NAME, logits, "logits")
+    heads = None if linear is None else _heads(linear, len(logits))
     if wide := checks.autocast_is_on(first.device):
-        logits = checks.autocast_promoted(*logits)
+        if heads is None:
+            logits = checks.autocast_promoted(*logits)
+        else:
+            logits, heads = fusion.autocast(first.device, logits, heads)
         first = logits[0]
     logits = list(logits)
     _check_logits(logits)
+    classes = [z.shape[1] for z in logits] if heads is None else _check_heads(heads, logits)
     _check_vectors(first, len(logits), weights=weights, log_vars=log_vars, modulation=modulation)
     targets = _check_labels(labels, first, len(logits))
     if presence is not None:
         fusion.check_presence(_NAME, presence, first.shape[:1], len(logits), first, "logits[0]")
     label_smoothing, ignore_index, q = _check_options(label_smoothing, ignore_index, robust, q, weights, log_vars)
-    _check_range(targets, [z.shape[1] for z in logits], ignore_index, presence)
+    _check_range(targets, classes, ignore_index, presence)
+    if heads is not None:
+        losses, counts = [], []
+        for i, (x, (weight, bias)) in enumerate(zip(logits, heads, strict=True)):
+            y = targets[i if len(targets) > 1 else 0]
+            valid = valid_rows(y, ignore_index, presence, i)
+            scale = None if modulation is None else modulation[i]
+            wanted = [needs_grad(t) for t in (x, weight, bias)]
+            losses.append(linear_op(x, weight, bias, y, valid, scale, label_smoothing, robust, q, *wanted)[0])
+            counts.append(valid.sum())
+        out = combined(losses, counts, weights, log_vars)
+        return out if wide else _rounded(out, first.dtype)
     out = multimodal_cross_entropy_op(logits, targets, *vectors, label_smoothing, ignore_index, robust, q)
     return (out[0], out[1]) if wide else _rounded(out, first.dtype)
 
@@ -121,6 +148,34 @@ def _check_logits(logits: Sequence[Tensor]) -> None:
         if z.shape[0] != first.shape[0]:
             expected = f"{first.shape[0]} rows, as many as logits[0]"
             raise checks.value_error(_NAME, f"logits[{i}]", expected, f"shape {tuple(z.shape)}")
+
+
+def _heads(linear: Any, count: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The pairs of weight and bias."""
+    if not isinstance(linear, (list, tuple)):
+        raise checks.type_error(_NAME, "linear", "a list of pairs (weight, bias or None)", type(linear).__name__)
+    if len(linear) != count:
+        raise checks.value_error(_NAME, "linear", f"{count} heads, one for each modality", len(linear))
+    for i, head in enumerate(linear):
+        if not isinstance(head, (list, tuple)) or len(head) != 2:
+            got = type(head).__name__ if not isinstance(head, (list, tuple)) else f"{len(head)} elements"
+            raise checks.type_error(_NAME, f"linear[{i}]", "a pair (weight, bias or None)", got)
+    return [(weight, bias) for weight, bias in linear]
+
+
+def _check_heads(heads: list[tuple[Tensor, Tensor | None]], hidden: Sequence[Tensor]) -> list[int]:
+    """The number of classes of every head."""
+    first = hidden[0]
+    for i, ((weight, bias), x) in enumerate(zip(heads, hidden, strict=True)):
+        name = f"linear[{i}]"
+        checks.check_tensor(_NAME, f"{name}[0]", weight)
+        checks.check_same_kind(_NAME, first, "logits[0]", **{f"{name}[0]": weight})
+        if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
+            expected = f"shape {fusion.shape_text(('C', x.shape[1]))}"
+            raise checks.value_error(_NAME, f"{name}[0]", expected, tuple(weight.shape))
+        if bias is not None:
+            fusion.check_shaped(_NAME, f"{name}[1]", bias, (weight.shape[0],), first, "logits[0]")
+    return [weight.shape[0] for weight, _ in heads]
 
 
 def _check_vectors(first: Tensor, count: int, **vectors: Tensor | None) -> None:
