@@ -126,6 +126,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[
         lambda m, a, b: m([a, b], query=a),
         _pair,
     ),
+    "MultimodalCrossEntropy": (
+        lambda: mmk.nn.MultimodalCrossEntropy(2),
+        lambda m, a, b: m([a, b], torch.tensor([0, 3, 1])),
+        _pair,
+    ),
     "SplitAttentionPool": (lambda: mmk.nn.SplitAttentionPool(4, 2, 3), lambda m, a, b: m([a, b]), _pair),
     "DeformableAttention": (
         lambda: mmk.nn.DeformableAttention(8, 2, 1, 2),
