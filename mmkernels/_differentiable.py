@@ -58,10 +58,13 @@ class NativeKernels:
 class TritonKernels:
     """That the op's ``kernel_triton.py`` has ``forward`` and ``backward``, and what they cannot serve.
 
-    They take the arguments of the two operators' schemas; ``supports`` those of the op alone.
+    They take the arguments of the two operators' schemas; ``supports`` those of the op alone. An op in the folder of
+    another names that, and what its own two functions begin with.
     """
 
     supports: Callable[..., str | None] | None = None
+    op: str | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -430,7 +433,8 @@ def _triton_backends(name: str, kernels: TritonKernels | None, function: str, fi
     """The Triton forward or backward, if there is one; the op's own arguments are [first, −end) of its."""
     if kernels is None:
         return []
-    return [_triton.triton_backend(name, function, first, _of_arguments(kernels.supports, first, end))]
+    supports = _of_arguments(kernels.supports, first, end)
+    return [_triton.triton_backend(kernels.op or name, kernels.prefix + function, first, supports)]
 
 
 def _of_arguments(supports: Callable[..., str | None] | None, first: int, end: int) -> Callable[..., str | None] | None:

@@ -128,8 +128,10 @@ class MultimodalCrossEntropy(nn.Module):
 
     def _valid_rows(self, labels: Tensor | Sequence[Tensor], presence: Tensor | None) -> Tensor:
         """How many rows are valid, (M,)."""
-        each = list(labels) if isinstance(labels, (list, tuple)) else [labels] * self.num_modalities
-        valid = torch.stack([y != self.ignore_index for y in each], 1)  # [B, M]
+        each: list[Tensor] = (
+            list(labels) if isinstance(labels, (list, tuple)) else [labels] * self.num_modalities  # type: ignore[list-item]
+        )
+        valid = torch.stack([y.ne(self.ignore_index) for y in each], 1)  # [B, M]
         return (valid if presence is None else valid & presence).sum(0)
 
     @leaf_of_traces

@@ -86,7 +86,7 @@ def multimodal_cross_entropy(
     """
     vectors = (weights, log_vars, presence, modulation)
     listed = isinstance(labels, (list, tuple))
-    targets: Sequence[Any] = labels if listed else [labels]
+    targets: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
     if (
         linear is None
         and may_use_door()
@@ -195,7 +195,7 @@ def _check_vectors(first: Tensor, count: int, **vectors: Tensor | None) -> None:
 def _check_labels(labels: Tensor | Sequence[Tensor], first: Tensor, count: int) -> list[Tensor]:
     """The labels as int64, in a list of one for all modalities, or of one for each."""
     listed = isinstance(labels, (list, tuple))
-    given: Sequence[Any] = labels if listed else [labels]
+    given: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
     if listed and len(given) != count:
         raise checks.value_error(_NAME, "labels", f"a tensor, or a list of {count}, one for each modality", len(given))
     for i, y in enumerate(given):

@@ -8,13 +8,14 @@ the number of rows, and scaled in the backward, as in Liger Kernel (arXiv:2410.1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, NativeKernels
+from mmkernels._differentiable import DifferentiableOp, NativeKernels, TritonKernels
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _products as products
 from mmkernels.ops.multimodal_cross_entropy import reference
@@ -69,7 +70,8 @@ def _check_range(labels: Tensor, classes: int) -> None:
 
 
 @torch.no_grad()
-def _forward(
+def forward(
+    rows_in_place: Callable[..., None],
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -84,13 +86,22 @@ def _forward(
     of_bias: bool,
     training: bool,
 ) -> tuple[Tensor, ...]:
+    """``rows_in_place`` is ``torch.ops.mmkernels._cross_entropy_rows`` or does what it does.
+
+    On the CPU rows that are not valid take no part; elsewhere, where asking for them would wait for the device, they do
+    with zeros.
+    """
     rows, classes = hidden.shape[0], weight.shape[0]
+    on_cpu = hidden.is_cpu
     kept = None  # which rows are valid, where some are not
-    if not bool(valid.all()):
+    if not on_cpu:
+        labels = labels.masked_fill(~valid, -1)
+    elif not bool(valid.all()):
         kept = valid.nonzero().squeeze(1)
         rows, labels = kept.shape[0], labels.index_select(0, kept)
     labels = labels.contiguous()
-    _check_range(labels, classes)
+    if on_cpu:
+        _check_range(labels, classes)
     of_hidden, of_weight, of_bias = (training and f for f in (of_hidden, of_weight, of_bias))
     flags = (of_hidden, of_weight, of_bias)
     loss, grad_hidden, grad_weight, grad_bias, count = _fake(hidden, weight, bias, *flags)
@@ -105,13 +116,13 @@ def _forward(
     for start in range(0, rows, chunk):
         stop = min(start + chunk, rows)
         x = hidden[start:stop] if kept is None else hidden.index_select(0, kept[start:stop])
+        if not on_cpu:
+            x = x.masked_fill(~valid[start:stop].unsqueeze(1), 0)
         z = buffer[: stop - start]
         _multiply(x, weight.t(), z)
         if bias is not None:
             z.add_(bias)
-        torch.ops.mmkernels._cross_entropy_rows(
-            z, labels[start:stop], label_smoothing, robust, q, any(flags), losses[start:stop]
-        )
+        rows_in_place(z, labels[start:stop], label_smoothing, robust, q, any(flags), losses[start:stop])
         if of_hidden and kept is None:
             _multiply(z, weight, grad_hidden[start:stop])
         elif of_hidden:
@@ -120,19 +131,19 @@ def _forward(
             _add_product(grad_weight, z.t(), x, start == 0)
         if of_bias:
             grad_bias.add_(z.sum(0, dtype=grad_bias.dtype))
-    loss.copy_(losses.sum(dtype=torch.float64) / max(rows, 1))
-    count.fill_(rows)
+    count.copy_(valid.sum())
+    loss.copy_(losses.sum(dtype=torch.float64) / count.clamp(min=1))
     return loss, grad_hidden, grad_weight, grad_bias, count
 
 
-def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     *args, saved, needed = rest
     hidden, weight, bias, _, _, modulation = args[:6]
     leaves = (hidden, weight, bias)
     made, count = saved[:3], saved[3]
     if any(n and g.numel() != x.numel() for n, g, x in zip(needed[:3], made, leaves, strict=True) if x is not None):
         # The forward did not know that they would be asked for.
-        _, *made, count = _forward(*args[:9], *needed[:3], True)
+        _, *made, count = forward(rows_in_place, *args[:9], needed[0], needed[1], needed[2], True)
     scale = grads[0].to(count.dtype) / count.clamp(min=1)
     if modulation is not None:
         scale = scale * modulation.to(scale.dtype)
@@ -145,6 +156,10 @@ def _backward(grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
     return [*pulled, empty, empty, of_modulation]
 
 
+def _compiled_rows(*args: Any) -> None:
+    torch.ops.mmkernels._cross_entropy_rows(*args)
+
+
 linear_op = DifferentiableOp(
     "multimodal_cross_entropy_linear",
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor valid, Tensor? modulation, "
@@ -153,5 +168,8 @@ linear_op = DifferentiableOp(
     saved="Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor count",
     reference=reference.linear_cross_entropy,
     fake=_fake,
-    cpu=NativeKernels("cross_entropy_rows", composed=(_forward, _backward)),
+    cpu=NativeKernels(
+        "cross_entropy_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
+    ),
+    triton=TritonKernels(op="multimodal_cross_entropy", prefix="linear_"),
 )

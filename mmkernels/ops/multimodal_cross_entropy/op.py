@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.multimodal_cross_entropy import reference
 
 
@@ -23,6 +23,12 @@ def _multimodal_cross_entropy_fake(logits: Sequence[Tensor], *_: Any) -> tuple[T
     return total, means, total.new_empty((count, first.shape[0], 2)), total.new_empty(count)
 
 
+def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
+    if any(z.shape[1] == 0 for z in logits):
+        return "logits of no classes"
+    return None if logits[0].shape[0] < 2**31 else f"{logits[0].shape[0]} rows are counted in 32 bits"
+
+
 multimodal_cross_entropy_op = DifferentiableOp(
     "multimodal_cross_entropy",
     "Tensor[] logits, Tensor[] labels, Tensor? weights, Tensor? log_vars, Tensor? presence, Tensor? modulation, "
@@ -32,4 +38,5 @@ multimodal_cross_entropy_op = DifferentiableOp(
     reference=reference.multimodal_cross_entropy,
     fake=_multimodal_cross_entropy_fake,
     cpu=native_backend("multimodal_cross_entropy"),
+    triton=TritonKernels(_triton_supports),
 )
