@@ -345,7 +345,19 @@ def test_results_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype
 
 def test_opcheck_of_forward_and_backward(either_backend: str) -> None:
     logits, labels = make(classes=(7, 5))
-    arguments = (logits, [labels], numbers(count=2), None, flags(count=2), numbers(count=2), 0.1, -100, None, 0.7)
+    arguments = (
+        logits,
+        [labels],
+        numbers(count=2),
+        None,
+        flags(count=2),
+        numbers(count=2),
+        0.1,
+        -100,
+        None,
+        0.7,
+        False,
+    )
     torch.library.opcheck(torch.ops.mmkernels.multimodal_cross_entropy.default, (*arguments, True))
     total, means, *saved = torch.ops.mmkernels.multimodal_cross_entropy.default(*arguments, True)
     grads = [torch.randn_like(total), torch.randn_like(means)]

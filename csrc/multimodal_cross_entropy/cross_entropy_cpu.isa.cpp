@@ -24,9 +24,29 @@ struct RowLoss {
   float loss, scale;  // of p_c − target_c
 };
 
+MMK_INLINE float logit(const float* z) { return *z; }
 template <class T>
 MMK_INLINE float logit(const T* z) {
-  return sum(load_as_float(z, int64_t{1}));  // zeros behind it
+  alignas(64) T halves[VW] = {};
+  halves[0] = *z;
+  alignas(64) float lanes[VW];
+  store(lanes, load_as_float(halves));
+  return lanes[0];
+}
+
+// Few classes in one vector, −inf behind them; `readable` elements may be read.
+template <class T>
+MMK_INLINE vf load_few_logits(const T* z, int64_t classes, int64_t readable) {
+  if (readable < VW) return load_logits(z, classes);
+  alignas(64) float flags[2 * VW];
+  for (int i = 0; i < VW; ++i) flags[i] = 1.f, flags[VW + i] = 0.f;
+  return select(load(flags + VW - classes) > zero(), load_as_float(z), set1(-kInfinity));
+}
+template <class T>
+MMK_INLINE SoftmaxRow softmax_of_few(const T* z, int64_t classes, int64_t readable) {
+  const vf x = load_few_logits(z, classes, readable);
+  const float top = max_lane(max(x, set1(kLowest)));
+  return {top, sum(exp_scaled(x - set1(top), set1(kLog2e)))};
 }
 
 // Σ_c (z_c − top)
@@ -126,7 +146,8 @@ void loss_of_row(const CrossEntropyParams& p, const CrossEntropyRows& item, int6
   item.losses[r] = 0.f;
   if (p.is_valid(item, r)) {
     const T* const z = static_cast<const T*>(item.logits) + r * item.stride;
-    row = softmax_row(z, item.classes, 1.f);
+    const int64_t readable = (p.rows - 1 - r) * item.stride + item.classes;  // up to the end of the last row
+    row = item.classes <= VW ? softmax_of_few(z, item.classes, readable) : softmax_row(z, item.classes, 1.f);
     const RowLoss made = loss_of(p, z, item.classes, item.labels[r], row);
     item.losses[r] = made.loss;
     if (grad != nullptr) pull_row(p, z, grad, item.classes, item.labels[r], row, item.scale * made.scale);

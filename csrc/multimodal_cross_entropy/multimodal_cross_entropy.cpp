@@ -1,7 +1,6 @@
 // multimodal_cross_entropy on the CPU, as torch sees it. Shapes were checked at the door; labels are checked here,
 // where compiled code comes by too.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -101,20 +100,50 @@ struct Call {
 std::vector<double> values_of(const OptionalTensor& given, size_t count) {
   std::vector<double> values(count, 1.);
   if (!given) return values;
-  const Tensor wide = given->to(at::kDouble).contiguous();
-  values.assign(wide.const_data_ptr<double>(), wide.const_data_ptr<double>() + count);
+  const int64_t stride = given->dim() == 0 ? 0 : given->stride(0);
+  const auto read = [&](const auto* data) {
+    for (size_t i = 0; i < count; ++i) values[i] = static_cast<double>(data[static_cast<int64_t>(i) * stride]);
+  };
+  switch (given->scalar_type()) {
+    case at::kBFloat16:
+      read(given->const_data_ptr<at::BFloat16>());
+      break;
+    case at::kHalf:
+      read(given->const_data_ptr<at::Half>());
+      break;
+    default:
+      read(given->const_data_ptr<float>());
+  }
   return values;
+}
+
+// The numbers in a dtype.
+Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const Tensor result = at::empty(sizes, options);
+  const auto write = [&](auto* data) {
+    for (size_t i = 0; i < values.size(); ++i) data[i] = static_cast<float>(values[i]);
+  };
+  switch (result.scalar_type()) {
+    case at::kBFloat16:
+      write(result.data_ptr<at::BFloat16>());
+      break;
+    case at::kHalf:
+      write(result.data_ptr<at::Half>());
+      break;
+    default:
+      write(result.data_ptr<float>());
+  }
+  return result;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(at::TensorList logits, at::TensorList labels,
                                                    const OptionalTensor& weights, const OptionalTensor& log_vars,
                                                    const OptionalTensor& presence, const OptionalTensor&,
                                                    double label_smoothing, int64_t ignore_index, Text robust, double q,
-                                                   bool training) {
+                                                   bool wide, bool training) {
   Call call(logits, labels, presence, {label_smoothing, ignore_index, robust, q}, 4.);
   const auto options = logits[0].options().dtype(at::kFloat);
   const int64_t count = call.params.modalities, rows = call.params.rows;
-  const Tensor total = at::empty({}, options), means = at::empty({count}, options);
   const Tensor statistics = training ? at::empty({count, rows, 2}, options) : at::empty({0}, options);
   const Tensor losses = at::empty({count, rows}, options);
   for (int64_t i = 0; i < count; ++i) {
@@ -124,26 +153,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(at::TensorList logits, at::Te
   }
   if (rows > 0) MMK_DISPATCH(cross_entropy_forward)(call.finished());
   const std::vector<double> factors = values_of(log_vars ? log_vars : weights, logits.size());
-  double sum = 0.;
+  std::vector<double> means(logits.size(), 0.);
+  double total = 0.;
   for (size_t i = 0; i < logits.size(); ++i) {
-    double mean = 0.;
-    const CrossEntropyRows& item = call.items[i];
-    for (int64_t r = 0; r < rows; ++r) mean += static_cast<double>(item.losses[r]);
-    if (call.counts[i] > 0) {
-      mean /= static_cast<double>(call.counts[i]);
-      sum += log_vars ? std::exp(-factors[i]) * mean + factors[i] : factors[i] * mean;
-    }
-    means.data_ptr<float>()[i] = static_cast<float>(mean);
+    if (call.counts[i] == 0) continue;
+    const float* const of_rows = call.items[i].losses;
+    for (int64_t r = 0; r < rows; ++r) means[i] += static_cast<double>(of_rows[r]);
+    means[i] /= static_cast<double>(call.counts[i]);
+    total += log_vars ? std::exp(-factors[i]) * means[i] + factors[i] : factors[i] * means[i];
   }
-  *total.data_ptr<float>() = static_cast<float>(sum);
-  return {total, means, statistics, training ? means.clone() : at::empty({0}, options)};
+  const auto given = wide ? options : logits[0].options();
+  return {tensor_of({total}, {}, given), tensor_of(means, {count}, given), statistics,
+          training ? tensor_of(means, {count}, options) : at::empty({0}, options)};
 }
 
 // saved: statistics and means. grads: of the total and of the means.
 std::vector<Tensor> backward(at::TensorList grads, at::TensorList logits, at::TensorList labels,
                              const OptionalTensor& weights, const OptionalTensor& log_vars,
                              const OptionalTensor& presence, const OptionalTensor& modulation, double label_smoothing,
-                             int64_t ignore_index, Text robust, double q, at::TensorList given_saved,
+                             int64_t ignore_index, Text robust, double q, bool, at::TensorList given_saved,
                              const c10::List<bool>& needed) {
   const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(logits, labels, presence, {label_smoothing, ignore_index, robust, q}, 4.);
@@ -181,14 +209,13 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList logits, at::Te
       results.push_back(at::empty({0}, logits[0].options()));
       continue;
     }
-    const Tensor grad = at::zeros(vectors[v]->sizes(), vectors[v]->options().dtype(at::kFloat));
+    std::vector<double> slopes(count, 0.);
     for (size_t i = 0; v < 2 && i < count; ++i) {
       if (call.counts[i] == 0) continue;
       const double mean = static_cast<double>(means[i]);
-      const double slope = v == 0 ? mean : 1. - std::exp(-factors[i]) * mean;
-      grad.data_ptr<float>()[i] = static_cast<float>(of_total * slope);
+      slopes[i] = of_total * (v == 0 ? mean : 1. - std::exp(-factors[i]) * mean);
     }
-    results.push_back(grad.to(vectors[v]->scalar_type()));
+    results.push_back(tensor_of(slopes, vectors[v]->sizes(), vectors[v]->options()));
   }
   return results;
 }
@@ -258,11 +285,11 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_multimodal_cross_entropy_fwd(Tensor[] logits, Tensor[] labels, Tensor? weights, Tensor? log_vars, "
       "Tensor? presence, Tensor? modulation, float label_smoothing, int ignore_index, str? robust, float q, "
-      "bool training) -> (Tensor total, Tensor means, Tensor statistics, Tensor kept)");
+      "bool wide, bool training) -> (Tensor total, Tensor means, Tensor statistics, Tensor kept)");
   m.def(
       "_multimodal_cross_entropy_bwd(Tensor[] grads, Tensor[] logits, Tensor[] labels, Tensor? weights, "
       "Tensor? log_vars, Tensor? presence, Tensor? modulation, float label_smoothing, int ignore_index, str? robust, "
-      "float q, Tensor[] saved, bool[] needed) -> Tensor[]");
+      "float q, bool wide, Tensor[] saved, bool[] needed) -> Tensor[]");
   m.def(
       "_cross_entropy_rows(Tensor(a!) logits, Tensor labels, float label_smoothing, str? robust, float q, "
       "bool gradient, Tensor(b!) losses) -> ()");

@@ -93,9 +93,11 @@ def multimodal_cross_entropy(
         and isinstance(logits, (list, tuple))
         and len(targets) == (len(logits) if listed else 1)
     ):
-        out = multimodal_cross_entropy_op.unchecked(logits, targets, *vectors, label_smoothing, ignore_index, robust, q)
+        out = multimodal_cross_entropy_op.unchecked(
+            logits, targets, *vectors, label_smoothing, ignore_index, robust, q, False
+        )
         if out is not None:
-            return _rounded(out, logits[0].dtype)
+            return out[0], out[1]
     if is_overridden(logits, labels, *vectors, linear):
         return overridden_call(multimodal_cross_entropy, locals())
     first = fusion.first_source(_NAME, logits, "logits")
@@ -124,15 +126,10 @@ def multimodal_cross_entropy(
             wanted = [needs_grad(t) for t in (x, weight, bias)]
             losses.append(linear_op(x, weight, bias, y, valid, scale, label_smoothing, robust, q, *wanted)[0])
             counts.append(valid.sum())
-        out = combined(losses, counts, weights, log_vars)
-        return out if wide else _rounded(out, first.dtype)
-    out = multimodal_cross_entropy_op(logits, targets, *vectors, label_smoothing, ignore_index, robust, q)
-    return (out[0], out[1]) if wide else _rounded(out, first.dtype)
-
-
-def _rounded(out: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    total, means = out
-    return (total, means) if dtype in (torch.float32, torch.float64) else (total.to(dtype), means.to(dtype))
+        total, means = combined(losses, counts, weights, log_vars)
+        return (total, means) if wide else (total.to(first.dtype), means.to(first.dtype))
+    out = multimodal_cross_entropy_op(logits, targets, *vectors, label_smoothing, ignore_index, robust, q, wide)
+    return out[0], out[1]
 
 
 def _check_logits(logits: Sequence[Tensor]) -> None:

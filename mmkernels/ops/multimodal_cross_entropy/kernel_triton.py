@@ -184,6 +184,7 @@ def forward(
     ignore_index: int,
     robust: str | None,
     q: float,
+    wide: bool,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, count = logits[0].shape[0], len(logits)
@@ -204,9 +205,10 @@ def forward(
         )
     sums = [reference.mean_loss(losses[i], n) for i, n in enumerate(counts)]
     total, means = reference.combined(sums, counts, weights, log_vars)
+    outputs = (total, means) if wide else (total.to(logits[0].dtype), means.to(logits[0].dtype))
     if not training:
-        return total, means, losses.new_empty(0), losses.new_empty(0)
-    return total, means, statistics, means.clone()
+        return *outputs, losses.new_empty(0), losses.new_empty(0)
+    return *outputs, statistics, means.clone()
 
 
 def backward(
@@ -221,10 +223,11 @@ def backward(
     ignore_index: int,
     robust: str | None,
     q: float,
+    wide: bool,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    of_total, of_means = grads
+    of_total, of_means = (g.float() for g in grads)
     statistics, means = saved[0].contiguous(), saved[1]
     count, rows = len(logits), logits[0].shape[0]
     counts = torch.stack(
@@ -238,11 +241,14 @@ def backward(
     if modulation is not None:
         scales = scales * modulation.float()
     scales = scales / counts.clamp(min=1)
-    empty = of_total.new_empty(0)
+
+    def empty() -> Tensor:
+        return of_total.new_empty(0)
+
     results = []
     for i, z in enumerate(logits):
         if not needed[i]:
-            results.append(empty)
+            results.append(empty())
             continue
         grad = torch.empty_like(z, memory_format=torch.contiguous_format)
         config, present = _config(z.shape[1]), _present(presence, i)
@@ -257,13 +263,13 @@ def backward(
             SMOOTH=label_smoothing > 0,
         )
         results.append(grad)
-    results += [empty] * len(labels)
+    results += [empty() for _ in labels]
     of_weights, of_log_vars, _, of_modulation = needed[count + len(labels) :]
     slopes = of_total * torch.where(counts > 0, means if log_vars is None else 1 - factors * means, 0)
-    results.append(slopes.to(weights.dtype) if weights is not None and of_weights else empty)
-    results.append(slopes.to(log_vars.dtype) if log_vars is not None and of_log_vars else empty)
-    results.append(empty)
-    results.append(torch.zeros_like(modulation) if modulation is not None and of_modulation else empty)
+    results.append(slopes.to(weights.dtype) if weights is not None and of_weights else empty())
+    results.append(slopes.to(log_vars.dtype) if log_vars is not None and of_log_vars else empty())
+    results.append(empty())
+    results.append(torch.zeros_like(modulation) if modulation is not None and of_modulation else empty())
     return results
 
 

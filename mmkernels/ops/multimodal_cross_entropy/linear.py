@@ -143,17 +143,20 @@ def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest:
     made, count = saved[:3], saved[3]
     if any(n and g.numel() != x.numel() for n, g, x in zip(needed[:3], made, leaves, strict=True) if x is not None):
         # The forward did not know that they would be asked for.
-        _, *made, count = forward(rows_in_place, *args[:9], needed[0], needed[1], needed[2], True)
+        _, *made, count = forward(rows_in_place, *args[:9], *needed[:3], True)  # type: ignore[call-arg]
     scale = grads[0].to(count.dtype) / count.clamp(min=1)
     if modulation is not None:
         scale = scale * modulation.to(scale.dtype)
-    empty = grads[0].new_empty(0)
+
+    def empty() -> Tensor:
+        return grads[0].new_empty(0)
+
     pulled = [
-        (g * scale).to(x.dtype) if n and x is not None else empty
+        (g * scale).to(x.dtype) if n and x is not None else empty()
         for g, x, n in zip(made, leaves, needed[:3], strict=True)
     ]
-    of_modulation = torch.zeros_like(modulation) if modulation is not None and needed[5] else empty
-    return [*pulled, empty, empty, of_modulation]
+    of_modulation = torch.zeros_like(modulation) if modulation is not None and needed[5] else empty()
+    return [*pulled, empty(), empty(), of_modulation]
 
 
 def _compiled_rows(*args: Any) -> None:

@@ -12,15 +12,11 @@ from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_ba
 from mmkernels.ops.multimodal_cross_entropy import reference
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
-
-
-def _multimodal_cross_entropy_fake(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    first, count = logits[0], len(logits)
-    total = first.new_empty((), dtype=_wide(first))
-    means = total.new_empty(count)
-    return total, means, total.new_empty((count, first.shape[0], 2)), total.new_empty(count)
+def _multimodal_cross_entropy_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, count, wide = logits[0], len(logits), rest[-1]
+    statistics = first.new_empty((count, first.shape[0], 2), dtype=torch.promote_types(first.dtype, torch.float32))
+    total = (statistics if wide else first).new_empty(())
+    return total, total.new_empty(count), statistics, statistics.new_empty(count)
 
 
 def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
@@ -32,7 +28,7 @@ def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
 multimodal_cross_entropy_op = DifferentiableOp(
     "multimodal_cross_entropy",
     "Tensor[] logits, Tensor[] labels, Tensor? weights, Tensor? log_vars, Tensor? presence, Tensor? modulation, "
-    "float label_smoothing, int ignore_index, str? robust, float q",
+    "float label_smoothing, int ignore_index, str? robust, float q, bool wide",
     outputs="Tensor total, Tensor means",
     saved="Tensor statistics, Tensor kept",  # the softmax's top and total of every row, [M, B, 2]; the means
     reference=reference.multimodal_cross_entropy,

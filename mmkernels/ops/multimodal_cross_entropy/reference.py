@@ -2,8 +2,7 @@
 
     CE_i = mean over valid rows of −log p_i[y],   total = Σ w_i CE_i   or   Σ e^(−s_i) CE_i + s_i
 
-Runs on every device and dtype, differentiable any number of times. Everything but the logits is float32 at least, and
-so are the results.
+Runs on every device and dtype, differentiable any number of times. Everything but the logits is float32 at least.
 """
 
 from __future__ import annotations
@@ -92,8 +91,9 @@ def multimodal_cross_entropy(
     ignore_index: int,
     robust: str | None,
     q: float,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The total [] and the loss of every modality [M]."""
+    """The total [] and the loss of every modality [M], in the logits' dtype or, ``wide``, in float32 at least."""
     losses, counts = [], []
     for i, z in enumerate(logits):
         y = labels[i if len(labels) > 1 else 0]
@@ -102,7 +102,7 @@ def multimodal_cross_entropy(
         counts.append(valid.sum())
         losses.append(mean_loss(row_losses(z, y, valid, scale, label_smoothing, robust, q), counts[-1]))
     total, means = combined(losses, counts, weights, log_vars)
-    return total, means
+    return (total, means) if wide else (total.to(logits[0].dtype), means.to(logits[0].dtype))
 
 
 def linear_cross_entropy(
