@@ -23,6 +23,9 @@ from torch import Tensor
 from mmkernels.ops.multimodal_cross_entropy import linear, reference
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
 
+# What of these is a multiple of 16 depends on the number of rows.
+_NUMBERS = ["present_stride", "ignore_index", "smoothing", "q"]
+_PER_ROW = ["label_ptr", "present_ptr", "loss_ptr", "statistics_ptr", "factor_ptr", "scale_ptr"]
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of −inf, whose distance from itself is no number
 _REVERSE = tl.constexpr(reference.REVERSE)
 
@@ -53,7 +56,7 @@ def _one_minus_exp(x):
     return tl.where(x > -0.25, near, 1.0 - tl.exp(x))
 
 
-@triton.jit(do_not_specialize=["present_stride", "ignore_index", "smoothing", "q"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_PER_ROW)
 def _losses(
     z_ptr,  # [B, C]
     label_ptr,  # [B]
@@ -109,7 +112,7 @@ def _losses(
         tl.store(factor_ptr + row, _row_factor(of_label, q, KIND))
 
 
-@triton.jit(do_not_specialize=["present_stride", "ignore_index", "smoothing", "q"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_PER_ROW)
 def _gradient(
     z_ptr,  # [B, C]
     label_ptr,  # [B]
