@@ -22,6 +22,7 @@ from mmkernels.ops.low_rank_fusion import low_rank_fusion
 from mmkernels.ops.merge_attention import merge_attention
 from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
+from mmkernels.ops.multimodal_cross_entropy import multimodal_cross_entropy
 from mmkernels.ops.multiplicative_attention_pool import multiplicative_attention_pool
 from mmkernels.ops.split_attention_pool import split_attention_pool
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
@@ -50,6 +51,7 @@ __all__ = [
     "merge_attention",
     "merge_embeddings",
     "modulated_norm",
+    "multimodal_cross_entropy",
     "multiplicative_attention_pool",
     "nn",
     "scaled_dot_product_attention",

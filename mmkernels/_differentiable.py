@@ -45,11 +45,15 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve."""
+    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve.
+
+    Or, ``composed``, a forward and a backward in Python around torch's products and the private op ``_<name>``.
+    """
 
     name: str
     supports: Callable[..., str | None] | None = None
     any_strides: bool = False  # whether they take floating tensors as they come
+    composed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,15 @@ class TritonKernels:
     """That the op's ``kernel_triton.py`` has ``forward`` and ``backward``, and what they cannot serve.
 
     They take the arguments of the two operators' schemas; ``supports`` those of the op alone, ``supports_backward`` the
-    flags of the needed gradients before them.
+    flags of the needed gradients before them. An op in the folder of another names that, and what its own two functions
+    begin with.
     """
 
     supports: Callable[..., str | None] | None = None
     supports_backward: Callable[..., str | None] | None = None  # default: as ``supports``
     any_strides: bool = False
+    op: str | None = None
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,8 @@ class DifferentiableOp:
         self.backward.impl("Batched", self._reference_backward)
         self._supports = cpu.supports
         _, absent = native_op(f"_{cpu.name}_fwd")
-        self._handle = _native.open_door(cpu.name, self._outputs) if absent is None else None
+        has_door = absent is None and cpu.composed is None
+        self._handle = _native.open_door(cpu.name, self._outputs) if has_door else None
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs, those in lists one by one."""
@@ -399,7 +407,9 @@ class DifferentiableOp:
 
 def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
     """The compiled forward or backward; its own arguments start at position ``first``."""
-    native, absent = native_op(f"_{kernels.name}_{direction}")
+    native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
+    if kernels.composed:
+        native = kernels.composed[first]
 
     def supports(*args: Any) -> str | None:
         if absent is not None:
@@ -434,7 +444,8 @@ def _triton_backends(name: str, kernels: TritonKernels | None, function: str, fi
     supports = _of_arguments(kernels.supports, first, end)
     if function == "backward" and (of_backward := kernels.supports_backward) is not None:
         supports = lambda *args: of_backward(args[-1], *args[first:-end])  # noqa: E731
-    return [_triton.triton_backend(name, function, first, supports, kernels.any_strides)]
+    op, function = kernels.op or name, kernels.prefix + function
+    return [_triton.triton_backend(op, function, first, supports, kernels.any_strides)]
 
 
 def _of_arguments(supports: Callable[..., str | None] | None, first: int, end: int) -> Callable[..., str | None] | None:

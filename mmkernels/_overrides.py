@@ -21,10 +21,10 @@ _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
 def _spliced(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The values, those in lists one by one."""
+    """The values, those in lists one by one, also in lists of lists."""
     if not any(type(v) is list or type(v) is tuple for v in values):
         return values
-    return tuple(x for v in values for x in (v if type(v) is list or type(v) is tuple else (v,)))
+    return tuple(x for v in values for x in (_spliced(tuple(v)) if type(v) is list or type(v) is tuple else (v,)))
 
 
 def is_overridden(*values: Any) -> bool:

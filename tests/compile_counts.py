@@ -81,6 +81,9 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
         meta(b, n, 1024), meta(b * 100, 1024), meta(b, n, dtype=torch.bool)
     ),
     "modulated_norm": lambda b, n: mmk.modulated_norm(meta(b, n, 1152), meta(b, 1152), meta(b, 1152)),
+    "multimodal_cross_entropy": lambda b, n: mmk.multimodal_cross_entropy(
+        [meta(b * n, 1000), meta(b * n, 32)], meta(b * n, dtype=torch.int64), presence=meta(b * n, 2, dtype=torch.bool)
+    ),
     "multiplicative_attention_pool": lambda b, n: mmk.multiplicative_attention_pool(
         meta(b * n, 3, 256), meta(b * n, 256), weight=meta(256, 256)
     ),

@@ -23,6 +23,11 @@ _FLAGS = torch.tensor([[True, True], [False, True], [True, False]])
 _SLOTS = torch.tensor([[False, True, True, False], [True, False, False, True], [True, True, False, False]])
 
 _STARTS = torch.tensor([0, 1, 1, 3])
+_LABELS = torch.tensor([4, -100, 0])
+
+
+def _in_one(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in outputs])
 
 
 def _both(outputs: tuple[Tensor, Tensor]) -> Tensor:
@@ -102,6 +107,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
     "distillation_loss": (
         lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, kind="jsd"),
         [(3, 5), (3, 5)],
+    ),
+    "multimodal_cross_entropy": (
+        lambda a, b, s: _in_one(mmk.multimodal_cross_entropy([a, b], _LABELS, log_vars=s, presence=_FLAGS)),
+        [(3, 5), (3, 6), (2,)],
     ),
     "bilinear_fusion": (
         lambda x, y, u, v: mmk.bilinear_fusion(x, y, u, v, rank=2),

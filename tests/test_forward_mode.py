@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 import mmkernels as mmk
 
 LENGTHS = torch.tensor([3, 0])
+LABELS = torch.tensor([3, 0, -100])
 STARTS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
 PRESENCE = torch.tensor([[True, False], [True, True], [False, False]])
 LABELS = torch.tensor([0, 1, 3])
@@ -130,6 +131,14 @@ CASES = {
         ((2, 3, 4), (2, 2, 4), (2, 4), (3, 4)),
     ),
     "merge_embeddings": Case(lambda t, m: mmk.merge_embeddings(t, m, POSITIONS), ((2, 4, 3), (3, 3))),
+    "multimodal_cross_entropy": Case(
+        lambda a, b, w: mmk.multimodal_cross_entropy([a, b], LABELS, weights=w, presence=PRESENCE),
+        ((3, 4), (3, 5), (2,)),
+    ),
+    "multimodal_cross_entropy, uncertainty": Case(
+        lambda a, b, s: mmk.multimodal_cross_entropy([a, b], LABELS, log_vars=s, robust="symmetric"),
+        ((3, 4), (3, 5), (2,)),
+    ),
 }
 NO_OPS = {"explain", "nn", "use_backend", "Explanation", "UnsupportedError"}
 

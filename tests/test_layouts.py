@@ -126,6 +126,12 @@ OPS: dict[str, Callable[..., Inputs]] = {
         student=r(B, V), teacher=r(B, V), temperature=2.0, labels=torch.randint(0, 3, (B,)), ignore_index=0),
     "distillation_loss of sequences": lambda B=2, L=3, V=6: dict(
         student=r(B, L, V), teacher=r(B, L, V), kind="jsd", labels=torch.randint(0, 3, (B, L)), ignore_index=0),
+    "multimodal_cross_entropy": lambda B=5, C=6: dict(
+        logits=[r(B, C), r(B, 3)], labels=torch.randint(0, 3, (B,)), weights=r(2), presence=flags(B, 2),
+        modulation=r(2)),
+    "multimodal_cross_entropy of uncertainty": lambda B=5, C=6: dict(
+        logits=[r(B, C), r(B, 3)], labels=[torch.randint(0, max(C, 1), (B,)), torch.randint(0, 3, (B,))],
+        log_vars=r(2), label_smoothing=0.1),
 }  # fmt: skip
 
 # Arguments whose values say which calls are valid, so that only layouts that keep the values are tried.

@@ -126,6 +126,11 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[
         lambda m, a, b: m([a, b], query=a),
         _pair,
     ),
+    "MultimodalCrossEntropy": (
+        lambda: mmk.nn.MultimodalCrossEntropy(2),
+        lambda m, a, b: m([a, b], torch.tensor([0, 3, 1])),
+        _pair,
+    ),
     "SplitAttentionPool": (lambda: mmk.nn.SplitAttentionPool(4, 2, 3), lambda m, a, b: m([a, b]), _pair),
     "DecisionFusion": (lambda: mmk.nn.DecisionFusion(2, learnable=True), lambda m, a, b: m([a, b]), _pair),
     "DistillationLoss": (lambda: mmk.nn.DistillationLoss(temperature=2.0), lambda m, a, b: m(a, b), _pair),

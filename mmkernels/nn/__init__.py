@@ -10,6 +10,7 @@ from mmkernels.nn.gated_cross_attention_block import GatedCrossAttentionBlock
 from mmkernels.nn.gated_fusion import GatedFusion
 from mmkernels.nn.joint_attention import JointAttention
 from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
+from mmkernels.nn.multimodal_cross_entropy import MultimodalCrossEntropy
 from mmkernels.nn.tensor_fusion import LowRankFusion, TensorFusion
 from mmkernels.nn.token_fusion_embedding import TokenFusionEmbedding
 
@@ -25,6 +26,7 @@ __all__ = [
     "JointAttention",
     "LowRankFusion",
     "MultiheadCrossAttention",
+    "MultimodalCrossEntropy",
     "MultiplicativeAttentionPool",
     "SplitAttentionPool",
     "TensorFusion",

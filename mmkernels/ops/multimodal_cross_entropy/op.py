@@ -1,0 +1,38 @@
+"""Registration of multimodal_cross_entropy: schema, shapes of its outputs, backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops.multimodal_cross_entropy import reference
+
+
+def _multimodal_cross_entropy_fake(logits: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    first, count, wide = logits[0], len(logits), rest[-1]
+    statistics = first.new_empty((count, first.shape[0], 2), dtype=torch.promote_types(first.dtype, torch.float32))
+    total = (statistics if wide else first).new_empty(())
+    return total, total.new_empty(count), statistics, statistics.new_empty(count)
+
+
+def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
+    if any(z.shape[1] == 0 for z in logits):
+        return "logits of no classes"
+    return None if logits[0].shape[0] < 2**31 else f"{logits[0].shape[0]} rows are counted in 32 bits"
+
+
+multimodal_cross_entropy_op = DifferentiableOp(
+    "multimodal_cross_entropy",
+    "Tensor[] logits, Tensor[] labels, Tensor? weights, Tensor? log_vars, Tensor? presence, Tensor? modulation, "
+    "float label_smoothing, int ignore_index, str? robust, float q, bool wide",
+    outputs="Tensor total, Tensor means",
+    saved="Tensor statistics, Tensor kept",  # the softmax's top and total of every row, [M, B, 2]; the means
+    reference=reference.multimodal_cross_entropy,
+    fake=_multimodal_cross_entropy_fake,
+    cpu=native_backend("multimodal_cross_entropy"),
+    triton=TritonKernels(_triton_supports),
+)
