@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._errors import UnsupportedError
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _contrastive as contrastive
@@ -44,7 +43,10 @@ def contrastive_loss(
         labels: (N,) integers: pairs of one label are positives of each other. None = each of itself alone.
         label_smoothing: the share in 0 … 1 of a row's target that is spread over all of its N logits.
         is_log_scale: logit_scale is the logarithm of the scale, as models keep it: exp of it is used.
-        group: a process group over whose ranks the batch is spread.
+        group: a ``torch.distributed`` process group over whose ranks the batch is spread: x and y are this rank's
+            rows of it, as many as it has, and none too. The loss is that of the whole batch, on every rank; gradients
+            are those a single process would have, of this rank's rows, and the whole of a scalar's on every rank.
+            All ranks make the call, and its backward, alike. None = this process has the whole batch.
 
     x and y have one dtype, all tensors one device. Under autocast x and y are cast as for a product. Gradients for x, y
     and logit_scale. Products and sums are accumulated in float32 (float64 for float64) in a fixed order.
@@ -74,7 +76,9 @@ def contrastive_loss(
     if not 0.0 <= smoothing <= 1.0:
         raise checks.value_error(_NAME, "label_smoothing", "a number in 0 … 1", smoothing)
     if group is not None:
-        raise UnsupportedError(f"{_NAME}: group: no backend serves a batch spread over processes")
+        from mmkernels.distributed import contrastive as spread
+
+        return contrastive.result(spread.contrastive_loss(x, y, scale, labels, smoothing, group), x)
     loss = contrastive_loss_op(x, y, scale, labels, labels, smoothing, True, 0, x.shape[0])[0]
     return contrastive.result(loss, x)
 

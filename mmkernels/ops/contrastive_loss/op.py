@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.contrastive_loss import reference
 
@@ -37,4 +37,5 @@ contrastive_loss_op = DifferentiableOp(
     reference_saved=reference.softmax_stats,
     fake=_contrastive_loss_fake,
     cpu=native_backend("contrastive_loss"),
+    triton=TritonKernels(),
 )

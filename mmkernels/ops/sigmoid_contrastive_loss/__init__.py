@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._errors import UnsupportedError
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _contrastive as contrastive
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
@@ -38,7 +37,10 @@ def sigmoid_contrastive_loss(
         logit_scale: the inverse temperature, a number or a tensor of shape () or (1,), of any floating dtype.
         logit_bias: the same; SigLIP starts at −10.
         is_log_scale: logit_scale is the logarithm of the scale, as models keep it: exp of it is used.
-        group: a process group over whose ranks the batch is spread.
+        group: a ``torch.distributed`` process group over whose ranks the batch is spread: x and y are this rank's
+            rows of it, as many as it has, and none too. The loss is that of the whole batch, on every rank; gradients
+            are those a single process would have, of this rank's rows, and the whole of a scalar's on every rank.
+            All ranks make the call, and its backward, alike. None = this process has the whole batch.
 
     x and y have one dtype, all tensors one device. Under autocast x and y are cast as for a product. Gradients for x,
     y, logit_scale and logit_bias; where one is recorded the forward makes them all and keeps those of x and y, of their
@@ -65,6 +67,8 @@ def sigmoid_contrastive_loss(
     scale = contrastive.scalar(_NAME, "logit_scale", logit_scale, x, is_log=is_log)
     bias = contrastive.scalar(_NAME, "logit_bias", logit_bias, x)
     if group is not None:
-        raise UnsupportedError(f"{_NAME}: group: no backend serves a batch spread over processes")
+        from mmkernels.distributed import contrastive as spread
+
+        return contrastive.result(spread.sigmoid_contrastive_loss(x, y, scale, bias, group), x)
     loss = sigmoid_contrastive_loss_op(x, y, scale, bias, 0, x.shape[0])[0]
     return contrastive.result(loss, x)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.sigmoid_contrastive_loss import reference
 
@@ -27,4 +27,5 @@ sigmoid_contrastive_loss_op = DifferentiableOp(
     reference_saved=reference.unit_gradients,
     fake=_sigmoid_contrastive_loss_fake,
     cpu=native_backend("sigmoid_contrastive_loss"),
+    triton=TritonKernels(),
 )
