@@ -11,6 +11,7 @@ from mmkernels.ops.bilinear_fusion import bilinear_fusion
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.concat_norm_linear import concat_norm_linear
 from mmkernels.ops.concat_tokens import concat_tokens
+from mmkernels.ops.contrastive_loss import contrastive_loss
 from mmkernels.ops.cross_attention import cross_attention, scaled_dot_product_attention
 from mmkernels.ops.decision_fusion import decision_fusion
 from mmkernels.ops.deformable_attention import deformable_attention
@@ -24,6 +25,7 @@ from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
 from mmkernels.ops.multimodal_cross_entropy import multimodal_cross_entropy
 from mmkernels.ops.multiplicative_attention_pool import multiplicative_attention_pool
+from mmkernels.ops.sigmoid_contrastive_loss import sigmoid_contrastive_loss
 from mmkernels.ops.split_attention_pool import split_attention_pool
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
 from mmkernels.ops.varlen_cross_attention import varlen_cross_attention
@@ -39,6 +41,7 @@ __all__ = [
     "concat_linear",
     "concat_norm_linear",
     "concat_tokens",
+    "contrastive_loss",
     "cross_attention",
     "decision_fusion",
     "deformable_attention",
@@ -55,6 +58,7 @@ __all__ = [
     "multiplicative_attention_pool",
     "nn",
     "scaled_dot_product_attention",
+    "sigmoid_contrastive_loss",
     "split_attention_pool",
     "tensor_fusion_linear",
     "use_backend",

@@ -65,6 +65,9 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
     "concat_tokens": lambda b, n: mmk.concat_tokens(
         [meta(b, n, 768), meta(b, 40 + n % 16, 768)], norm="layer", norm_weight=meta(768), norm_bias=meta(768)
     ),
+    "contrastive_loss": lambda b, n: mmk.contrastive_loss(
+        *vectors(b, n, 256, 256), meta(), labels=meta(b * n, dtype=torch.int64), label_smoothing=0.1
+    ),
     "cross_attention": lambda b, n: mmk.cross_attention(meta(b, 8, n, 64), meta(b, 8, n, 64), meta(b, 8, n, 64)),
     "decision_fusion": lambda b, n: mmk.decision_fusion([meta(b * n, 100), meta(b * n, 100)], meta(2), method="log"),
     "distillation_loss": lambda b, n: mmk.distillation_loss(meta(b * n, 1000), meta(b * n, 1000), temperature=2.0),
@@ -87,6 +90,7 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
     "multiplicative_attention_pool": lambda b, n: mmk.multiplicative_attention_pool(
         meta(b * n, 3, 256), meta(b * n, 256), weight=meta(256, 256)
     ),
+    "sigmoid_contrastive_loss": lambda b, n: mmk.sigmoid_contrastive_loss(*vectors(b, n, 256, 256), meta(), meta()),
     "split_attention_pool": lambda b, n: mmk.split_attention_pool(
         meta(b * n, 3, 256), meta(64, 256), meta(64), meta(768, 64), meta(768)
     ),

@@ -1,4 +1,4 @@
-"""Numbers and elements of tuples; tanh, the activations and their derivatives, in float32."""
+"""Numbers and elements of tuples; tanh, softplus, the activations and their derivatives, in float32."""
 
 from __future__ import annotations
 
@@ -42,6 +42,16 @@ def sigmoid(x):
     """Of either sign without overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + eˣ); the logarithm by its series, whose relative accuracy small arguments keep."""
+    e = tl.exp(-tl.abs(x))
+    q = e / (2.0 + e)  # log(1 + e) = 2 artanh q, and q is at most 1/3
+    s = q * q
+    series = 1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s * (1 / 11 + s * (1 / 13))))))
+    return tl.maximum(x, 0.0) + 2.0 * q * series
 
 
 @triton.jit

@@ -1,0 +1,93 @@
+"""The symmetric contrastive loss of paired embeddings, CLIP's, without their matrix of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels._overrides import is_overridden, overridden_call
+from mmkernels.ops import _checks as checks
+from mmkernels.ops import _contrastive as contrastive
+from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
+
+__all__ = ["contrastive_loss"]
+
+_NAME = "contrastive_loss"
+
+
+def contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    is_log_scale: bool = False,
+    group: Any = None,
+) -> Tensor:
+    """Every x tells its own y from all others, and every y its x; the N × N logits are never held.
+
+        z = logit_scale · x yᵀ,  loss = ½ (CE(z, i) + CE(zᵀ, i)),  CE the mean over rows of cross-entropies
+
+    The loss of CLIP (Radford et al., 2021, arXiv:2103.00020), InfoNCE in both directions. With ``labels`` that of UniCL
+    (Yang et al., 2022, arXiv:2204.03610): a row's target is shared by its positives, the rows of the same label, so
+    that its loss is the mean of their −log p, in both directions.
+
+    Args:
+        x: (N, D), float32, bfloat16, float16, or float64 (reference backend alone). Any strides; a last dim that is not
+            contiguous costs a copy. Used as it is: normalise it first where its cosine is meant.
+        y: (N, D); x[i] and y[i] are a pair.
+        logit_scale: the inverse temperature, a number or a tensor of shape () or (1,), of any floating dtype.
+        labels: (N,) integers: pairs of one label are positives of each other. None = each of itself alone.
+        label_smoothing: the share in 0 … 1 of a row's target that is spread over all of its N logits.
+        is_log_scale: logit_scale is the logarithm of the scale, as models keep it: exp of it is used.
+        group: a ``torch.distributed`` process group over whose ranks the batch is spread: x and y are this rank's
+            rows of it, as many as it has, and none too. The loss is that of the whole batch, on every rank; gradients
+            are those a single process would have, of this rank's rows, and the whole of a scalar's on every rank.
+            All ranks make the call, and its backward, alike. None = this process has the whole batch.
+
+    x and y have one dtype, all tensors one device. Under autocast x and y are cast as for a product. Gradients for x, y
+    and logit_scale. Products and sums are accumulated in float32 (float64 for float64) in a fixed order.
+
+    Returns:
+        The loss (), in the dtype of x; under autocast float32. 0 of no pairs.
+
+    Raises:
+        ValueError: shapes or values that do not fit.
+        TypeError: a wrong type or dtype.
+        RuntimeError: tensors on different devices.
+        mmkernels.UnsupportedError: a forced backend cannot serve the call.
+
+    Example:
+        >>> image, text = (F.normalize(torch.randn(256, 512), dim=-1) for _ in range(2))
+        >>> contrastive_loss(image, text, 100.0).shape
+        torch.Size([])
+    """
+    if is_overridden(x, y, logit_scale, labels):
+        return overridden_call(contrastive_loss, locals())
+    x, y = contrastive.check_pairs(_NAME, x, y)
+    is_log = contrastive.check_flag(_NAME, "is_log_scale", is_log_scale)
+    scale = contrastive.scalar(_NAME, "logit_scale", logit_scale, x, is_log=is_log)
+    if labels is not None:
+        labels = _check_labels(labels, x)
+    smoothing = checks.check_number(_NAME, "label_smoothing", label_smoothing)
+    if not 0.0 <= smoothing <= 1.0:
+        raise checks.value_error(_NAME, "label_smoothing", "a number in 0 … 1", smoothing)
+    if group is not None:
+        from mmkernels.distributed import contrastive as spread
+
+        return contrastive.result(spread.contrastive_loss(x, y, scale, labels, smoothing, group), x)
+    loss = contrastive_loss_op(x, y, scale, labels, labels, smoothing, True, 0, x.shape[0])[0]
+    return contrastive.result(loss, x)
+
+
+def _check_labels(labels: Tensor, x: Tensor) -> Tensor:
+    checks.check_tensor(_NAME, "labels", labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise checks.type_error(_NAME, "labels", "an integer dtype", labels.dtype)
+    checks.check_same_device(_NAME, "labels", labels, "x", x.device)
+    if labels.shape != x.shape[:1]:
+        raise checks.value_error(_NAME, "labels", f"shape {tuple(x.shape[:1])}", tuple(labels.shape))
+    return labels.long()

@@ -1,0 +1,41 @@
+"""Registration of contrastive_loss: schema, shapes of its output, backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops.contrastive_loss import reference
+
+
+def _contrastive_loss_fake(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    row_labels: Tensor | None,
+    column_labels: Tensor | None,
+    label_smoothing: float,
+    symmetric: bool,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    wide = accumulation_dtype(x)
+    loss = x.new_empty((), dtype=wide)
+    of_columns = (2, y.shape[0]) if symmetric else (0,)
+    return loss, x.new_empty((2, x.shape[0]), dtype=wide), x.new_empty(of_columns, dtype=wide)
+
+
+contrastive_loss_op = DifferentiableOp(
+    "contrastive_loss",
+    "Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, float label_smoothing, "
+    "bool symmetric, SymInt first_target, SymInt total",
+    outputs="Tensor loss",
+    saved="Tensor row_stats, Tensor column_stats",  # [2, rows]: the maximum, and the logarithm of the sum of e^(z − it)
+    reference=reference.contrastive_loss,
+    reference_saved=reference.softmax_stats,
+    fake=_contrastive_loss_fake,
+    cpu=native_backend("contrastive_loss"),
+    triton=TritonKernels(),
+)

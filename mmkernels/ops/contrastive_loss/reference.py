@@ -1,0 +1,92 @@
+"""contrastive_loss in plain PyTorch: the specification every kernel is tested against.
+
+    z = logit_scale · x yᵀ,  loss = ½ / total · (Σ_i CE(z[i, :], t[i, :]) + Σ_j CE(z[:, j], t'[:, j]))
+
+Runs on every device and dtype, differentiable any number of times. The product is formed in the inputs' dtype, as plain
+torch code would; everything after it in float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops._products import matmul
+
+
+def contrastive_loss(
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [N, D]
+    logit_scale: Tensor,  # [] float32 or float64
+    row_labels: Tensor | None,  # [n] integers
+    column_labels: Tensor | None,  # [N] integers
+    label_smoothing: float,
+    symmetric: bool,
+    first_target: int,
+    total: int,
+) -> Tensor:
+    """Loss [], float32 or float64.
+
+    Row i's positive is column first_target + i, or with labels every column of an equal one. Symmetric, of a square
+    alone: rows over columns and columns over rows; else rows over columns alone, for a caller that adds the rest.
+    """
+    logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale  # [n, N]
+    positive = None
+    if row_labels is not None and column_labels is not None:
+        positive = row_labels.unsqueeze(1) == column_labels
+    loss = _cross_entropies(logits, positive, first_target, label_smoothing)
+    if symmetric:
+        loss = loss + _cross_entropies(logits.mT, None if positive is None else positive.mT, 0, label_smoothing)
+    return 0.5 * loss / max(total, 1)
+
+
+def _cross_entropies(logits: Tensor, positive: Tensor | None, first_target: int, smoothing: float) -> Tensor:
+    """Σ_i CE(logits[i, :], t[i, :]): t is 1 shared by a row's positives, smoothed over all columns."""
+    rows, columns = logits.shape
+    log_p = logits.log_softmax(1)
+    if positive is None:
+        of_positives = log_p[:, first_target : first_target + rows].diagonal().sum()
+    else:
+        share = positive / positive.sum(1, keepdim=True).clamp_min(1)
+        of_positives = torch.where(positive, log_p * share.to(log_p.dtype), torch.zeros_like(log_p)).sum()
+    loss = -(1 - smoothing) * of_positives
+    return loss if smoothing == 0 else loss - smoothing / max(columns, 1) * log_p.sum()
+
+
+def softmax_stats(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    row_labels: Any,
+    column_labels: Any,
+    smoothing: float,
+    symmetric: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Of the rows and, symmetric, of the columns, [2, n] and [2, N]: maximum, and logarithm of the sum of e^(z − it)."""
+    logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale
+
+    def stats(z: Tensor) -> Tensor:
+        if z.shape[1] == 0:
+            return z.new_zeros((2, z.shape[0]))
+        top = z.amax(1)
+        return torch.stack([top, (z - top.unsqueeze(1)).logsumexp(1)])
+
+    return stats(logits), stats(logits.mT) if symmetric else logits.new_empty(0)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: 50 pairs of normalised embeddings."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+    def embeddings() -> Tensor:
+        x = torch.randn((50, 32), generator=generator)
+        return torch.nn.functional.normalize(x, dim=-1).to(device, dtype)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    return {"x": embeddings(), "y": embeddings(), "logit_scale": torch.tensor(14.0, dtype=wide, device=device)}

@@ -1,0 +1,31 @@
+"""Registration of sigmoid_contrastive_loss: schema, shapes of its output, backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops.sigmoid_contrastive_loss import reference
+
+
+def _sigmoid_contrastive_loss_fake(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    wide = accumulation_dtype(x)
+    return tuple(x.new_empty(shape, dtype=wide) for shape in ((), x.shape, y.shape, (2,)))
+
+
+sigmoid_contrastive_loss_op = DifferentiableOp(
+    "sigmoid_contrastive_loss",
+    "Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt first_target, SymInt total",
+    outputs="Tensor loss",
+    # The gradients of the loss [n, D], [N, D] and those of scale and bias [2], float32: they need no sums over a row, so
+    # that the forward makes them of the logits at hand, and the backward multiplies them by what comes.
+    saved="Tensor x_grad, Tensor y_grad, Tensor scalar_grads",
+    reference=reference.sigmoid_contrastive_loss,
+    reference_saved=reference.unit_gradients,
+    fake=_sigmoid_contrastive_loss_fake,
+    cpu=native_backend("sigmoid_contrastive_loss"),
+    triton=TritonKernels(),
+)

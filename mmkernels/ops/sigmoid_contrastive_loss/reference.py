@@ -1,0 +1,63 @@
+"""sigmoid_contrastive_loss in plain PyTorch: the specification every kernel is tested against.
+
+    loss = −1 / total · Σ_ij log σ(l_ij · (logit_scale · x_i·y_j + logit_bias)),  l = 1 of a pair, −1 elsewhere
+
+Runs on every device and dtype, differentiable any number of times. The product is formed in the inputs' dtype, as plain
+torch code would; everything after it in float32, or float64 for float64 inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops._products import matmul
+
+
+def sigmoid_contrastive_loss(
+    x: Tensor,  # [n, D]
+    y: Tensor,  # [N, D]
+    logit_scale: Tensor,  # [] float32 or float64
+    logit_bias: Tensor,  # []
+    first_target: int,
+    total: int,
+) -> Tensor:
+    """Loss [], float32 or float64. Row i's pair is column first_target + i; one outside of y is none."""
+    logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale + logit_bias  # [n, N]
+    return -F.logsigmoid(torch.where(_pairs(x, y, first_target), logits, -logits)).sum() / max(total, 1)
+
+
+def _pairs(x: Tensor, y: Tensor, first_target: int) -> Tensor:
+    of_row = torch.arange(x.shape[0], device=x.device).unsqueeze(1) + first_target
+    return of_row == torch.arange(y.shape[0], device=x.device)  # [n, N]
+
+
+def unit_gradients(
+    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the loss: of x [n, D], of y [N, D], and of scale and bias [2], float32 or float64."""
+    x, y = x.to(accumulation_dtype(x)), y.to(accumulation_dtype(y))
+    products = x @ y.mT
+    logits = products * logit_scale + logit_bias
+    of_logits = torch.where(_pairs(x, y, first_target), -(-logits).sigmoid(), logits.sigmoid()) / max(total, 1)
+    of_products = of_logits * logit_scale
+    of_scalars = torch.stack([(of_logits * products).sum(), of_logits.sum()])
+    return of_products @ y, of_products.mT @ x, of_scalars
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: 50 pairs of normalised embeddings, scale and bias as training starts with them."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+    def embeddings() -> Tensor:
+        x = torch.randn((50, 32), generator=generator)
+        return torch.nn.functional.normalize(x, dim=-1).to(device, dtype)
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+    return {"x": embeddings(), "y": embeddings(), "logit_scale": scalar(10.0), "logit_bias": scalar(-10.0)}

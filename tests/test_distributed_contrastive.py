@@ -1,0 +1,106 @@
+"""The contrastive losses of a batch that is spread over processes are those of one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from environment import DEVICE
+from spread_batches import CASES, COUNTS, rows_of
+
+import mmkernels as mmk
+from mmkernels.testing import assert_close_to_oracle
+
+absent = not torch.distributed.is_available() or not torch.distributed.is_gloo_available()
+pytestmark = pytest.mark.skipif(absent or DEVICE != "cpu", reason="the processes meet by gloo, on the CPU")
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Number of ranks -> what each of them found."""
+    found = {}
+    package = str(Path(mmk.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    for ranks in COUNTS:
+        folder = tmp_path_factory.mktemp(f"world{ranks}")
+        script = Path(__file__).with_name("spread_batches.py")
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(ranks), str(folder)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            said = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert all(process.returncode == 0 for process in processes), "\n".join(said)
+        found[ranks] = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+    return found
+
+
+@pytest.mark.parametrize("ranks", COUNTS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_spread_batch_has_the_loss_and_the_gradients_of_one_process(
+    name: str, ranks: int, worlds: dict[int, list[dict[str, Any]]]
+) -> None:
+    case = CASES[name]
+    with mmk.use_backend("reference"):
+        alone, oracle = case.results(), case.results(dtype=torch.float64)
+    for rank, world in enumerate(worlds[ranks]):
+        rows = rows_of(rank, ranks)
+        for i, (got, plain, exact) in enumerate(zip(world["results"][name], alone, oracle, strict=True)):
+            what = ("loss", "x", "y", "logit_scale", "logit_bias")[i]
+            if what in ("x", "y"):
+                plain, exact = plain[rows], exact[rows]
+            scale = max(float(t.abs().max()) for t in oracle[1:])
+            assert_close_to_oracle(got, plain, exact, name=f"{what} of rank {rank}", scale=scale)
+
+
+@pytest.mark.parametrize("ranks", COUNTS)
+@pytest.mark.parametrize("name", CASES)
+def test_all_ranks_have_the_same_loss_and_gradients_of_scalars(
+    name: str, ranks: int, worlds: dict[int, list[dict[str, Any]]]
+) -> None:
+    first, *others = [[r[0], *r[3:]] for r in (world["results"][name] for world in worlds[ranks])]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("ranks", COUNTS)
+def test_ranks_that_do_not_agree_are_all_told(ranks: int, worlds: dict[int, list[dict[str, Any]]]) -> None:
+    for world in worlds[ranks]:
+        tensors, gradients, features = world["messages"]
+        assert "contrastive_loss: group: expected ranks that agree on their tensors" in tensors
+        assert tensors == gradients.replace(gradients.split("got")[1], tensors.split("got")[1])
+        assert "expected ranks that agree on their features; got [18, 19" in features
+
+
+@pytest.mark.parametrize("name", ["contrastive", "sigmoid"])
+def test_what_is_no_group_is_refused(name: str) -> None:
+    case = CASES[name]
+    with pytest.raises(TypeError, match=r"loss: group: expected a torch.distributed.ProcessGroup or None; got str"):
+        case.loss(case.leaves(), slice(None), "gloo")
+
+
+def test_without_a_group_nothing_of_it_is_imported() -> None:
+    script = """
+import sys, torch, mmkernels as mmk
+x = torch.randn(5, 3)
+mmk.contrastive_loss(x, x, 2.0), mmk.sigmoid_contrastive_loss(x, x, 2.0, 0.0)
+print("mmkernels.distributed" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "False\n"
