@@ -2,7 +2,8 @@
 
 A rank has its rows of x and y. It computes the part of the loss that these rows are the rows of, against all of the
 other side, and the parts are added up. The loss has one value on every rank; each rank's gradients are those that a
-single process with the whole batch would have: of its own rows of x and y, and the whole of scale and bias. These gradients are differentiable no further.
+single process with the whole batch would have: of its own rows of x and y, and the whole of scale and bias. These
+gradients are differentiable no further.
 
 What averages gradients over the ranks, as DistributedDataParallel does, makes of the encoders' parameters, whose
 gradients are to be added up, a world-size-th; multiply the loss by the world size, and the gradients of scale and bias,

@@ -200,7 +200,7 @@ def _target_weights(labels: Tensor | None, others: Tensor | None, confidence: fl
     return confidence / count.clamp(min=1).float()
 
 
-def _merged(parts: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(parts: Tensor) -> Tensor:
     """Maximum, Σ e^{z − m}, Σ q and Σ q (z − m) over parts of the pairs, [4, parts, n], merged to [4, n]."""
     tops, totals, shares, targets = parts
     top = tops.amax(0)

@@ -93,7 +93,7 @@ def _slopes(
 
 def forward(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int, training: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     (rows, features), columns = x.shape, y.shape[0]
     if training:
         return _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1))
@@ -112,7 +112,7 @@ def forward(
 
 def _with_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """The loss and its gradients, those of x and y, and of scale and bias, [2], in float32."""
     (rows, features), columns = x.shape, y.shape[0]
     gradients = Gradients(x, y, logit_scale / total, (True, True), torch.float32)
