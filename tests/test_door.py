@@ -104,6 +104,11 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
         lambda x, y, w: mmk.decision_fusion([x, y], w, method="log", presence=_FLAGS),
         [(3, 5), (3, 5), (2,)],
     ),
+    "contrastive_loss": (lambda x, y, s: mmk.contrastive_loss(x, y, s), [(3, 5), (3, 5), ()]),
+    "sigmoid_contrastive_loss": (
+        lambda x, y, s, b: mmk.sigmoid_contrastive_loss(x, y, s, b),
+        [(3, 5), (3, 5), (), ()],
+    ),
     "distillation_loss": (
         lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, kind="jsd"),
         [(3, 5), (3, 5)],

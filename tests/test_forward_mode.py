@@ -81,6 +81,12 @@ CASES = {
         lambda a, b, w: mmk.decision_fusion([a, b], w, method="log", presence=PRESENCE), ((3, 4), (3, 4), (2,))
     ),
     "decision_fusion, the mean": Case(lambda a, b, w: mmk.decision_fusion([a, b], w), ((3, 4), (3, 4), (3, 2))),
+    "contrastive_loss": Case(
+        lambda x, y, s: mmk.contrastive_loss(x, y, s, labels=LABELS, label_smoothing=0.1), ((3, 4), (3, 4), ())
+    ),
+    "sigmoid_contrastive_loss": Case(
+        lambda x, y, s, b: mmk.sigmoid_contrastive_loss(x, y, s, b), ((3, 4), (3, 4), (), ())
+    ),
     "distillation_loss": Case(
         lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, labels=LABELS, ignore_index=1), ((3, 4), (3, 4))
     ),

@@ -119,6 +119,9 @@ OPS: dict[str, Callable[..., Inputs]] = {
     "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
         value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=((2, 3), (2, 2)),
         sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),
+    "contrastive_loss": lambda D=4: dict(
+        x=r(6, D), y=r(6, D), logit_scale=3.0, labels=torch.randint(0, 3, (6,))),
+    "sigmoid_contrastive_loss": lambda B=5, D=4: dict(x=r(B, D), y=r(B, D), logit_scale=3.0, logit_bias=-2.0),
     "decision_fusion": lambda B=5, C=6: dict(
         logits=[r(B, C), r(B, C)], weights=torch.rand(2), method="log", presence=flags(B, 2)),
     "decision_fusion by the maximum": lambda B=5, C=6: dict(logits=[r(B, C), r(B, C)], method="max"),

@@ -16,7 +16,7 @@ struct PairTile {
   int64_t end_row = 0, end_column = 0;  // even in half precision, for products in pairs
   int64_t first_row = 0;                // of the tile, among all
   int64_t first_target = 0;  // row i's positive is column first_target + i, in no column where that is outside
-  float scale = 1.f;         // of the logits, not negative
+  float scale = 1.f;         // of the logits, above 0
 
   int64_t target(int64_t row) const { return first_target + first_row + row; }
 };

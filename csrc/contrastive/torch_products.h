@@ -13,6 +13,8 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "csrc/contrastive/tile.h"
@@ -30,12 +32,12 @@ class PairProducts {
         x_(even(x.detach())),
         y_(even(y.detach())),
         negated_(scale < 0.),
-        scale_(static_cast<float>(negated_ ? -scale : scale)),
+        scale_(std::max(static_cast<float>(std::abs(scale)), std::numeric_limits<float>::min())),
         tile_rows_(columns_ > kWide ? 128 : 256) {}
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
-  float scale() const { return scale_; }  // of the products, which are negated where it would be below zero
+  float scale() const { return scale_; }  // above 0: below it, the products are negated
   float sign() const { return negated_ ? -1.f : 1.f; }
   int64_t groups() const { return std::min(kGroups, tiles()); }
 

@@ -77,18 +77,22 @@ double softmax_weight(bool has_positives, double smoothing) {
   return (has_positives ? 1. - smoothing : 0.) + smoothing;
 }
 
-// Σ weight · log Σ exp of rows or columns whose sums are [2, count]: top, total.
-template <class HasPositives>
-double weighted_lse(const Tensor& sums, double scale, double smoothing, HasPositives has_positives) {
-  const int64_t count = sums.size(1);
-  const auto* top = sums.const_data_ptr<float>();
-  double total = 0.;
-  for (int64_t i = 0; i < count; ++i) {
-    const double lse = scale * static_cast<double>(top[i]) + std::log(static_cast<double>(top[count + i]));
-    if (const double weight = softmax_weight(has_positives(i), smoothing); weight != 0.) total += weight * lse;
+// Σ log Σ exp over rows or columns: those that have positives, and all.
+struct LseSums {
+  double of_positives = 0., of_all = 0.;
+
+  // sums [2, count]: top, total.
+  template <class HasPositives>
+  void add(const Tensor& sums, double scale, HasPositives has_positives) {
+    const int64_t count = sums.size(1);
+    const auto* top = sums.const_data_ptr<float>();
+    for (int64_t i = 0; i < count; ++i) {
+      const double lse = scale * static_cast<double>(top[i]) + std::log(static_cast<double>(top[count + i]));
+      of_all += lse;
+      if (has_positives(i)) of_positives += lse;
+    }
   }
-  return total;
-}
+};
 
 SoftmaxSums sums_of(const Tensor& stats) {
   float* const data = stats.data_ptr<float>();
@@ -126,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   const Tensor none = at::empty({0}, options), row_sums = at::zeros({2, rows}, options);
   if (rows == 0 || columns == 0) {
     return {at::zeros({}, options), training ? row_sums : none,
-            training && symmetric ? at::zeros({2, columns}, options) : none};
+            training && symmetric ? at::zeros({2, columns}, options) : at::empty({0}, options)};
   }
   const Positives positives(row_labels, column_labels, rows, columns, first_target);
   std::vector<double> targets(static_cast<size_t>(rows)), sums(static_cast<size_t>(rows));
@@ -147,18 +151,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
     MMK_DISPATCH(contrastive_statistics)(p);
   });
   const double scale = products.scale(), s = label_smoothing;
-  double loss = weighted_lse(row_sums, scale, s, [&](int64_t i) { return positives.of_row(i); });
-  double smoothed = 1. / static_cast<double>(columns);
-  Tensor of_columns = none;
+  LseSums lse;
+  lse.add(row_sums, scale, [&](int64_t i) { return positives.of_row(i); });
+  double share = 1. / static_cast<double>(columns);  // of a logit in what label smoothing takes off
+  Tensor of_columns = at::empty({0}, options);
   if (symmetric) {
     of_columns = joined(column_sums, scale);
-    loss += weighted_lse(of_columns, scale, s, [&](int64_t j) { return positives.of_column(j); });
-    smoothed += 1. / static_cast<double>(rows);
+    lse.add(of_columns, scale, [&](int64_t j) { return positives.of_column(j); });
+    share += 1. / static_cast<double>(rows);
   }
-  loss -= (1. - s) * scale * total_of(targets);
-  if (s != 0.) loss -= s * smoothed * scale * total_of(sums);
+  double loss = (1. - s) * (lse.of_positives - scale * total_of(targets));
+  if (s != 0.) loss += s * (lse.of_all - scale * share * total_of(sums));
   return {at::scalar_tensor(0.5 * loss / static_cast<double>(std::max<int64_t>(total, 1)), options),
-          training ? row_sums : none, training ? of_columns : none};
+          training ? row_sums : none, training ? of_columns : at::empty({0}, options)};
 }
 
 std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& logit_scale,
@@ -199,12 +204,14 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
         static_cast<float>(label_smoothing * (1. / static_cast<double>(columns) + 1. / static_cast<double>(rows)));
   }
   const double mean = 0.5 * grads[0].item<double>() / static_cast<double>(std::max<int64_t>(total, 1));
-  const double factor = mean * static_cast<double>(products.scale()) * products.sign();
+  const double factor = mean * logit_scale.item<double>();
   const Tensor dx = needed[0] ? at::empty(x.sizes(), x.options()) : none();
   std::vector<Tensor> sums = products.new_sums(needed[1]);
   products.for_each_tile(first_target, [&](int64_t group, const PairTile& tile, const Tensor& gradients) {
+    const Tensor of_positives = at::empty({columns}, row_sums.options());
     ContrastiveTile p = call;
     p.pairs = tile;
+    p.of_positives = of_positives.data_ptr<float>();
     MMK_DISPATCH(contrastive_gradients)(p);
     if (needed[0]) products.of_x(dx, gradients, tile, factor);
     if (needed[1]) products.add_to_y(sums[static_cast<size_t>(group)], gradients, tile);

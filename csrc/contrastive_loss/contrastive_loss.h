@@ -26,6 +26,7 @@ struct ContrastiveTile {
   const float *row_weight = nullptr, *column_weight = nullptr;  // of the softmaxes
   float of_positive = 1.f;                                      // times a share
   float of_all = 0.f;                                           // what label smoothing takes off every logit
+  float* of_positives = nullptr;                                // [columns], for the gradients of a row's positives
   double* of_scale = nullptr;  // [rows of all], Σ_j of the gradients times the products
 };
 

@@ -31,6 +31,12 @@ MMK_INLINE void for_positives(const ContrastiveTile& p, int64_t row, Function f)
   }
 }
 
+MMK_INLINE float first_lane(vf x) {
+  alignas(64) float lanes[VW];
+  store(lanes, x);
+  return lanes[0];
+}
+
 MMK_INLINE float share_of(const ContrastiveTile& p, int64_t row, int64_t column) {
   const float of_row = p.row_share == nullptr ? 1.f : p.row_share[p.pairs.first_row + row];
   if (p.of_columns.top == nullptr) return of_row;
@@ -87,30 +93,31 @@ void row_gradients(const ContrastiveTile& p, T* products, int64_t row) {
   const bool symmetric = p.of_columns.top != nullptr;
   const vf factor = set1(t.scale * kLog2e), top = set1(p.of_rows.top[at]), smoothed = set1(p.of_all);
   const vf weight = set1(p.row_weight[at] / p.of_rows.total[at]);
-  vf with_products = zero();
+  // Of the columns from c on, no positive being among them.
+  const auto gradient_of = [&](vf x, int64_t c, int64_t n) __attribute__((always_inline)) {
+    const vf of_row = fma(exp_scaled(x - top, factor), weight, zero() - smoothed);
+    if (!symmetric) return of_row;
+    const vf of_column = exp_scaled(x - load_as_float(p.of_columns.top + c, n), factor);
+    return fma(of_column, load_as_float(p.column_weight + c, n), of_row);
+  };
+  // Positives are the differences of two numbers near each other: made before anything is rounded.
   double of_positives = 0.;
-  // The positives' products, before they are overwritten.
   for_positives(p, row, [&](int64_t c) {
-    of_positives += static_cast<double>(p.of_positive * share_of(p, row, c)) *
-                    static_cast<double>(sum(load_as_float(products + c, 1)));
+    const vf x = load_as_float(products + c, 1);
+    const float share = p.of_positive * share_of(p, row, c);
+    p.of_positives[c] = first_lane(gradient_of(x, c, 1)) - share;
+    of_positives += static_cast<double>(share) * static_cast<double>(sum(x));
   });
+  vf with_products = zero();
   for_logits<kColumns>(t.columns, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
     MMK_UNROLL for (int j = 0; j < decltype(vectors)::value; ++j) {
       const int64_t c = first + j * VW, n = t.columns - c;
-      const vf x = load_as_float(products + c, n);
-      vf gradient = fma(exp_scaled(x - top, factor), weight, zero() - smoothed);
-      if (symmetric) {
-        const vf of_column = exp_scaled(x - load_as_float(p.of_columns.top + c, n), factor);
-        gradient = fma(of_column, load_as_float(p.column_weight + c, n), gradient);
-      }
+      const vf x = load_as_float(products + c, n), gradient = gradient_of(x, c, n);
       with_products = fma(gradient, x, with_products);  // x is 0 behind the row
       store_from_float(products + c, gradient, n);
     }
   });
-  for_positives(p, row, [&](int64_t c) {
-    const vf gradient = load_as_float(products + c, 1);
-    store_from_float(products + c, gradient - set1(p.of_positive * share_of(p, row, c)), 1);
-  });
+  for_positives(p, row, [&](int64_t c) { store_from_float(products + c, set1(p.of_positives[c]), 1); });
   p.of_scale[at] = static_cast<double>(sum(with_products)) - of_positives;
   std::memset(static_cast<void*>(products + t.columns), 0, sizeof(T) * static_cast<size_t>(t.end_column - t.columns));
 }

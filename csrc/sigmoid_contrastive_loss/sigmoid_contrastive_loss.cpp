@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const auto options = x.options().dtype(at::kFloat);
   const Tensor none = at::empty({0}, options), x_grad = training ? at::empty(x.sizes(), options) : none;
   std::vector<Tensor> sums = products.new_sums(training);
-  const double factor = mean * static_cast<double>(products.scale()) * products.sign();
+  const double factor = mean * logit_scale.item<double>();
   SigmoidTile call;
   call.bias = logit_bias.item<float>();
   call.with_gradients = training;
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
     products.add_to_y(sums[static_cast<size_t>(group)], gradients, tile);
   });
   const Tensor loss = at::scalar_tensor(total_of(losses) * mean, options);
-  if (!training) return {loss, none, none, none};
+  if (!training) return {loss, none, none.clone(), none.clone()};
   const Tensor of_scalars = at::empty({2}, options);
   of_scalars.data_ptr<float>()[0] = static_cast<float>(total_of(of_scale) * mean * products.sign());
   of_scalars.data_ptr<float>()[1] = static_cast<float>(total_of(of_bias) * mean);

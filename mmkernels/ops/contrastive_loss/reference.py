@@ -40,7 +40,7 @@ def contrastive_loss(
     loss = _cross_entropies(logits, positive, first_target, label_smoothing)
     if symmetric:
         loss = loss + _cross_entropies(logits.mT, None if positive is None else positive.mT, 0, label_smoothing)
-    return 0.5 * loss / max(total, 1)
+    return loss / (2 * max(total, 1))
 
 
 def _cross_entropies(logits: Tensor, positive: Tensor | None, first_target: int, smoothing: float) -> Tensor:
@@ -48,12 +48,12 @@ def _cross_entropies(logits: Tensor, positive: Tensor | None, first_target: int,
     rows, columns = logits.shape
     log_p = logits.log_softmax(1)
     if positive is None:
-        of_positives = log_p[:, first_target : first_target + rows].diagonal().sum()
+        of_positives = log_p[:, first_target : first_target + rows].diagonal()
     else:
         share = positive / positive.sum(1, keepdim=True).clamp_min(1)
-        of_positives = torch.where(positive, log_p * share.to(log_p.dtype), torch.zeros_like(log_p)).sum()
-    loss = -(1 - smoothing) * of_positives
-    return loss if smoothing == 0 else loss - smoothing / max(columns, 1) * log_p.sum()
+        of_positives = torch.where(positive, log_p * share.to(log_p.dtype), torch.zeros_like(log_p))
+    loss = (-(1 - smoothing) * of_positives).sum()
+    return loss if smoothing == 0 else loss - (smoothing / max(columns, 1) * log_p).sum()
 
 
 def softmax_stats(
@@ -66,7 +66,7 @@ def softmax_stats(
     symmetric: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of the rows and, symmetric, of the columns, [2, n] and [2, N]: maximum, and logarithm of the sum of e^(z − it)."""
+    """Of rows and, symmetric, of columns, [2, n] and [2, N]: maximum, and logarithm of the sum of e^(z − it)."""
     logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale
 
     def stats(z: Tensor) -> Tensor:

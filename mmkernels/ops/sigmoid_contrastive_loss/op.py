@@ -20,7 +20,7 @@ sigmoid_contrastive_loss_op = DifferentiableOp(
     "sigmoid_contrastive_loss",
     "Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt first_target, SymInt total",
     outputs="Tensor loss",
-    # The gradients of the loss [n, D], [N, D] and those of scale and bias [2], float32: they need no sums over a row, so
+    # Gradients of the loss, [n, D] and [N, D], and of scale and bias, [2], float32: they need no sums over a row, so
     # that the forward makes them of the logits at hand, and the backward multiplies them by what comes.
     saved="Tensor x_grad, Tensor y_grad, Tensor scalar_grads",
     reference=reference.sigmoid_contrastive_loss,

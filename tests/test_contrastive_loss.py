@@ -1,0 +1,231 @@
+"""contrastive_loss and sigmoid_contrastive_loss on every backend and instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import op_contract as contract
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import native_only
+from environment import DEVICE, HERE
+from fusion_cases import allocations, each_dtype, few_dtypes
+from torch import Tensor
+
+import mmkernels as mmk
+from mmkernels.testing import check_op, same_bits
+
+SIZES = [(7, 5), (50, 32), (301, 17), (1, 3), (2, 64), (0, 4), (5, 0)]
+SMALL = [(7, 5), (50, 32)]
+
+
+def embeddings(count: int, features: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    x, y = (F.normalize(torch.randn(count, features), dim=-1).to(dtype).requires_grad_() for _ in range(2))
+    return x, y
+
+
+def scalar(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+OPTIONS: dict[str, Any] = {
+    "pairs": lambda n: {},
+    "smoothed": lambda n: dict(label_smoothing=0.1),
+    "labels": lambda n: dict(labels=torch.randint(0, max(n // 3, 1), (n,))),
+    "labels, smoothed": lambda n: dict(labels=torch.randint(0, max(n // 3, 1), (n,)), label_smoothing=0.3),
+    "all alike": lambda n: dict(labels=torch.zeros(n, dtype=torch.int32)),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@few_dtypes
+def test_loss_and_gradients(size: tuple[int, int], option: str, dtype: torch.dtype, backend: str) -> None:
+    options = OPTIONS[option](size[0])
+    if size[0] == 1:  # whose loss is 0 and flat, whatever the smoothing: of that only rounding would be seen
+        options.pop("label_smoothing", None)
+    check_op(mmk.contrastive_loss, *embeddings(*size, dtype), scalar(14.0), backend=backend, **options)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 100.0, -3.0])
+@each_dtype
+def test_any_scale(scale: float, dtype: torch.dtype, backend: str) -> None:
+    for size in SMALL:
+        check_op(mmk.contrastive_loss, *embeddings(*size, dtype), scalar(scale), backend=backend)
+        leaves = (*embeddings(*size, dtype), scalar(scale), scalar(-1.0))
+        check_op(mmk.sigmoid_contrastive_loss, *leaves, backend=backend)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@each_dtype
+def test_sigmoid_loss_and_gradients(size: tuple[int, int], dtype: torch.dtype, backend: str) -> None:
+    leaves = (*embeddings(*size, dtype), scalar(10.0), scalar(-10.0))
+    check_op(mmk.sigmoid_contrastive_loss, *leaves, backend=backend)
+
+
+def test_several_tiles_of_rows_and_groups_of_tiles(native_isa: str) -> None:
+    leaves = (*embeddings(1100, 12), scalar(30.0))
+    check_op(mmk.contrastive_loss, *leaves, labels=torch.randint(0, 400, (1100,)))
+    check_op(mmk.sigmoid_contrastive_loss, *leaves, scalar(-6.0))
+
+
+def test_logits_of_ten_thousand_stay_finite_and_right(backend: str) -> None:
+    x, y = (t.detach().mul(100).requires_grad_() for t in embeddings(40, 16))
+    for function, rest in ((mmk.contrastive_loss, ()), (mmk.sigmoid_contrastive_loss, (torch.tensor(-10.0),))):
+        loss = function(x, y, 1.0, *rest)
+        with mmk.use_backend("reference"):
+            wide = function(x.double(), y.double(), 1.0, *rest)
+        torch.testing.assert_close(loss.double(), wide, rtol=1e-5, atol=0)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, y)))
+
+
+def test_the_reference_is_the_written_out_formula() -> None:
+    x, y = (t.detach().double() for t in embeddings(6, 5))
+    z = 7.0 * x @ y.T
+    own = torch.arange(6)
+    expected = (F.cross_entropy(z, own, label_smoothing=0.2) + F.cross_entropy(z.T, own, label_smoothing=0.2)) / 2
+    torch.testing.assert_close(mmk.contrastive_loss(x, y, 7.0, label_smoothing=0.2), expected)
+    labels = torch.tensor([4, 1, 4, 9, 1, 4])
+    positive = (labels[:, None] == labels).double()
+    targets = positive / positive.sum(1, keepdim=True)
+    expected = (F.cross_entropy(z, targets) + F.cross_entropy(z.T, targets)) / 2
+    torch.testing.assert_close(mmk.contrastive_loss(x, y, 7.0, labels=labels), expected)
+    expected = -F.logsigmoid((z - 3) * (2 * torch.eye(6) - 1)).sum() / 6
+    torch.testing.assert_close(mmk.sigmoid_contrastive_loss(x, y, 7.0, -3.0), expected)
+
+
+def test_a_scale_may_be_given_as_its_logarithm(backend: str) -> None:
+    x, y = embeddings(20, 8)
+    log = torch.tensor(2.0, requires_grad=True)
+    losses = [mmk.contrastive_loss(x, y, log, is_log_scale=True), mmk.contrastive_loss(x, y, log.exp())]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, log)[0] for loss in losses))
+    loss = mmk.sigmoid_contrastive_loss(x, y, 2.0, -1.0, is_log_scale=True)
+    torch.testing.assert_close(loss, mmk.sigmoid_contrastive_loss(x, y, log.exp().detach(), -1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_the_same_for_any_number_of_threads(dtype: torch.dtype, native_isa: str) -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.manual_seed(1)
+            torch.set_num_threads(threads)
+            x, y = embeddings(1300, 40, dtype)
+            s, b = scalar(20.0), scalar(-5.0)
+            losses = (mmk.contrastive_loss(x, y, s), mmk.sigmoid_contrastive_loss(x, y, s, b))
+            grads = [torch.autograd.grad(losses[0], (x, y, s)), torch.autograd.grad(losses[1], (x, y, s, b))]
+            results.append([*losses, *grads[0], *grads[1]])
+    finally:
+        torch.set_num_threads(before)
+    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
+@native_only
+def test_the_logits_are_never_held() -> None:
+    count, features = 3000, 16
+    x, y = embeddings(count, features)
+    for function, rest in ((mmk.contrastive_loss, ()), (mmk.sigmoid_contrastive_loss, (-10.0,))):
+        sizes = allocations(lambda f=function, r=rest: torch.autograd.grad(f(x, y, 20.0, *r), (x, y)))
+        assert max(sizes) < count * count * 4 / 2
+
+
+def test_only_gradients_that_are_needed(backend: str) -> None:
+    x, y = embeddings(20, 8)
+    full = torch.autograd.grad(mmk.contrastive_loss(x, y, 5.0), (x, y))
+    for i, leaf in enumerate((x, y)):
+        frozen = [t if t is leaf else t.detach() for t in (x, y)]
+        (alone,) = torch.autograd.grad(mmk.contrastive_loss(*frozen, 5.0), leaf)
+        torch.testing.assert_close(alone, full[i])
+
+
+def test_differentiates_twice(backend: str) -> None:
+    x, y = (t.detach().double().requires_grad_() for t in embeddings(5, 3))
+    s, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
+    with mmk.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(mmk.contrastive_loss, (x, y, s))
+        assert torch.autograd.gradgradcheck(mmk.sigmoid_contrastive_loss, (x, y, s, b))
+    single = [t.detach().float().requires_grad_() for t in (x, y)]
+    grads = torch.autograd.grad(mmk.contrastive_loss(*single, 3.0), single, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in grads), single)
+    with mmk.use_backend("reference"):
+        grads = torch.autograd.grad(mmk.contrastive_loss(x, y, 3.0), (x, y), create_graph=True)
+        wide = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, y))
+    for got, oracle in zip(second, wide, strict=True):
+        torch.testing.assert_close(got.double(), oracle, rtol=1e-4, atol=1e-6)
+
+
+def test_torch_compiles_exports_and_checkpoints(backend: str) -> None:
+    labels = torch.arange(9) % 4
+
+    def both(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return mmk.contrastive_loss(x, y, s, labels=labels) + mmk.sigmoid_contrastive_loss(x, y, s, -2.0)
+
+    leaves = [*embeddings(9, 4), scalar(3.0)]
+    contract.check_checkpoint(both, leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, both):
+        out = function(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_opcheck(backend: str) -> None:
+    x, y = embeddings(6, 4)
+    s, b = scalar(3.0), scalar(-1.0)
+    labels = torch.tensor([0, 1, 0, 2, 2, 5])
+    for arguments in (
+        (x, y, s, None, None, 0.0, True, 0, 6, True),
+        (x[2:5], y, s, None, None, 0.1, False, 2, 6, True),
+        (x, y, s, labels, labels, 0.0, True, 0, 6, False),
+    ):
+        torch.library.opcheck(torch.ops.mmkernels.contrastive_loss.default, arguments)
+    torch.library.opcheck(torch.ops.mmkernels.sigmoid_contrastive_loss.default, (x, y, s, b, 0, 6, True))
+
+
+def test_a_rectangle_is_a_part_of_the_whole(backend: str) -> None:
+    x, y = (t.detach() for t in embeddings(20, 8))
+    s = torch.tensor(9.0)
+    op = torch.ops.mmkernels.contrastive_loss
+    parts = []
+    for own, other in ((x, y), (y, x)):
+        for first, rows in ((0, own[:7]), (7, own[7:])):
+            parts.append(op(rows, other, s, None, None, 0.2, False, first, 20, False)[0])
+    torch.testing.assert_close(sum(parts), mmk.contrastive_loss(x, y, s, label_smoothing=0.2))
+    labels, parts = torch.arange(20) % 6, []
+    for own, other in ((x, y), (y, x)):
+        for rows in (slice(0, 7), slice(7, 20)):
+            parts.append(op(own[rows], other, s, labels[rows], labels, 0.0, False, 0, 20, False)[0])
+    torch.testing.assert_close(sum(parts), mmk.contrastive_loss(x, y, s, labels=labels))
+
+
+x = torch.zeros(4, 3)
+BAD: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+    (TypeError, "x: expected a torch.Tensor; got list", ([], x, 1.0), {}),
+    (TypeError, "x: expected dtype float32.*; got torch.int64", (x.long(), x.long(), 1.0), {}),
+    (ValueError, r"x: expected 2 dims \(N, D\); got shape \(4,\)", (x[:, 0], x[:, 0], 1.0), {}),
+    (TypeError, "y: expected the dtype of x, torch.float32; got torch.float16", (x, x.half(), 1.0), {}),
+    (ValueError, r"y: expected shape \(4, 3\), that of x; got \(3, 3\)", (x, x[1:], 1.0), {}),
+    (RuntimeError, rf"y: expected the device of x, {HERE}; got meta", (x, x.to("meta"), 1.0), {}),
+    (TypeError, "logit_scale: expected a number", (x, x, "1"), {}),
+    (ValueError, r"logit_scale: expected a number, or a tensor of shape \(\) or \(1,\)", (x, x, torch.ones(2)), {}),
+    (TypeError, "is_log_scale: expected a bool; got int", (x, x, 1.0), dict(is_log_scale=1)),
+    (TypeError, "labels: expected an integer dtype; got torch.float32", (x, x, 1.0), dict(labels=torch.ones(4))),
+    (ValueError, r"labels: expected shape \(4,\); got \(3,\)", (x, x, 1.0), dict(labels=torch.ones(3).long())),
+    (ValueError, "label_smoothing: expected a number in 0 … 1; got 1.5", (x, x, 1.0), dict(label_smoothing=1.5)),
+]
+
+
+@pytest.mark.parametrize(("error", "message", "args", "options"), BAD, ids=[message for _, message, _, _ in BAD])
+def test_bad_input(error: type[Exception], message: str, args: Any, options: dict[str, Any]) -> None:
+    args = [a.to(DEVICE) if isinstance(a, Tensor) and not a.is_meta else a for a in args]
+    with pytest.raises(error, match=f"contrastive_loss: {message}"):
+        mmk.contrastive_loss(*args, **options)
+    if options.keys() <= {"is_log_scale"}:
+        with pytest.raises(error, match=f"sigmoid_contrastive_loss: {message}"):
+            mmk.sigmoid_contrastive_loss(*args, -10.0, **options)
