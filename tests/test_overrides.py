@@ -133,6 +133,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[
     ),
     "SplitAttentionPool": (lambda: mmk.nn.SplitAttentionPool(4, 2, 3), lambda m, a, b: m([a, b]), _pair),
     "DecisionFusion": (lambda: mmk.nn.DecisionFusion(2, learnable=True), lambda m, a, b: m([a, b]), _pair),
+    "ContrastiveLoss": (mmk.nn.ContrastiveLoss, lambda m, a, b: m(a, b), _pair),
+    "SigmoidContrastiveLoss": (mmk.nn.SigmoidContrastiveLoss, lambda m, a, b: m(a, b), _pair),
     "DistillationLoss": (lambda: mmk.nn.DistillationLoss(temperature=2.0), lambda m, a, b: m(a, b), _pair),
     "DeformableAttention": (
         lambda: mmk.nn.DeformableAttention(8, 2, 1, 2),

@@ -3,6 +3,7 @@
 from mmkernels.nn.attention_pool import AdditiveAttentionPool, MultiplicativeAttentionPool, SplitAttentionPool
 from mmkernels.nn.bidirectional_cross_attention import BidirectionalCrossAttention
 from mmkernels.nn.concat_fusion import ConcatFusion
+from mmkernels.nn.contrastive_loss import ContrastiveLoss, SigmoidContrastiveLoss
 from mmkernels.nn.decision_fusion import DecisionFusion
 from mmkernels.nn.deformable_attention import DeformableAttention
 from mmkernels.nn.distillation_loss import DistillationLoss
@@ -18,6 +19,7 @@ __all__ = [
     "AdditiveAttentionPool",
     "BidirectionalCrossAttention",
     "ConcatFusion",
+    "ContrastiveLoss",
     "DecisionFusion",
     "DeformableAttention",
     "DistillationLoss",
@@ -28,6 +30,7 @@ __all__ = [
     "MultiheadCrossAttention",
     "MultimodalCrossEntropy",
     "MultiplicativeAttentionPool",
+    "SigmoidContrastiveLoss",
     "SplitAttentionPool",
     "TensorFusion",
     "TokenFusionEmbedding",

@@ -1,0 +1,153 @@
+"""Contrastive losses of paired embeddings as modules, over `contrastive_loss` and `sigmoid_contrastive_loss`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels._overrides import leaf_of_traces
+from mmkernels.ops import _checks as checks
+from mmkernels.ops.contrastive_loss import contrastive_loss
+from mmkernels.ops.sigmoid_contrastive_loss import sigmoid_contrastive_loss
+
+__all__ = ["ContrastiveLoss", "SigmoidContrastiveLoss"]
+
+
+def _positive(module: str, argument: str, value: float) -> float:
+    number = checks.check_number(module, argument, value)
+    if not 0.0 < number < math.inf:
+        raise checks.value_error(module, argument, "a finite number > 0", number)
+    return number
+
+
+def _sides(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    return (F.normalize(x, dim=-1), F.normalize(y, dim=-1)) if normalize else (x, y)
+
+
+class ContrastiveLoss(nn.Module):
+    """The symmetric loss of CLIP with its learned scale: `contrastive_loss`.
+
+    ``logit_scale`` is a parameter and the logarithm of the scale, as CLIP keeps it; what is used is never above
+    ``max_logit_scale``, and there its gradient is 0.
+
+    Args:
+        init_logit_scale: the scale to begin with, > 0.
+        max_logit_scale: its bound, > 0.
+        label_smoothing: see the op.
+        normalize: whether embeddings are divided by their norms first; else they are used as they are.
+        group: a process group over which the batch is spread, see the op.
+
+    Example:
+        >>> criterion = ContrastiveLoss(normalize=True)
+        >>> criterion(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        init_logit_scale: float = 1 / 0.07,
+        max_logit_scale: float = 100.0,
+        label_smoothing: float = 0.0,
+        normalize: bool = False,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init_logit_scale = _positive("ContrastiveLoss", "init_logit_scale", init_logit_scale)
+        self.max_logit_scale = _positive("ContrastiveLoss", "max_logit_scale", max_logit_scale)
+        self.label_smoothing = checks.check_number("ContrastiveLoss", "label_smoothing", label_smoothing)
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            expected = "a number in 0 … 1"
+            raise checks.value_error("ContrastiveLoss", "label_smoothing", expected, self.label_smoothing)
+        self.normalize = normalize
+        self.group = group
+        self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
+
+    @leaf_of_traces
+    def forward(self, x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            x: (N, D) embeddings.
+            y: (N, D); x[i] and y[i] are a pair.
+            labels: (N,) integers; pairs of one label are positives of each other.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `contrastive_loss`.
+        """
+        x, y = _sides(x, y, self.normalize)
+        scale = self.logit_scale.clamp(max=math.log(self.max_logit_scale))
+        options: dict[str, Any] = dict(labels=labels, label_smoothing=self.label_smoothing, group=self.group)
+        return contrastive_loss(x, y, scale, is_log_scale=True, **options)
+
+    def extra_repr(self) -> str:
+        smoothing = f", label_smoothing={self.label_smoothing:g}" if self.label_smoothing else ""
+        return f"max_logit_scale={self.max_logit_scale:g}{smoothing}, normalize={self.normalize}"
+
+
+class SigmoidContrastiveLoss(nn.Module):
+    """The pairwise loss of SigLIP with its learned scale and bias: `sigmoid_contrastive_loss`.
+
+    ``logit_scale`` is a parameter and the logarithm of the scale, ``logit_bias`` one and the bias itself.
+
+    Args:
+        init_logit_scale: the scale to begin with, > 0.
+        init_logit_bias: the bias to begin with.
+        normalize: whether embeddings are divided by their norms first; else they are used as they are.
+        group: a process group over which the batch is spread, see the op.
+
+    Example:
+        >>> criterion = SigmoidContrastiveLoss(normalize=True)
+        >>> criterion(torch.randn(8, 64), torch.randn(8, 64)).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        init_logit_scale: float = 10.0,
+        init_logit_bias: float = -10.0,
+        normalize: bool = False,
+        group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.init_logit_scale = _positive("SigmoidContrastiveLoss", "init_logit_scale", init_logit_scale)
+        self.init_logit_bias = checks.check_number("SigmoidContrastiveLoss", "init_logit_bias", init_logit_bias)
+        self.normalize = normalize
+        self.group = group
+        self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.logit_bias = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
+        nn.init.constant_(self.logit_bias, self.init_logit_bias)
+
+    @leaf_of_traces
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            x: (N, D) embeddings.
+            y: (N, D); x[i] and y[i] are a pair.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as `sigmoid_contrastive_loss`.
+        """
+        x, y = _sides(x, y, self.normalize)
+        return sigmoid_contrastive_loss(x, y, self.logit_scale, self.logit_bias, is_log_scale=True, group=self.group)
+
+    def extra_repr(self) -> str:
+        return f"normalize={self.normalize}"

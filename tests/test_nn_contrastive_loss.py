@@ -1,0 +1,57 @@
+"""nn.ContrastiveLoss and nn.SigmoidContrastiveLoss."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mmkernels as mmk
+
+
+def test_the_modules_are_the_ops() -> None:
+    x, y = torch.randn(9, 8), torch.randn(9, 8)
+    labels = torch.arange(9) % 4
+    a, b = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+    criterion = mmk.nn.ContrastiveLoss(init_logit_scale=5.0, label_smoothing=0.1, normalize=True)
+    expected = mmk.contrastive_loss(a, b, 5.0, labels=labels, label_smoothing=0.1)
+    torch.testing.assert_close(criterion(x, y, labels), expected)
+    expected = mmk.contrastive_loss(x, y, 1 / 0.07)
+    torch.testing.assert_close(mmk.nn.ContrastiveLoss()(x, y), expected)
+    pairwise = mmk.nn.SigmoidContrastiveLoss(normalize=True)
+    torch.testing.assert_close(pairwise(x, y), mmk.sigmoid_contrastive_loss(a, b, 10.0, -10.0))
+    for module in (criterion, pairwise):
+        module(x, y).backward()
+        assert all(p.grad is not None and p.grad.isfinite() for p in module.parameters())
+        for same in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert torch.equal(same(x, y), module(x, y))
+    assert list(criterion.state_dict()) == ["logit_scale"]
+    assert list(pairwise.state_dict()) == ["logit_scale", "logit_bias"]
+
+
+def test_the_scale_is_bounded_and_flat_beyond_the_bound() -> None:
+    x, y = F.normalize(torch.randn(9, 8), dim=-1), F.normalize(torch.randn(9, 8), dim=-1)
+    criterion = mmk.nn.ContrastiveLoss(max_logit_scale=20.0)
+    with torch.no_grad():
+        criterion.logit_scale.fill_(math.log(50.0))
+    loss = criterion(x, y)
+    torch.testing.assert_close(loss, mmk.contrastive_loss(x, y, 20.0))
+    loss.backward()
+    assert criterion.logit_scale.grad == 0
+    criterion.reset_parameters()
+    torch.testing.assert_close(criterion.logit_scale.detach(), torch.tensor(-math.log(0.07)))
+
+
+def test_representation_and_bad_arguments() -> None:
+    assert repr(mmk.nn.ContrastiveLoss()) == "ContrastiveLoss(max_logit_scale=100, normalize=False)"
+    assert repr(mmk.nn.SigmoidContrastiveLoss()) == "SigmoidContrastiveLoss(normalize=False)"
+    with pytest.raises(ValueError, match="ContrastiveLoss: init_logit_scale: expected a finite number > 0; got 0"):
+        mmk.nn.ContrastiveLoss(init_logit_scale=0.0)
+    with pytest.raises(ValueError, match="ContrastiveLoss: label_smoothing: expected a number in 0 … 1; got 2"):
+        mmk.nn.ContrastiveLoss(label_smoothing=2.0)
+    with pytest.raises(TypeError, match="SigmoidContrastiveLoss: init_logit_bias: expected a number; got str"):
+        mmk.nn.SigmoidContrastiveLoss(init_logit_bias="a")  # type: ignore[arg-type]
