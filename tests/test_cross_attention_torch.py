@@ -86,6 +86,20 @@ def test_opcheck_of_the_backward(of_inputs: list[bool], return_lse: bool, backen
     torch.library.opcheck(torch.ops.mmkernels.cross_attention_backward.default, arguments)
 
 
+def test_a_backward_may_run_on_another_backend_than_its_forward(backend: str) -> None:
+    inputs = (*(x.detach() for x in make()), None, None, None, None)
+    options = (-1, 0, False, 0.0, 0.3, 0.0, None, False, False)
+    op, pull = torch.ops.mmkernels.cross_attention, torch.ops.mmkernels.cross_attention_backward
+    needed = [True] * 3 + [False] * 5
+    results = []
+    for forward in ("reference", backend.split(" ")[0]):
+        with mmk.use_backend(forward):
+            out, _, stats = op(*inputs, *options, True)
+        results.append(pull([torch.ones_like(out)], *inputs, *options, [out, stats], needed)[:3])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static shapes", "dynamic shapes"])
 def test_compile_without_a_graph_break(dynamic: bool, backend: str) -> None:
     torch._dynamo.reset()

@@ -32,7 +32,9 @@ contrastive_loss_op = DifferentiableOp(
     "Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, float label_smoothing, "
     "bool symmetric, SymInt first_target, SymInt total",
     outputs="Tensor loss",
-    saved="Tensor row_stats, Tensor column_stats",  # [2, rows]: the maximum, and the logarithm of the sum of e^(z − it)
+    # [2, rows]: the maximum of z, and the logarithm of the sum of e^(z − it); on the CPU the maximum of the products,
+    # which is exact, and the sum itself.
+    saved="Tensor row_stats, Tensor column_stats",
     reference=reference.contrastive_loss,
     reference_saved=reference.softmax_stats,
     fake=_contrastive_loss_fake,

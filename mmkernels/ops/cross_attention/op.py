@@ -47,6 +47,12 @@ def _reference(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return out, [row_max + log_sum] if return_lse else []
 
 
+def _reference_saved(*arguments: Any) -> tuple[Tensor]:
+    *of_attention, _, _ = arguments
+    _, row_max, log_sum = reference.cross_attention(*of_attention)
+    return (torch.stack([row_max, log_sum]),)
+
+
 def new_statistics(query: Tensor, wanted: bool) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """What a kernel saves, to be written, and row_max and log_sum in it."""
     stats = query.new_empty((2, *query.shape[:3]) if wanted else 0, dtype=torch.float32)
@@ -97,6 +103,7 @@ cross_attention_op = DifferentiableOp(
     outputs="Tensor out, Tensor[] lse",
     saved="Tensor stats",  # row_max, a constant shift of the scores, and log_sum, which add up to the LSE
     reference=_reference,
+    reference_saved=_reference_saved,
     fake=_cross_attention_fake,
     cpu=NativeKernels("cross_attention", any_strides=True),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
