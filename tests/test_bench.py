@@ -16,32 +16,47 @@ import torch
 from environment import DEVICE
 from torch import Tensor
 
-from mmkernels.bench import Case, Problem, machine, main, report
-from mmkernels.bench.case import available_ops, load
+from mmkernels.bench import machine, main, report
+from mmkernels.bench.case import Case, Problem
 from mmkernels.bench.engine import COMPILING, SHORTEST, TIMING, Engine, Row, check
 from mmkernels.bench.machine import Ceilings
+from mmkernels.bench.suite import available_ops, load
 from mmkernels.bench.timing import clock, gemm_rate, interleaved, memory_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 
 TOY_BENCHMARK = """
+    from dataclasses import dataclass
     import torch
-    from mmkernels.bench import Case, Problem
+    from mmkernels.bench import Suite, Workload
 
-    BASELINE = "torch.addmm"
+    @dataclass(frozen=True)
+    class Shape(Workload):
+        n: int
 
-    def problem(dtype):
-        a, b, c = (torch.randn(6, 6).to(dtype).requires_grad_() for _ in range(3))
-        product = lambda a, b, c: a @ b + c
-        return Problem((a, b, c), ("a", "b", "c"), product, lambda a, b, c: torch.addmm(c, a, b), product)
+        def __str__(self):
+            return f"{self.n}x{self.n}"
 
-    def cases():
-        shared = dict(shape="6x6", note="toy", problem=problem, flops=432.0, bytes=lambda size: 4.0 * 36 * size)
-        return [
-            Case(group="forward", quick=True, **shared),
-            Case(group="training", training=True, quick=True, **shared),
-            Case(group="long", **shared),
-        ]
+        def inputs(self):
+            return {"ab": [torch.randn(self.n, self.n) for _ in range(2)], "c": torch.randn(self.n, self.n)}
+
+        def ours(self, ab, c):
+            return ab[0] @ ab[1] + c
+
+        def plain(self, ab, c):
+            return ab[0] @ ab[1] + c
+
+        def baseline(self, ab, c):
+            return torch.addmm(c, *ab)
+
+        def flops(self):
+            return 2.0 * self.n**3
+
+        def outputs(self):
+            return self.n**2
+
+    SMALL = (Shape("toy", 6, quick=True),)
+    SUITE = Suite("torch.addmm", {"forward": SMALL, "long": [Shape("toy", 7)]}, {"training": SMALL})
 """
 
 
@@ -139,7 +154,7 @@ def test_a_wrong_result_is_not_timed(toy_folder: Path, capsys: pytest.CaptureFix
     assert row.seconds == {} and row.error is not None and "output" in row.error
     assert "WRONG, not timed" in report.text_table([row], {"toy": "torch"})
     benchmark = toy_folder / "toy.py"
-    benchmark.write_text(benchmark.read_text().replace('("a", "b", "c"), product,', '("a", "b", "c"), torch.addmm,'))
+    benchmark.write_text(benchmark.read_text().replace("ab[0] @ ab[1] + c", "ab[0] @ ab[1] - c", 1))
     assert run(toy_folder, "--quick") == 1
     assert "WRONG, not timed" in capsys.readouterr().out
 
@@ -182,7 +197,7 @@ def test_other_contenders_have_a_column_and_those_that_fail_a_gap() -> None:
 
 def test_rows_for_a_gpu_are_left_out_on_a_cpu(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = toy_folder / "toy.py"
-    benchmark.write_text(benchmark.read_text().replace('Case(group="long"', 'Case(gpu=True, group="long"'))
+    benchmark.write_text(benchmark.read_text().replace('Shape("toy", 7)', 'Shape("toy", 7, gpu=True)'))
     assert run(toy_folder, "--no-compile", "--report", str(toy_folder / "report.md")) == 0
     assert "4 rows" in capsys.readouterr().out
     assert "| training | 6x6 (toy) | bfloat16 |" in (toy_folder / "report.md").read_text()
