@@ -92,7 +92,8 @@ class Workload:
         places: dict[str, int | slice] = {}  # of an argument among the leaves
         for name, given in self.inputs().items():
             one = isinstance(given, Tensor)
-            tensors, start = [given] if one else given, len(leaves)
+            tensors: Sequence[Tensor] = [given] if isinstance(given, Tensor) else given
+            start = len(leaves)
             leaves += [t.to(t.dtype if name in self.any_dtype else dtype).requires_grad_(training) for t in tensors]
             names += [name] if one else [f"{name}[{i}]" for i in range(len(tensors))]
             places[name] = start if one else slice(start, len(leaves))
