@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,9 +99,9 @@ def door(name: str) -> Callable[..., Any] | None:
     return getattr(_library, name, None)
 
 
-def open_door(name: str, outputs: int = 1) -> int | None:
+def open_door(name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int]]]) -> int | None:
     """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library."""
-    opened: int | None = None if _library is None else _library.open_differentiable_door(name, outputs)
+    opened: int | None = None if _library is None else _library.open_differentiable_door(name, outputs, kept)
     return opened
 
 

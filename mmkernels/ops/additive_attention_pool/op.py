@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 
@@ -26,5 +26,5 @@ additive_attention_pool_op = DifferentiableOp(
     fake=_additive_attention_pool_fake,
     cpu=native_backend("additive_attention_pool"),
     triton=TritonKernels(too_many_modalities),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 
@@ -39,6 +39,6 @@ bidirectional_cross_attention_op = DifferentiableOp(
     fake=_bidirectional_cross_attention_fake,
     cpu=native_backend("bidirectional_cross_attention"),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,
 )

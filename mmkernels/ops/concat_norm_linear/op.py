@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import (
+    EVERYTHING,
+    EVERYTHING_AND_OUTPUTS,
+    CudaKernels,
+    DifferentiableOp,
+    TritonKernels,
+    native_backend,
+)
 from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
 
@@ -78,5 +85,5 @@ concat_norm_linear_op = DifferentiableOp(
     cpu=native_backend("concat_norm_linear"),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
-    keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
+    keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda *args: args[-1] is None),  # without activation the output is z
 )

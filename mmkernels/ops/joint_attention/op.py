@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import (
+    EVERYTHING_AND_OUTPUTS,
+    CudaKernels,
+    DifferentiableOp,
+    TritonKernels,
+    native_backend,
+)
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
@@ -81,6 +87,6 @@ joint_attention_op = DifferentiableOp(
     cpu=native_backend("joint_attention", _supports),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,
 )

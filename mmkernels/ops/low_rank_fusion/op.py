@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, Kept, TritonKernels, native_backend
 from mmkernels.ops.low_rank_fusion import reference
 
 
@@ -28,4 +28,5 @@ low_rank_fusion_op = DifferentiableOp(
     fake=_low_rank_fusion_fake,
     cpu=native_backend("low_rank_fusion"),
     triton=TritonKernels(),
+    keeps=Kept({"bias": ""}, never="bias"),
 )

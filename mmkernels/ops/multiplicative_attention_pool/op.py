@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.multiplicative_attention_pool import reference
 
@@ -36,5 +36,5 @@ multiplicative_attention_pool_op = DifferentiableOp(
     fake=_multiplicative_attention_pool_fake,
     cpu=native_backend("multiplicative_attention_pool"),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

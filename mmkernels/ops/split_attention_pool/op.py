@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.split_attention_pool import reference
 
@@ -39,5 +39,5 @@ split_attention_pool_op = DifferentiableOp(
     fake=_split_attention_pool_fake,
     cpu=native_backend("split_attention_pool"),
     triton=TritonKernels(too_many_modalities),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
@@ -40,6 +40,6 @@ varlen_cross_attention_op = DifferentiableOp(
     fake=_varlen_cross_attention_fake,
     cpu=native_backend("varlen_cross_attention"),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=lambda leaf, _: empty_in_order_of(leaf, leaf.shape),
 )
