@@ -19,7 +19,7 @@ from test_multimodal_cross_entropy import LOSSES, each_loss, flags, numbers
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.multimodal_cross_entropy import linear as chunks
+from mmkernels.ops import _linear_loss as chunks
 from mmkernels.testing import check_op, poisoned_memory
 
 Head = tuple[Tensor, Tensor | None]

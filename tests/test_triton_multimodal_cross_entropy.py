@@ -17,7 +17,7 @@ from test_multimodal_cross_entropy import LOSSES, each_loss, flags, leaves_of, l
 from test_multimodal_cross_entropy_linear import make as make_heads
 
 import mmkernels as mmk
-from mmkernels.ops.multimodal_cross_entropy import linear
+from mmkernels.ops import _linear_loss as chunks
 from mmkernels.testing import check_op, poisoned_memory
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -61,8 +61,8 @@ def test_in_memory_and_with_partial_gradients() -> None:
 @each_loss
 @few_dtypes
 def test_heads(loss: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(linear, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(chunks, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "_FEWEST_ROWS", 2)
     hidden, heads, labels = make_heads(dtype)
 
     def call(x: Any, w: Any, b: Any, **options: Any) -> Any:

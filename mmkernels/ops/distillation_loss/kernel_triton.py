@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.distillation_loss import linear
 from mmkernels.triton.launch import Config, launch, next_power_of_2
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of −inf, whose distance from itself is no number
@@ -302,8 +303,47 @@ def backward(
     return [*results, student.new_empty(0)]
 
 
+def rows_in_place(
+    student: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,
+    temperature: float,
+    kind: str,
+    beta: float,
+    of_student: bool,
+    of_teacher: bool,
+    losses: Tensor,
+) -> None:
+    """As ``torch.ops.mmkernels._distillation_rows``: the losses of rows, and gradients in the place of the logits."""
+    rows, classes = student.shape
+    flags = (of_student, of_teacher)
+    outputs = [x if of else None for x, of in zip((student, teacher), flags, strict=True)]
+    if _is_constant(kind, beta) or student.numel() == 0:
+        for x in (losses, *outputs):
+            if x is not None:
+                x.zero_()
+        return
+    statistics = losses.new_empty((rows, 6))
+    flags_of_rows = None if ignored is None else ignored.view(torch.uint8)
+    rest = (classes, student.stride(0), teacher.stride(0), 1.0 / temperature, beta)
+    options: dict[str, Any] = dict(config=_config(classes), KIND=kind)
+    launch(_forward, (rows,), student, teacher, flags_of_rows, losses, statistics, *rest, **options)
+    losses.mul_(temperature**2)
+    if any(flags):
+        factor = losses.new_full((), temperature)
+        launch(_backward, (rows,), factor, student, teacher, flags_of_rows, statistics, *outputs, *rest, **options)
+
+
+def linear_forward(*args: Any) -> Any:
+    return linear.forward(rows_in_place, *args)
+
+
+def linear_backward(*args: Any) -> list[Tensor]:
+    return linear.backward(rows_in_place, *args)
+
+
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A vocabulary by every kind, with labels, and few classes."""
+    """A vocabulary by every kind, with labels, and from hidden states; few classes."""
     import mmkernels as mmk
 
     def call(kind: Any, rows: int, classes: int, **options: Any) -> Any:
@@ -313,3 +353,5 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
     yield "reverse_kl 4096x32000, labels", lambda: call("reverse_kl", 4096, 32000, labels=new(4096, dtype=torch.int64))
     yield "jsd 4096x32000", lambda: call("jsd", 4096, 32000)
     yield "forward_kl 256x10", lambda: call("forward_kl", 256, 10)
+    hidden, heads = new(4096, 512), [(new(32000, 512), None) for _ in range(2)]
+    yield "forward_kl 4096x512 to 32000", lambda: mmk.distillation_loss(hidden, new(4096, 512), linear=heads)
