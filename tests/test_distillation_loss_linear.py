@@ -75,6 +75,36 @@ def test_it_is_the_call_on_logits(kind: str, either_backend: str) -> None:
         torch.testing.assert_close(pulled[0], pulled[1], rtol=1e-4, atol=1e-5)
 
 
+def liger_jsd(student: Tensor, teacher: Tensor, temperature: float, beta: float) -> Tensor:
+    """Of every row, as in liger-kernel's LigerFusedLinearJSDLoss (chunked_loss/jsd_loss.py): without T², and with the
+    two divergences at the ends of beta."""
+    log_s, log_t = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    options: dict[str, Any] = dict(reduction="none", log_target=True)
+    if beta == 0:
+        return F.kl_div(log_s, log_t, **options).sum(-1)
+    if beta == 1:
+        return F.kl_div(log_t, log_s, **options).sum(-1)
+    log_m = torch.logsumexp(torch.stack([log_s + math.log(1 - beta), log_t + math.log(beta)]), 0)
+    of_teacher, of_student = F.kl_div(log_m, log_t, **options), F.kl_div(log_m, log_s, **options)
+    return (beta * of_teacher + (1 - beta) * of_student).sum(-1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_it_is_ligers_fused_linear_jsd_times_the_temperature_squared(beta: float, either_backend: str) -> None:
+    student, weight, bias, teacher, other = leaves = make(frozen=True)
+    labels = torch.tensor([0, -100, 0, 1, 1, -100, 1, 0, 0])
+    kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    for temperature in (1.0, 2.5):
+        loss = loss_of(*leaves, kind=kind, beta=beta, temperature=temperature, labels=labels)
+        rows = liger_jsd(F.linear(student, weight, bias), F.linear(teacher, other), temperature, beta)
+        want = temperature**2 * rows[labels != -100].mean()
+        torch.testing.assert_close(loss, want)
+        for got, expected in zip(
+            torch.autograd.grad(loss, leaves[:3]), torch.autograd.grad(want, leaves[:3]), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_one_row_without_leading_dims(either_backend: str) -> None:
     leaves = make(lead=())
     torch.testing.assert_close(loss_of(*leaves), of_logits(*leaves))

@@ -82,6 +82,28 @@ def test_it_is_the_call_on_logits(either_backend: str) -> None:
     torch.testing.assert_close(pulled[0], pulled[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_it_is_ligers_fused_linear_cross_entropy(smoothing: float, either_backend: str) -> None:
+    """liger-kernel (ops/cross_entropy.py): (1 − ε) (lse − z[y]) + ε lse − ε / V Σ z, its gradient softmax − ε / V, less
+    1 − ε at the label, both over the rows that count."""
+    (hidden,), heads, labels = make(batch=40, classes=(33,))
+    weight, bias = heads[0]
+    labels = torch.where(labels == -100, labels, torch.randint(0, 33, labels.shape))
+    valid = labels != -100
+    total, _ = mmk.multimodal_cross_entropy([hidden], labels, linear=heads, label_smoothing=smoothing)
+    z, y = F.linear(hidden, weight, bias)[valid].detach(), labels[valid]
+    lse = z.logsumexp(1)
+    of_label = z.gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(
+        total, ((1 - smoothing) * (lse - of_label) + smoothing * lse - smoothing / 33 * z.sum(1)).mean()
+    )
+    dz = (z.softmax(1) - smoothing / 33 - (1 - smoothing) * F.one_hot(y, 33)) / valid.sum()
+    of_hidden, of_weight, of_bias = torch.autograd.grad(total, leaves_in([hidden], heads))
+    torch.testing.assert_close(of_hidden[valid], dz @ weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_weight, dz.T @ hidden[valid], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_bias, dz.sum(0), rtol=1e-4, atol=1e-6)
+
+
 @few_dtypes
 def test_hidden_states_that_are_not_valid_are_not_read(dtype: torch.dtype, either_backend: str) -> None:
     hidden, heads, labels = make(dtype)

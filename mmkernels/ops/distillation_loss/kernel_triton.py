@@ -22,8 +22,7 @@ from torch import Tensor
 
 from mmkernels.ops.distillation_loss import linear
 from mmkernels.triton.launch import Config, launch, next_power_of_2
-
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of −inf, whose distance from itself is no number
+from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
 
 @triton.jit
@@ -73,19 +72,6 @@ def _pair(student, teacher, c, classes):
 
 
 @triton.jit
-def _raised(top, total, x, scale):
-    """Maximum and sum of exponentials of every lane with another element."""
-    most = tl.maximum(top, x)
-    return most, total * tl.exp((top - most) * scale) + tl.exp((x - most) * scale)
-
-
-@triton.jit
-def _of_lanes(top, total, scale):
-    most = tl.max(top, 0)
-    return most, tl.sum(total * tl.exp((top - most) * scale), 0)
-
-
-@triton.jit
 def _probabilities(s, t, s_top, s_total, t_top, t_total, scale):
     """Of both, and log(t/s), where both have classes."""
     s_distance, t_distance = (s - s_top) * scale, (t - t_top) * scale
@@ -118,16 +104,14 @@ def _forward(
     statistics += row * 6
     end = tl.where(tl.load(ignored + row) != 0, 0, classes) if ignored is not None else classes
     lanes = tl.arange(0, BLOCK)
-    s_top = tl.full([BLOCK], _LOWEST, tl.float32)
-    t_top = tl.full([BLOCK], _LOWEST, tl.float32)
-    s_total = tl.zeros([BLOCK], tl.float32)
-    t_total = tl.zeros([BLOCK], tl.float32)
+    s_top, s_total = no_logits(BLOCK)
+    t_top, t_total = no_logits(BLOCK)
     for start in range(0, end, BLOCK):
         s, t = _pair(student, teacher, start + lanes, classes)
-        s_top, s_total = _raised(s_top, s_total, s, scale)
-        t_top, t_total = _raised(t_top, t_total, t, scale)
-    s_most, s_sum = _of_lanes(s_top, s_total, scale)
-    t_most, t_sum = _of_lanes(t_top, t_total, scale)
+        s_top, s_total = with_logits(s_top, s_total, s, scale)
+        t_top, t_total = with_logits(t_top, t_total, t, scale)
+    s_most, s_sum = of_lanes(s_top, s_total, scale)
+    t_most, t_sum = of_lanes(t_top, t_total, scale)
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for start in range(0, end, BLOCK):
