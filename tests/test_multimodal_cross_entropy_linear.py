@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from typing import Any
 
 import op_contract as contract
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from conftest import native_only
 from environment import DEVICE
 from fusion_cases import allocations, each_dtype, few_dtypes
+from heads_in_chunks import peak_bytes, use_small_chunks
 from test_multimodal_cross_entropy import LOSSES, each_loss, flags, numbers
 from torch import Tensor
 
@@ -44,10 +43,10 @@ def leaves_in(hidden: list[Tensor], heads: list[Head]) -> list[Tensor]:
     return [*hidden, *(t for head in heads for t in head if t is not None)]
 
 
-@pytest.fixture(params=[32 << 20, 1], ids=["one chunk", "many chunks"], autouse=True)
+@pytest.fixture(params=[False, True], ids=["one chunk", "many chunks"], autouse=True)
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", request.param)
-    monkeypatch.setattr(chunks, "_FEWEST_ROWS", 32 if request.param > 1 else 2)
+    if request.param:
+        use_small_chunks(monkeypatch)
 
 
 @each_loss
@@ -203,26 +202,10 @@ def test_a_frozen_head_costs_nothing(chunked: None) -> None:
     assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= buffer
 
 
-_PEAK = """
-import resource, torch, mmkernels as mmk
-torch.set_num_threads(1)
-def run(h, W, b, y):
-    return torch.autograd.grad(mmk.multimodal_cross_entropy([h], y, linear=[(W, b)])[0], (h, W, b))
-def leaf(*shape):
-    return torch.empty(shape).normal_(0, 0.05).requires_grad_()
-run(leaf(64, 64), leaf(64, 64), leaf(64), torch.zeros(64, dtype=torch.int64))
-inputs = leaf(2048, 64), leaf(32000, 64), leaf(32000), torch.randint(0, 32000, (2048,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-grads = run(*inputs)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - sum(g.nbytes for g in grads))
-"""
-
-
 @native_only
 def test_the_logits_are_never_in_memory() -> None:
-    """Of 2048 rows and 32 000 classes they are 250 MiB."""
-    out = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 100 << 20
+    loss = "lambda y, h, W, b: mmk.multimodal_cross_entropy([h], y, linear=[(W, b)])[0]"
+    assert peak_bytes(loss, [("rows", "width"), ("classes", "width"), ("classes",)]) < 100 << 20
 
 
 h, w, y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from fusion_cases import each_dtype, few_dtypes, spoiled
+from heads_in_chunks import use_small_chunks
 from op_contract import check_each_gradient_alone, check_every_element_is_written, check_strides, gradients
 from test_decision_fusion import classifiers, fused, weights_of
 from test_decision_fusion import leaves_of as fused_leaves
-from test_distillation_loss import function_of, logits
+from test_distillation_loss import function_of, logits, logits_of_excluded_classes
 from test_distillation_loss import leaves_of as distilled_leaves
 from test_distillation_loss_linear import loss_of as loss_of_heads
 from test_distillation_loss_linear import make as heads
 
 import mmkernels as mmk
-from mmkernels.ops import _linear_loss as linear_loss
 from mmkernels.ops.decision_fusion import METHODS
 from mmkernels.ops.distillation_loss import KINDS
 from mmkernels.testing import check_op, same_bits
@@ -88,16 +88,7 @@ def test_distillation_loss(kind: str, dtype: torch.dtype) -> None:
     check_op(mmk.distillation_loss, *logits(5, 300, dtype=dtype, gain=1e-2), temperature=100.0, **options)
     for beta in (0.0, 1.0):
         check_op(mmk.distillation_loss, *logits(2, 3, dtype=dtype), beta=beta, **options)
-    student, teacher = (x.detach() for x in logits(9, 45, dtype=dtype))
-    both = torch.rand(9, 45) < 0.2
-    student[both], teacher[both] = -torch.inf, -torch.inf
-    if kind != "forward_kl":
-        student[torch.rand(9, 45) < 0.1] = -torch.inf
-    if kind != "reverse_kl":
-        teacher[torch.rand(9, 45) < 0.1] = -torch.inf
-    if kind == "jsd":
-        student[2], teacher[3] = -torch.inf, -torch.inf
-    check_op(mmk.distillation_loss, student.requires_grad_(), teacher.requires_grad_(), **options)
+    check_op(mmk.distillation_loss, *logits_of_excluded_classes(kind, dtype), **options)
 
 
 @each_kind
@@ -127,8 +118,7 @@ def test_distillation_loss_does_not_read_ignored_rows(kind: Any) -> None:
 def test_distillation_loss_of_heads(
     kind: str, dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_loss, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(linear_loss, "_FEWEST_ROWS", 2)
+    use_small_chunks(monkeypatch)
     options: dict[str, Any] = dict(backend="triton", kind=kind, temperature=3.0)
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 2])
     check_op(loss_of_heads, *heads(dtype, frozen=frozen), labels=labels, ignore_index=1, beta=0.1, **options)
