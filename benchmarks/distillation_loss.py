@@ -57,6 +57,37 @@ class Shape(Workload):
         return 1
 
 
+@dataclass(frozen=True)
+class HeadShape(Shape):
+    """Hidden states of as many features and two heads' weights instead of logits."""
+
+    features: int = 256
+
+    backward_flops = 1.0  # the student's two products
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} from {self.features}"
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {"student": torch.randn(self.rows, self.features), "weight": self._head()}
+
+    def options(self) -> dict[str, Tensor]:
+        return {"teacher": torch.randn(self.rows, self.features), "head": self._head()}
+
+    def _head(self) -> Tensor:
+        return torch.randn(self.classes, self.features) * 0.05
+
+    def ours(self, student: Tensor, weight: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+        return super().ours(student=student, teacher=teacher, linear=[(weight, None), (head, None)])
+
+    def plain(self, student: Tensor, weight: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
+        return super().plain(F.linear(student, weight), F.linear(teacher, head))
+
+    def flops(self) -> float:
+        """The products alone."""
+        return 4.0 * self.features * self.rows * self.classes
+
+
 SHAPES = (
     Shape("tokens of a small vocabulary", 1024, 8000),
     Shape("tokens of a small vocabulary", 1024, 8000, "reverse_kl"),
@@ -64,9 +95,10 @@ SHAPES = (
     Shape("tokens of Llama's vocabulary", 128, 32000),
 )
 SMALL = (Shape("a batch of images", 64, 10, quick=True), Shape("a batch of images", 64, 10, "jsd"))
+HEADS = (HeadShape("a vocabulary from hidden states", 1024, 16000),)
 
 SUITE = Suite(
     "log_softmax of both, divergence",
     forward={"forward": SHAPES, "small forward": SMALL},
-    training={"training": SHAPES, "small training": SMALL},
+    training={"training": SHAPES, "training from hidden states": HEADS, "small training": SMALL},
 )
