@@ -14,6 +14,8 @@ from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels import _native
+from mmkernels.ops.concat_linear.op import concat_linear_op
+from mmkernels.ops.low_rank_fusion.op import low_rank_fusion_op
 
 pytestmark = native_only
 
@@ -222,23 +224,23 @@ def test_a_freed_graph_says_so_and_inplace_changes_are_noticed() -> None:
 
 
 def test_the_door_itself_refuses_what_the_kernels_do_not_serve() -> None:
-    door, handle = _native.door("differentiable_door"), _native.open_door("concat_linear")
+    door, handle = _native.door("differentiable_door"), concat_linear_op._handle
     assert door is not None
     x, w = torch.randn(3, 4), torch.randn(6, 4)
     none = (None, None, None, None, None)
     for checked in (True, False):
-        assert door(handle, checked, False, [x], w, *none) is not None
-        assert door(handle, checked, False, (x,), w, *none) is not None
+        assert door(handle, checked, 0, [x], w, *none) is not None
+        assert door(handle, checked, 0, (x,), w, *none) is not None
         for xs in ([x.double()], [x.to("meta")], [x.t()], [None], x, None):
-            assert door(handle, checked, False, xs, w, *none) is None
+            assert door(handle, checked, 0, xs, w, *none) is None
         for other in (w.to_sparse(), w.to("meta"), w.double(), None, 3):
-            assert door(handle, checked, False, [x], other, *none) is None
-        assert door(handle, checked, False, [x], w, None, 3, None, None, None) is None
-    assert door(_native.open_door("low_rank_fusion"), False, False, [x], [w], w, None, None) is None  # has no check
+            assert door(handle, checked, 0, [x], other, *none) is None
+        assert door(handle, checked, 0, [x], w, None, 3, None, None, None) is None
+    assert door(low_rank_fusion_op._handle, False, 0, [x], [w], w, None, None) is None  # has no check
 
 
 def test_a_call_that_was_not_checked_has_to_fit() -> None:
-    door, handle = _native.door("differentiable_door"), _native.open_door("concat_linear")
+    door, handle = _native.door("differentiable_door"), concat_linear_op._handle
     assert door is not None
     x, y, w = torch.randn(2, 3, 4), torch.randn(2, 3, 1), torch.randn(6, 5)
     fitting = {
@@ -263,7 +265,7 @@ def test_a_call_that_was_not_checked_has_to_fit() -> None:
 
     def call(xs: object = (x, y), weight: object = w, **given: object) -> Tensor | None:
         arguments = dict.fromkeys(fitting) | given
-        return door(handle, False, False, xs, weight, *arguments.values())
+        return door(handle, False, 0, xs, weight, *arguments.values())
 
     for name, values in fitting.items():
         for value in values:

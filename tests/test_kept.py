@@ -61,16 +61,12 @@ def test_no_gradient_depends_on_what_is_not_kept(name: str, way: AbstractContext
 
 
 def test_what_no_gradient_needs_may_change_before_the_backward() -> None:
-    """As in torch, where the addend of a sum may be changed in place, and a frozen weight's input."""
+    """As in torch, where the addend of a sum may be changed in place."""
     x, y, weight, residual = (torch.randn(s, requires_grad=True) for s in ((4, 3), (4, 2), (6, 5), (4, 6)))
     out = mmk.concat_linear([x, y], weight.detach(), residual=residual, gate=torch.ones(()))
-    plain = mmk.concat_linear([x, y], frozen := weight.detach().clone())
     with torch.no_grad():
         residual.zero_()
     assert torch.autograd.grad(out.sum(), [x, residual])[1].equal(torch.ones_like(residual))
-    with torch.no_grad():
-        x.zero_()
-    torch.testing.assert_close(torch.autograd.grad(plain.sum(), [x])[0], frozen[:, :3].sum(0).expand(4, 3))
 
 
 def test_embeddings_are_merged_without_being_kept() -> None:

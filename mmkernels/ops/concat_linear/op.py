@@ -31,7 +31,7 @@ def needs_preactivation(*args: Any) -> bool:
 
 
 _KEPT = (
-    Kept({"xs": "weight presence", "weight": "xs presence", "bias": "", "residual": ""}),  # the product alone
+    Kept({"xs": "xs weight presence", "weight": "xs presence", "bias": "", "residual": ""}),  # the product alone
     Kept({"residual": ""}, never="residual"),
     Kept({"residual": ""}, never="residual", outputs=True),
 )
