@@ -15,8 +15,8 @@ with one flag and one gradient per tensor argument, lists element by element; a 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from mmkernels._dispatch import (
     reference_backend,
     use_backend,
 )
+from mmkernels._kept import EVERYTHING, Kept, shape_of
 from mmkernels.ops import _checks as checks
 
 Tensors = tuple[Tensor, ...]
@@ -86,42 +87,6 @@ class CudaKernels:
 
 
 native_backend = NativeKernels
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What an op keeps for its backward, besides what its kernels save.
-
-    Only the arguments that a needed gradient depends on, in whatever derivative of it, are kept; the kernels of the
-    backward find others' shapes, with any values. Tensors that nothing needs stay free to be changed or forgotten.
-
-    Args:
-        reads: for the gradient of an argument the names of the tensor arguments that it depends on, spaces in between;
-            of one that is not named here: all but ``never``.
-        never: names of arguments that no gradient depends on.
-        outputs: whether the backward also gets the outputs, before the saved tensors.
-    """
-
-    reads: Mapping[str, str] = field(default_factory=dict)
-    never: str = ""
-    outputs: bool = False
-
-    def table(self, names: Sequence[str]) -> tuple[int, ...]:
-        """For each argument a bit mask of the arguments that its gradient depends on."""
-        unknown = {*self.reads, *self.never.split(), *" ".join(self.reads.values()).split()}.difference(names)
-        assert not unknown, f"{unknown} are no arguments"
-        others = " ".join(name for name in names if name not in self.never.split())
-        return tuple(sum(1 << names.index(x) for x in self.reads.get(name, others).split()) for name in names)
-
-
-EVERYTHING = Kept()
-EVERYTHING_AND_OUTPUTS = Kept(outputs=True)
-
-
-def _shape_of(leaf: Tensor) -> Callable[[], Tensor]:
-    """Makes a tensor like this one but for its values."""
-    shape, strides, dtype, device = leaf.shape, leaf.stride(), leaf.dtype, leaf.device
-    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _contiguous_gradient(leaf: Tensor, argument: str) -> Tensor:
@@ -390,7 +355,7 @@ class DifferentiableOp:
         hidden = not training or torch._C._are_functorch_transforms_active()
         needed = [True] * len(leaves) if hidden else self._keeps(args)
         ctx.save_for_backward(*(x if n else None for x, n in zip(leaves, needed, strict=True)), *kept, *saved)
-        ctx.shapes = [None if n or x is None else _shape_of(x) for x, n in zip(leaves, needed, strict=True)]
+        ctx.shapes = [None if n or x is None else shape_of(x) for x, n in zip(leaves, needed, strict=True)]
         ctx.arguments = self._without_tensors(args)
         ctx.outputs = [(o.shape, o.dtype) for o in outputs]
         ctx.training = training

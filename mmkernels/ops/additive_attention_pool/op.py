@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, Kept, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.bilinear_fusion import reference
 
 

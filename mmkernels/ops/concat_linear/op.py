@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, Kept, TritonKernels, native_backend
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.concat_linear import reference
 
 

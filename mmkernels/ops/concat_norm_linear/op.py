@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
-from mmkernels._differentiable import (
-    EVERYTHING,
-    EVERYTHING_AND_OUTPUTS,
-    CudaKernels,
-    DifferentiableOp,
-    TritonKernels,
-    native_backend,
-)
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING, EVERYTHING_AND_OUTPUTS
 from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, rows_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, Kept, TritonKernels, native_backend
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.concat_tokens import reference
 
 

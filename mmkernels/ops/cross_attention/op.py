@@ -9,13 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import (
-    EVERYTHING_AND_OUTPUTS,
-    CudaKernels,
-    DifferentiableOp,
-    NativeKernels,
-    TritonKernels,
-)
+from mmkernels._differentiable import CudaKernels, DifferentiableOp, NativeKernels, TritonKernels
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention import batching, reference

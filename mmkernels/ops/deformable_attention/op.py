@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, Kept, native_backend
+from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.deformable_attention import reference
 
 

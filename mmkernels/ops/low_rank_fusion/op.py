@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, Kept, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.low_rank_fusion import reference
 
 

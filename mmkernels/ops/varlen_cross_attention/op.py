@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import EVERYTHING_AND_OUTPUTS, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
