@@ -22,6 +22,35 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kName = "bidirectional_cross_attention";
 
+// What is saved, as every backend means it: row_max and log_sum in natural logarithms, -inf where there is nothing to
+// attend to. Between them and the kernels' exponents of 2 nothing is lost: log_sum takes what rounds row_max.
+void to_natural(const SoftmaxStats& stats, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    float &top = stats.shift[i], &sum = stats.log2_sum[i];
+    if (sum == std::numeric_limits<float>::infinity()) {
+      top = sum = -sum;
+      continue;
+    }
+    const double exponent = static_cast<double>(top);
+    top = static_cast<float>(exponent * M_LN2);
+    sum = static_cast<float>((static_cast<double>(sum) + exponent - static_cast<double>(top) * M_LOG2E) * M_LN2);
+  }
+}
+
+void to_exponents(const SoftmaxStats& stats, int64_t count) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  for (int64_t i = 0; i < count; ++i) {
+    float &top = stats.shift[i], &sum = stats.log2_sum[i];
+    if (top == -std::numeric_limits<float>::infinity()) {
+      top = 0.f, sum = std::numeric_limits<float>::infinity();
+      continue;
+    }
+    const double exponent = static_cast<double>(top) * M_LOG2E;
+    top = static_cast<float>(std::max(-kMost, std::min(kMost, exponent)));
+    sum = static_cast<float>(static_cast<double>(sum) * M_LOG2E + exponent - static_cast<double>(top));
+  }
+}
+
 // What belongs to x, or to y: `query` is x_query or y_key.
 struct Side {
   Tensor query, value, mask;  // mask undefined: all tokens are real
@@ -152,6 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_query, const 
   if (call.is_masked() && !(is_finite(call.x.out) && is_finite(call.y.out)) && call.clean_padding()) {
     MMK_DISPATCH(bidirectional_forward)(call.params(1.));
   }
+  for (const Side* side : {&call.x, &call.y}) to_natural(side->stats_data(), side->stats.numel() / 2);
   return results();
 }
 
@@ -172,7 +202,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x_query, const 
     return result;
   }
   x.out = saved[0], y.out = saved[1];
-  x.stats = saved[2].contiguous(), y.stats = saved[3].contiguous();
+  x.stats = saved[2].clone(at::MemoryFormat::Contiguous), y.stats = saved[3].clone(at::MemoryFormat::Contiguous);
+  for (const Side* side : {&x, &y}) to_exponents(side->stats_data(), side->stats.numel() / 2);
   x.grad_out = grads[0], y.grad_out = grads[1];
   MMK_DISPATCH(bidirectional_backward)(call.params(2.5));
   if (call.is_masked() && !std::all_of(result.begin(), result.end(), is_finite) && call.clean_padding()) {

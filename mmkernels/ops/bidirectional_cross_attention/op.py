@@ -34,8 +34,9 @@ bidirectional_cross_attention_op = DifferentiableOp(
     "Tensor x_query, Tensor y_key, Tensor x_value, Tensor y_value, Tensor? x_mask, Tensor? y_mask, float? scale, "
     "float? clamp",
     outputs="Tensor x_out, Tensor y_out",
-    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: the shift of exponents and the logarithm of their sum
+    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: row_max, a constant shift, and log_sum
     reference=reference.bidirectional_cross_attention,
+    reference_saved=reference.softmax_stats,
     fake=_bidirectional_cross_attention_fake,
     cpu=native_backend("bidirectional_cross_attention"),
     triton=TritonKernels(_triton_supports),

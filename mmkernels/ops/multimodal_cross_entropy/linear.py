@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import kernel_vjp
 from mmkernels._differentiable import DifferentiableOp, NativeKernels, TritonKernels
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _products as products
@@ -159,6 +160,28 @@ def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest:
     return [*pulled, empty(), empty(), of_modulation]
 
 
+def _reference_saved(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor, _: Any, *options: Any
+) -> tuple[Tensor, ...]:
+    *of_loss, of_hidden, of_weight, of_bias = options
+    flags = (of_hidden, of_weight, of_bias)
+    leaves = [None if x is None else x.detach() for x in (hidden, weight, bias)]
+
+    def mean(*needed: Tensor | None) -> tuple[Tensor]:
+        full = [x if new is None else new for new, x in zip(needed, leaves, strict=True)]
+        return (reference.linear_cross_entropy(full[0], full[1], full[2], labels, valid, None, *of_loss),)  # type: ignore[arg-type]
+
+    _, *saved, count = _fake(hidden.detach(), weight.detach(), bias, *flags)
+    count.copy_(valid.sum())
+    if not any(flags):
+        return *saved, count
+    wanted = [x if flag else None for x, flag in zip(leaves, flags, strict=True)]
+    for to, gradient in zip(saved, kernel_vjp(mean, wanted, [count.clamp(min=1)]), strict=True):
+        if gradient is not None:
+            to.copy_(gradient)
+    return *saved, count
+
+
 def _compiled_rows(*args: Any) -> None:
     torch.ops.mmkernels._cross_entropy_rows(*args)
 
@@ -170,6 +193,7 @@ linear_op = DifferentiableOp(
     outputs="Tensor loss",
     saved="Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor count",
     reference=reference.linear_cross_entropy,
+    reference_saved=_reference_saved,
     fake=_fake,
     cpu=NativeKernels(
         "cross_entropy_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
