@@ -114,8 +114,8 @@ def saved_statistics(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Maximum and Σ exp(z − it) of every row, [M, B, 2], and the means [M], float32 or float64."""
-    *options, _ = options
-    _, means = multimodal_cross_entropy(logits, labels, weights, log_vars, presence, *options, True)
+    *of_loss, _ = options
+    _, means = multimodal_cross_entropy(logits, labels, weights, log_vars, presence, *of_loss, True)  # type: ignore[call-arg]
     statistics = []
     for z in logits:
         z = z.to(means.dtype)
