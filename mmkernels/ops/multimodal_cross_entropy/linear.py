@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._autograd import kernel_vjp
 from mmkernels._differentiable import DifferentiableOp, NativeKernels, TritonKernels
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _linear_loss as linear_loss
@@ -68,23 +67,11 @@ def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest:
 def _reference_saved(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor, _: Any, *options: Any
 ) -> tuple[Tensor, ...]:
-    *of_loss, of_hidden, of_weight, of_bias = options
-    flags = (of_hidden, of_weight, of_bias)
-    leaves = [None if x is None else x.detach() for x in (hidden, weight, bias)]
+    def mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.linear_cross_entropy(hidden, weight, bias, labels, valid, None, *options)
 
-    def mean(*needed: Tensor | None) -> tuple[Tensor]:
-        full = [x if new is None else new for new, x in zip(needed, leaves, strict=True)]
-        return (reference.linear_cross_entropy(full[0], full[1], full[2], labels, valid, None, *of_loss),)  # type: ignore[arg-type]
-
-    _, *saved, count = _fake(hidden.detach(), weight.detach(), bias, *flags)
-    count.copy_(valid.sum())
-    if not any(flags):
-        return *saved, count
-    wanted = [x if flag else None for x, flag in zip(leaves, flags, strict=True)]
-    for to, gradient in zip(saved, kernel_vjp(mean, wanted, [count.clamp(min=1)]), strict=True):
-        if gradient is not None:
-            to.copy_(gradient)
-    return *saved, count
+    saved = _fake(hidden, weight, bias, *options)[1:]
+    return linear_loss.saved_by_reference(mean, (hidden, weight, bias), saved, valid.sum())
 
 
 def _compiled_rows(*args: Any) -> None:
