@@ -120,7 +120,8 @@ class DifferentiableOp:
         cpu: the compiled kernels.
         cuda: the CUDA kernels.
         triton: the Triton kernels.
-        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
+        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
+            all backends give them: the backward may run on another one. To be given where there are any.
         keeps: what its backward finds again; where that depends on the options, all there is to choose from, and
             ``(*arguments)`` -> the position of one.
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
@@ -146,6 +147,8 @@ class DifferentiableOp:
         gradient: Callable[[Tensor, str], Tensor] = _contiguous_gradient,
         batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
     ) -> None:
+        if saved and reference_saved is None:
+            raise TypeError(f"{name}: reference_saved: expected a function, as the op saves {saved}; got None")
         self.name = name
         self._reference = reference
         self._reference_saved = reference_saved
@@ -310,9 +313,7 @@ class DifferentiableOp:
         promised = self._fake(*arguments)[self._outputs :]
         if not training:
             return tuple(t.new_empty(0) for t in promised)
-        if self._reference_saved is not None:
-            return self._reference_saved(*arguments)
-        return tuple(torch.zeros_like(t) for t in promised)
+        return () if self._reference_saved is None else self._reference_saved(*arguments)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._autograd import kernel_vjp
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _products as products
@@ -214,3 +215,30 @@ def backward(
         (g * scale).to(x.dtype) if n and x is not None else grad.new_empty(0)
         for g, x, n in zip(made, leaves, needed, strict=True)
     ]
+
+
+def saved_by_reference(
+    mean: Callable[..., Tensor], leaves: Sequence[Tensor | None], saved: Sequence[Tensor], count: Tensor | int
+) -> tuple[Tensor, ...]:
+    """What `forward` saves, from a loss in plain torch.
+
+    Args:
+        mean: the loss, a function of the leaves.
+        leaves: hidden states, weight and bias of every source.
+        saved: to be written: their gradients, empty where they are not wanted, and how many rows count.
+        count: how many do.
+    """
+    *made, counted = saved
+    counted.fill_(count)
+    given = [None if x is None else x.detach() for x in leaves]
+    wanted = [x if x is not None and g.numel() == x.numel() else None for x, g in zip(given, made, strict=True)]
+    if all(x is None for x in wanted):
+        return tuple(saved)
+
+    def of_wanted(*some: Tensor | None) -> tuple[Tensor]:
+        return (mean(*(x if new is None else new for new, x in zip(some, given, strict=True))),)
+
+    for to, gradient in zip(made, kernel_vjp(of_wanted, wanted, [counted.clamp(min=1)]), strict=True):
+        if gradient is not None:
+            to.copy_(gradient)
+    return tuple(saved)

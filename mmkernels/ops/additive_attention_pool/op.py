@@ -24,6 +24,7 @@ additive_attention_pool_op = DifferentiableOp(
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor activations",  # tanh(…), [B, M·A]
     reference=reference.additive_attention_pool,
+    reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
     cpu=native_backend("additive_attention_pool"),
     triton=TritonKernels(too_many_modalities),

@@ -50,6 +50,15 @@ def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest:
     return [*pulled, grads[0].new_empty(0)]
 
 
+def _reference_saved(*args: Any) -> tuple[Tensor, ...]:
+    valid, rows = args[6], args[0].shape[0]
+
+    def mean(*leaves: Tensor | None) -> Tensor:
+        return reference.linear_distillation_loss(*leaves, *args[6:])  # type: ignore[arg-type]
+
+    return linear_loss.saved_by_reference(mean, args[:6], _fake(*args)[1:], rows if valid is None else valid.sum())
+
+
 def _compiled_rows(*args: Any) -> None:
     torch.ops.mmkernels._distillation_rows(*args)
 
@@ -60,6 +69,7 @@ linear_op = DifferentiableOp(
     outputs="Tensor loss",
     saved=f"{_both(_GRADIENTS)}, Tensor count",
     reference=reference.linear_distillation_loss,
+    reference_saved=_reference_saved,
     fake=_fake,
     cpu=NativeKernels(
         "distillation_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))

@@ -44,6 +44,38 @@ def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
+def _divergences(s: Tensor, t: Tensor, temperature: float, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Of each row KL(t‖s), or KL(s‖t), or of the jsd KL(t‖m) and KL(s‖m)."""
+    log_s, log_t = log_probabilities(s, temperature), log_probabilities(t, temperature)
+    if kind != "jsd":
+        first = divergence(log_t, log_s) if kind == "forward_kl" else divergence(log_s, log_t)
+        return first, torch.zeros_like(first)
+    if beta in (0, 1):  # m is one of both
+        return 0 * divergence(log_t, log_t), 0 * divergence(log_s, log_s)
+    log_m = log_mixture(log_t, log_s, beta)
+    return divergence(log_t, log_m), divergence(log_s, log_m)
+
+
+def row_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    kind: str,
+    beta: float,
+    ignore_index: int,
+) -> tuple[Tensor]:
+    """[N, 6] float32: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 if ignored."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = []
+    for z in (student.to(dtype), teacher.to(dtype)):
+        top = z.amax(1).clamp_min(torch.finfo(dtype).min) if z.shape[1] else z.new_zeros(z.shape[0])
+        columns += [top, ((z - top.unsqueeze(1)) / temperature).exp().sum(1)]
+    columns += _divergences(student.to(dtype), teacher.to(dtype), temperature, kind, beta)
+    statistics = torch.stack(columns, 1).float()
+    return (statistics if labels is None else statistics.masked_fill((labels == ignore_index).unsqueeze(1), 0),)
+
+
 def mean_divergence(
     student: Tensor,  # [N, V]
     teacher: Tensor,  # [N, V]
@@ -59,16 +91,8 @@ def mean_divergence(
     if ignored is not None:
         count = (~ignored).sum().clamp_min(1)
         s, t = s.masked_fill(ignored[:, None], 0), t.masked_fill(ignored[:, None], 0)
-    log_s, log_t = log_probabilities(s, temperature), log_probabilities(t, temperature)
-    if kind == "forward_kl":
-        losses = divergence(log_t, log_s)
-    elif kind == "reverse_kl":
-        losses = divergence(log_s, log_t)
-    elif beta in (0, 1):  # m is one of both
-        losses = 0 * (divergence(log_t, log_t) + divergence(log_s, log_s))
-    else:
-        log_m = log_mixture(log_t, log_s, beta)
-        losses = beta * divergence(log_t, log_m) + (1 - beta) * divergence(log_s, log_m)
+    first, second = _divergences(s, t, temperature, kind, beta)
+    losses = beta * first + (1 - beta) * second if kind == "jsd" else first
     if ignored is not None:
         losses = losses.masked_fill(ignored, 0)
     return losses.sum() * (temperature**2 / count)

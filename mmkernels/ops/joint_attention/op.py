@@ -78,6 +78,7 @@ joint_attention_op = DifferentiableOp(
     outputs="Tensor[] outs, Tensor[] lses",
     saved="Tensor stats",  # row_max of all query streams, then log_sum, in the memory order of [B, H, L_i] each
     reference=reference.joint_attention,
+    reference_saved=reference.softmax_stats,
     fake=_joint_attention_fake,
     cpu=native_backend("joint_attention", _supports),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),

@@ -64,6 +64,16 @@ def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest:
     return [*pulled, empty, grads[0].new_empty(0), of_modulation]
 
 
+def _reference_saved(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor, _: Any, *options: Any
+) -> tuple[Tensor, ...]:
+    def mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.linear_cross_entropy(hidden, weight, bias, labels, valid, None, *options)
+
+    saved = _fake(hidden, weight, bias, *options)[1:]
+    return linear_loss.saved_by_reference(mean, (hidden, weight, bias), saved, valid.sum())
+
+
 def _compiled_rows(*args: Any) -> None:
     torch.ops.mmkernels._cross_entropy_rows(*args)
 
@@ -75,6 +85,7 @@ linear_op = DifferentiableOp(
     outputs="Tensor loss",
     saved="Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor count",
     reference=reference.linear_cross_entropy,
+    reference_saved=_reference_saved,
     fake=_fake,
     cpu=NativeKernels(
         "cross_entropy_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))

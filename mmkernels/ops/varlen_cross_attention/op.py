@@ -38,6 +38,7 @@ varlen_cross_attention_op = DifferentiableOp(
     outputs="Tensor out, Tensor lse",
     saved="Tensor stats",  # row_max and log_sum
     reference=reference.varlen_cross_attention,
+    reference_saved=reference.softmax_stats,
     fake=_varlen_cross_attention_fake,
     cpu=native_backend("varlen_cross_attention"),
     triton=TritonKernels(_triton_supports),
