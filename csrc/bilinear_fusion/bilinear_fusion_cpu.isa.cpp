@@ -96,10 +96,10 @@ void project(const BilinearParams& p, const BilinearSide& side, const ForwardPla
       const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
       float* features = t.features + i * kDepth * lanes;
       if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(depth * lanes) * sizeof(float));
-      pack_lanes<kPairs>(p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
-                         features, lanes);
-      multiply<kPairs>(weight.data, weight.stride, Constant<1>{}, projections, features, lanes, depth, lanes,
-                       {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
+      pack_lanes(kPairs, p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
+                 features, lanes);
+      multiply(kPairs, weight.data, weight.stride, 1, projections, features, lanes, depth, lanes,
+               {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
     }
   }
 }
@@ -124,8 +124,8 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       const int64_t some = min(step, projections - c);
       const Operand weight =
           operand_of_rows<kPairs>(p.dtype, weight_from(c), side.weight_stride, some, width, t.weight, ld);
-      dot_rows<kPairs>(x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
-                       t.partial + c * VW, ldp);
+      dot_rows(kPairs, x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
+               t.partial + c * VW, ldp);
     }
   }
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -133,7 +133,7 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       store(t.dots + b * ldd + c, finish_dots(t.partial + b * ldp * VW, c));
     }
   }
-  pack_lanes<false>(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+  pack_lanes(false, Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
 }
 
 template <bool kPairs>
@@ -160,7 +160,7 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
       }
     }
     const int64_t stride = spread_stride(plan.outputs);
-    pack_lanes<false>(Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
+    pack_lanes(false, Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
     write_rows(t.rows, stride, some, outputs, p.dtype, element(p.out, p.dtype, row * p.outputs + first_output),
                p.outputs);
     for (int s = 0; s < 2; ++s) {
@@ -235,8 +235,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
           const Operand weight =
               operand_of_columns<kPairs>(p.dtype, element(side.weight, p.dtype, c * side.weight_stride + column),
                                          side.weight_stride, some, columns, is_in_place(rows), tile.operand, ldo);
-          multiply<kPairs>(tile.grad_projection, Constant<1>{}, ldr, rows, weight.data, weight.stride,
-                           units<kPairs>(some), columns, {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+          multiply(kPairs, tile.grad_projection, 1, ldr, rows, weight.data, weight.stride, units<kPairs>(some), columns,
+                   {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
         }
         write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
                    side.width);
@@ -255,8 +255,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
         const Operand x =
             operand_of_columns<kPairs>(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
                                        some, columns, is_in_place(rows), tile.operand, ldo);
-        multiply<kPairs>(tile.grad_projection, ldc, Constant<1>{}, rows, x.data, x.stride, units<kPairs>(some), columns,
-                         {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
+                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
       }
       write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, c * side.width + column),
                  side.width);
@@ -284,7 +284,7 @@ void bilinear_forward(const BilinearParams& p) {
 void bilinear_backward(const BilinearParams& p) {
   const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
-  pack_lanes<false>(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
+  pack_lanes(false, p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
   with_pairs(p.dtype, [&](auto pairs) {
     for (int s = 0; s < 2; ++s) {
       backward_side<pairs>(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);

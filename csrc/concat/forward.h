@@ -46,9 +46,8 @@ class PackedWeights {
           for (int64_t t = 0; t < source.term_count; ++t) {
             const ConcatTerm& term = source.terms[t];
             for (int64_t p = begin; p < min(end, ceil_div(term.features, kPanel)); ++p) {
-              pack_lanes<kPairs>(sources_.dtype, weight_at(term, sources_.dtype, p * kPanel, k), term.weight_stride,
-                                 min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel,
-                                 kPanel);
+              pack_lanes(kPairs, sources_.dtype, weight_at(term, sources_.dtype, p * kPanel, k), term.weight_stride,
+                         min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel, kPanel);
             }
             at += depth * round_up(term.features, kPanel);
           }
@@ -119,7 +118,7 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
       k = 0;
       if (++s == sources.count) s = 0, first += block_rows;
     }
-    if (first >= sources.rows) return RowPrefetch();
+    if (first >= sources.rows) return RowsAhead();
     return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k),
                          steps);
   };
@@ -152,8 +151,8 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
               const Block c{z + max(0, term.column - column), columns, min(block_columns, term.features - skipped), add,
                             present.map()};
               if (present.count() > 0) {
-                multiply_panels<kPairs>(x, present.count(), panels + skipped * depth, depth, c,
-                                        t == 0 ? next_chunk(s, k, first, tiles_of(rows, c.columns)) : RowPrefetch());
+                multiply_panels(kPairs, x, present.count(), panels + skipped * depth, depth, c,
+                                t == 0 ? next_chunk(s, k, first, tiles_of(rows, c.columns)) : RowsAhead());
               }
               panels += depth * round_up(term.features, kPanel);
             }
@@ -180,7 +179,7 @@ MMK_INLINE void for_terms(const ConcatSource& source, int64_t column, int64_t co
 // [rows][stride] → [columns][to_stride], the transposed.
 inline void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
                            int64_t to_stride) {
-  pack_lanes<false>(Dtype::f32, from, stride, rows, columns, to, to_stride);
+  pack_lanes(false, Dtype::f32, from, stride, rows, columns, to, to_stride);
 }
 
 template <bool kPairs, class Loader, class Epilogue>
@@ -229,7 +228,7 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
                 operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, from, k), term.weight_stride,
                                         some, width, chunk, copy_stride<kPairs>(width));
             const Block c{z_lanes + at * block, block, round_up(rows, VW), add};
-            multiply_panels<kPairs>(w, some, to, depth, c);
+            multiply_panels(kPairs, w, some, to, depth, c);
           });
           add = true;
           unit += depth;

@@ -15,6 +15,23 @@
 
 namespace mmk {
 namespace MMK_ISA {
+
+// Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
+struct Block {
+  float* data;
+  int64_t stride, columns;
+  bool add;
+  const int32_t* map = nullptr;
+};
+
+// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
+// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
+void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
+                     const RowsAhead& ahead = {});
+
+// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
+void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
+
 namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
@@ -38,67 +55,8 @@ MMK_INLINE void for_row_addresses(const RowView& view, Dtype dtype, int64_t firs
   }
 }
 
-// Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
-struct Block {
-  float* data;
-  int64_t stride, columns;
-  bool add;
-  const int32_t* map = nullptr;
-};
-
-template <bool kPairs, int MR, int NR, class Ldb = Constant<kPanel>>
-MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, const Block& c, int64_t row,
-                               int64_t column, Ldb ldb = {}) {
-  vf acc[MR][NR];
-  clear(acc);
-  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, ldb, depth);
-  const int64_t last = c.columns - column - (NR - 1) * VW;  // columns of the last vector
-  MMK_UNROLL for (int i = 0; i < MR; ++i) {
-    float* to = c.data + (c.map == nullptr ? row + i : c.map[row + i]) * c.stride + column;
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      if (j < NR - 1 || last >= VW) {
-        store(to + j * VW, c.add ? load(to + j * VW) + acc[i][j] : acc[i][j]);
-      } else {
-        store_partial(to + j * VW, c.add ? load_partial(to + j * VW, last) + acc[i][j] : acc[i][j], last);
-      }
-    }
-  }
-}
-
 MMK_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kFeatureRows) * ceil_div(columns, kPanel);
-}
-
-// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
-// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
-template <bool kPairs>
-void multiply_panels(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
-                     RowPrefetch&& ahead = {}) {
-  constexpr int64_t kLineFloats = 16;
-  const int64_t panel_lines = depth * kPanel / kLineFloats;
-  for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
-    RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        next_panel.step<false>();
-        ahead.step<false>();
-        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>({a.data + i * a.stride, a.stride},
-                                                                               panels, depth, c, i, column);
-      });
-    });
-  }
-}
-
-// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
-inline void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
-  for (int64_t column = 0; column < c.columns; column += kPanel) {
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
-            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
-      });
-    });
-  }
 }
 
 // [count][features] rows → panels of the transposed: rows in the lanes, [panel][units][kPanel].
@@ -108,8 +66,8 @@ void pack_panels_transposed(Dtype dtype, const void* source, int64_t row_stride,
   const int64_t depth = units<kPairs>(features);
   for (int64_t first = 0; first < count; first += kPanel, panels += depth * kPanel) {
     const int64_t lanes = min(kPanel, count - first);
-    pack_lanes<kPairs>(dtype, static_cast<const char*>(source) + first * row_stride * element_size(dtype), row_stride,
-                       lanes, features, panels, kPanel);
+    pack_lanes(kPairs, dtype, static_cast<const char*>(source) + first * row_stride * element_size(dtype), row_stride,
+               lanes, features, panels, kPanel);
   }
 }
 
@@ -180,9 +138,9 @@ class SourceRows {
   int32_t map_[kBlockRows];
 };
 
-// Brings columns of the rows from `first` on into cache within `steps` steps.
-inline RowPrefetch prefetch_rows(const ConcatSources& sources, int64_t s, int64_t first, int64_t count, int64_t column,
-                                 int64_t width, int64_t steps) {
+// Columns of the rows from `first` on, to come into cache within `steps` steps.
+inline RowsAhead prefetch_rows(const ConcatSources& sources, int64_t s, int64_t first, int64_t count, int64_t column,
+                               int64_t width, int64_t steps) {
   const RowView& x = sources.items[s].x;
   const int64_t rows = min(count, min(sources.rows - first, x.inner - first % x.inner));
   const int64_t bytes = element_size(sources.dtype);

@@ -64,8 +64,8 @@ void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_ou
       const int64_t some = min(step, outputs - n);
       const Operand weight =
           operand_of_rows<kPairs>(p.dtype, weight_from(n), p.weight_stride, some, count, t.weight, ldw);
-      dot_rows<kPairs>(t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
-                       t.partial + n * VW, ldp);
+      dot_rows(kPairs, t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
+               t.partial + n * VW, ldp);
     }
   }
   with_element_type(p.dtype, p.out, [&](auto* out) {
@@ -163,15 +163,15 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
         expand_panel<static_cast<int>(width)>(t.panel(p, plan, i), t.at, count, t.expanded);
       });
       if constexpr (kPairs) pair_rows_in_place(t.expanded, lanes, count, lanes);
-      multiply<kPairs>(weight.data, weight.stride, Constant<1>{}, outputs, t.expanded, lanes, units<kPairs>(count),
-                       lanes, {k == 0 ? Combine::store : Combine::add, sums_of(i), lanes});
+      multiply(kPairs, weight.data, weight.stride, 1, outputs, t.expanded, lanes, units<kPairs>(count), lanes,
+               {k == 0 ? Combine::store : Combine::add, sums_of(i), lanes});
     }
   }
   const int64_t stride = spread_stride(outputs);
   with_element_type(p.dtype, p.out, [&](auto* out) {
     const auto* bias = static_cast<decltype(out)>(const_cast<void*>(p.bias));
     for (int64_t i = 0; i < panels; ++i) {
-      pack_lanes<false>(Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
+      pack_lanes(false, Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
       for (int64_t b = i * lanes; b < min(rows, (i + 1) * lanes); ++b) {
         for (int64_t n = 0; n < outputs; n += VW) {
           vf y = load(t.rows + (b - i * lanes) * stride + n);
@@ -244,8 +244,8 @@ void tensor_fusion_grad_weight(const TensorFusionParams& p) {
           if (task == begin || p.batch > kBatch) t.x.fill(b, rows);
           for (int64_t i = 0; i < rows; ++i) expand_row(t.x, i, t.at, count, t.expanded + i * lda);
           if constexpr (pairs) pair_rows_in_place(t.expanded, lda, rows, count);
-          multiply<pairs>(grad_out.data() + units<pairs>(b) * ldy, Constant<1>{}, ldy, p.outputs, t.expanded, lda,
-                          units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
+          multiply(pairs, grad_out.data() + units<pairs>(b) * ldy, 1, ldy, p.outputs, t.expanded, lda,
+                   units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
         }
         write_rows(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k), p.features);
       }
