@@ -185,7 +185,8 @@ class DifferentiableOp:
         self._positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
         self._arguments = len(types)
         self._names = tuple(a.name for a in self.forward.overload._schema.arguments[:-1])
-        kinds, self._choose_kept = (((keeps,), None)) if isinstance(keeps, Kept) else keeps
+        kinds, choose = ((keeps,), None) if isinstance(keeps, Kept) else keeps
+        self._choose_kept = choose
         self._kept = tuple((kept.outputs, kept.table(self._names)) for kept in kinds)
         of_forward, of_backward = batching
         self.forward.register_gradient(self._save, self._grad, functools.partial(of_forward, self.forward))
