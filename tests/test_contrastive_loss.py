@@ -80,6 +80,16 @@ def test_logits_of_ten_thousand_stay_finite_and_right(backend: str) -> None:
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (x, y)))
 
 
+@pytest.mark.parametrize("size", [2, 15, 17, 40])
+@few_dtypes
+def test_a_row_of_products_below_0_ends_where_it_ends(size: int, dtype: torch.dtype, backend: str) -> None:
+    """The zeros behind it are above its maximum, by more than an exponential can tell."""
+    sides = (F.normalize(3 + torch.randn(size, 8), dim=-1) * sign for sign in (1, -1))
+    leaves = (*(x.to(dtype).requires_grad_() for x in sides), scalar(200.0))
+    check_op(mmk.contrastive_loss, *leaves, backend=backend)
+    check_op(mmk.sigmoid_contrastive_loss, *leaves, scalar(10.0), backend=backend)
+
+
 def test_the_reference_is_the_written_out_formula() -> None:
     x, y = (t.detach().double() for t in embeddings(6, 5))
     z = 7.0 * x @ y.T

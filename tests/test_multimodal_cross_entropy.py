@@ -126,15 +126,12 @@ def test_uncertainty_weighs_each_loss(backend: str) -> None:
     torch.testing.assert_close(got, 1 - torch.exp(-s) * each)
 
 
-def test_labels_of_each_modality_and_of_any_integer_dtype(backend: str) -> None:
+def test_labels_of_each_modality(backend: str) -> None:
     logits, labels = make(classes=(5, 33))
     own = [labels, torch.randint(0, 33, labels.shape)]
     _, each = mmk.multimodal_cross_entropy(logits, own)
     for i, y in enumerate(own):
         torch.testing.assert_close(each[i], F.cross_entropy(logits[i], y))
-    want = mmk.multimodal_cross_entropy(logits, labels.clamp(min=0))
-    for kind in (torch.int32, torch.int16, torch.int8, torch.uint8):
-        assert same_bits(mmk.multimodal_cross_entropy(logits, labels.clamp(min=0).to(kind)), want)
 
 
 @pytest.mark.parametrize("ignored", [-1, 0, 10**12])

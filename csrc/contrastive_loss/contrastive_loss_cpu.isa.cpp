@@ -112,8 +112,9 @@ void row_gradients(const ContrastiveTile& p, T* products, int64_t row) {
   for_logits<kColumns>(t.columns, [&](int64_t first, auto vectors) __attribute__((always_inline)) {
     MMK_UNROLL for (int j = 0; j < decltype(vectors)::value; ++j) {
       const int64_t c = first + j * VW, n = t.columns - c;
-      const vf x = load_as_float(products + c, n), gradient = gradient_of(x, c, n);
-      with_products = fma(gradient, x, with_products);  // x is 0 behind the row
+      // Behind the row, where products are 0, an exponential of the distance from the top may be infinite.
+      const vf x = load_as_float(products + c, n), gradient = filled_from(n, gradient_of(x, c, n), 0.f);
+      with_products = fma(gradient, x, with_products);
       store_from_float(products + c, gradient, n);
     }
   });

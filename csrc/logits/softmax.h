@@ -30,14 +30,19 @@ struct SoftmaxRow {
 // exp(x · scale), scale_log2e = scale · kLog2e: 0 for −inf.
 MMK_INLINE vf exp_scaled(vf x, vf scale_log2e) { return exp2<5>(x * scale_log2e); }
 
+// x with another number from lane n on.
+MMK_INLINE vf filled_from(int64_t n, vf x, float filler) {
+  if (n >= VW) return x;
+  alignas(64) float lanes[VW];
+  store(lanes, x);
+  for (int64_t i = n; i < VW; ++i) lanes[i] = filler;
+  return load(lanes);
+}
+
 // n elements, −inf behind them; nothing beyond is read.
 template <class T>
 MMK_INLINE vf load_logits(const T* z, int64_t n) {
-  if (n >= VW) return load_as_float(z);
-  alignas(64) float lanes[VW];
-  store(lanes, load_as_float(z, n));
-  for (int64_t i = n; i < VW; ++i) lanes[i] = -kInfinity;
-  return load(lanes);
+  return n >= VW ? load_as_float(z) : filled_from(n, load_as_float(z, n), -kInfinity);
 }
 
 // f(c, Constant vectors) over `classes`: `kVectors` whole vectors at a time, then the others one by one, the last of

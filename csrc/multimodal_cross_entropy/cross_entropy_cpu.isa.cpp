@@ -56,15 +56,7 @@ float sum_of_distances(const T* z, int64_t classes, float top) {
   for_logits<4>(classes, [&](int64_t c, auto vectors) __attribute__((always_inline)) {
     MMK_UNROLL for (int j = 0; j < decltype(vectors)::value; ++j) {
       const int64_t at = c + j * VW, n = classes - at;
-      const vf distance = load_as_float(z + at, n) - set1(top);
-      if (n >= VW) {
-        total[j] = total[j] + distance;
-      } else {
-        alignas(64) float lanes[VW];
-        store(lanes, distance);
-        for (int64_t i = n; i < VW; ++i) lanes[i] = 0.f;
-        total[j] = total[j] + load(lanes);
-      }
+      total[j] = total[j] + filled_from(n, load_as_float(z + at, n) - set1(top), 0.f);
     }
   });
   return sum((total[0] + total[1]) + (total[2] + total[3]));

@@ -36,15 +36,9 @@ void row_of_pairs(const SigmoidTile& p, T* products, int64_t row) {
     const int64_t n = t.columns - c;
     const vf x = load_as_float(products + c, n);
     const Sigmoid sigmoid(fma(x, scale, bias));
-    vf loss = sigmoid.softplus, gradient = sigmoid.of_z;
-    if (n < VW) {  // nothing of the lanes behind the row
-      alignas(64) float inside[VW];
-      for (int64_t i = 0; i < VW; ++i) inside[i] = i < n ? 1.f : 0.f;
-      loss = loss * load(inside);
-      gradient = gradient * load(inside);
-    }
-    losses = losses + loss;
+    losses = losses + filled_from(n, sigmoid.softplus, 0.f);
     if (!p.with_gradients) continue;
+    const vf gradient = filled_from(n, sigmoid.of_z, 0.f);
     with_products = fma(gradient, x, with_products);
     gradients = gradients + gradient;
     store_from_float(products + c, gradient, n);

@@ -120,8 +120,7 @@ class DecisionFusion(nn.Module):
         if self.method == "max":
             given = given.masked_fill(given < given.amax(1, keepdim=True), 0)
         elif self.method != "product":
-            wide_weights = None if weights is None else weights.to(given.dtype)
-            shares = shares_of_present(wide_weights, present)
+            shares = shares_of_present(weights, present, given.dtype)
             given = (torch.cat(voted, 1) if self.method == "vote" else given) * shares
         total = given.sum(1, keepdim=True)
         return (given / total.masked_fill(total == 0, 1)).to(probabilities.dtype)

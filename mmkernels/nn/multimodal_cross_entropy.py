@@ -131,7 +131,7 @@ class MultimodalCrossEntropy(nn.Module):
         each: list[Tensor] = (
             list(labels) if isinstance(labels, (list, tuple)) else [labels] * self.num_modalities  # type: ignore[list-item]
         )
-        valid = torch.stack([y.ne(self.ignore_index) for y in each], 1)  # [B, M]
+        valid = torch.stack([y.to(torch.int64).ne(self.ignore_index) for y in each], 1)  # [B, M]
         return (valid if presence is None else valid & presence).sum(0)
 
     @leaf_of_traces

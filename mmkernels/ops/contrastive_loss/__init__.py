@@ -11,6 +11,7 @@ from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _contrastive as contrastive
+from mmkernels.ops._labels import check_labels
 from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
 
 __all__ = ["contrastive_loss"]
@@ -84,7 +85,7 @@ def contrastive_loss(
     is_log = contrastive.check_flag(_NAME, "is_log_scale", is_log_scale)
     scale = contrastive.scalar(_NAME, "logit_scale", logit_scale, x, is_log=is_log)
     if labels is not None:
-        labels = _check_labels(labels, x)
+        labels = check_labels(_NAME, "labels", labels, x.shape[:1], x, "x")
     smoothing = checks.check_number(_NAME, "label_smoothing", label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
         raise checks.value_error(_NAME, "label_smoothing", "a number in 0 … 1", smoothing)
@@ -94,13 +95,3 @@ def contrastive_loss(
         return contrastive.result(spread.contrastive_loss(x, y, scale, labels, smoothing, group), x)
     loss = contrastive_loss_op(x, y, scale, labels, labels, smoothing, True, 0, x.shape[0])[0]
     return contrastive.result(loss, x)
-
-
-def _check_labels(labels: Tensor, x: Tensor) -> Tensor:
-    checks.check_tensor(_NAME, "labels", labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise checks.type_error(_NAME, "labels", "an integer dtype", labels.dtype)
-    checks.check_same_device(_NAME, "labels", labels, "x", x.device)
-    if labels.shape != x.shape[:1]:
-        raise checks.value_error(_NAME, "labels", f"shape {tuple(x.shape[:1])}", tuple(labels.shape))
-    return labels.long()

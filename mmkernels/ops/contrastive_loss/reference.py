@@ -50,8 +50,8 @@ def _cross_entropies(logits: Tensor, positive: Tensor | None, first_target: int,
     if positive is None:
         of_positives = log_p[:, first_target : first_target + rows].diagonal()
     else:
-        share = positive / positive.sum(1, keepdim=True).clamp_min(1)
-        of_positives = torch.where(positive, log_p * share.to(log_p.dtype), torch.zeros_like(log_p))
+        share = 1 / positive.sum(1, keepdim=True, dtype=log_p.dtype).clamp_min(1)
+        of_positives = torch.where(positive, log_p * share, torch.zeros_like(log_p))
     loss = (-(1 - smoothing) * of_positives).sum()
     return loss if smoothing == 0 else loss - (smoothing / max(columns, 1) * log_p).sum()
 

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def shares_of_present(weights: Tensor | None, there: Tensor) -> Tensor:
+def shares_of_present(weights: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, M]: 0 for what is not there. In a row that lacks a modality the others' weights are divided by their sum."""
     if weights is None:
-        return there / there.sum(-1, keepdim=True).clamp_min(1)
+        counted = there.to(dtype)
+        return counted / counted.sum(-1, keepdim=True).clamp_min(1)
+    weights = weights.to(dtype)
     kept = weights.expand(there.shape).masked_fill(~there, 0)
     total = kept.sum(-1, keepdim=True)
     return kept / total.masked_fill(there.all(-1, keepdim=True) | (total == 0), 1)
@@ -38,7 +40,7 @@ def decision_fusion(
         there = there & presence
     z = z.masked_fill(~there[..., None], 0)
     log_p = torch.log_softmax(z, -1)
-    shares = shares_of_present(None if weights is None else weights.to(dtype), there).to(dtype)
+    shares = shares_of_present(weights, there, dtype)
     if method == "mean":
         fused = (shares[..., None] * log_p.exp()).sum(1)
     elif method == "max":

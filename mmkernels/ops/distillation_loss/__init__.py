@@ -14,6 +14,7 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
+from mmkernels.ops._labels import check_labels
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.distillation_loss.linear import linear_op
 from mmkernels.ops.distillation_loss.op import distillation_loss_op
@@ -105,15 +106,14 @@ def distillation_loss(
             student, teacher = (x.float() if x.dtype in halves else x for x in (student, teacher))
         else:
             student, teacher, heads = fusion.autocast(student.device, student, teacher, heads)
-    _check_tensors(student, teacher, labels, heads)
+    _check_logits(student, teacher, heads)
+    if labels is not None:
+        labels = check_labels(_NAME, "labels", labels, student.shape[:-1], student, "student").reshape(-1)
     temperature, beta = check_options(_NAME, temperature, kind, beta)
     ignore_index = checks.check_index(_NAME, "ignore_index", ignore_index)
-    if labels is not None:
-        labels = labels.reshape(-1)
     if heads is None:
-        return distillation_loss_op(as_rows(student), as_rows(teacher), labels, temperature, kind, beta, ignore_index)[
-            0
-        ]
+        rows = as_rows(student), as_rows(teacher)
+        return distillation_loss_op(*rows, labels, temperature, kind, beta, ignore_index)[0]
     valid = None if labels is None else labels != ignore_index
     leaves = (as_rows(student), *heads[0], as_rows(teacher), *heads[1])
     wanted = [needs_grad(x) for x in leaves]
@@ -136,9 +136,7 @@ def check_options(op: str, temperature: Any, kind: Any, beta: Any) -> tuple[floa
     return temperature, beta
 
 
-def _check_tensors(
-    student: Tensor, teacher: Tensor, labels: Tensor | None, heads: Sequence[linear_loss.Head] | None
-) -> None:
+def _check_logits(student: Tensor, teacher: Tensor, heads: Sequence[linear_loss.Head] | None) -> None:
     if student.dtype not in checks.FLOATING:
         raise checks.type_error(_NAME, "student", "dtype float32, bfloat16, float16 or float64", student.dtype)
     if student.dim() == 0:
@@ -147,14 +145,6 @@ def _check_tensors(
         fusion.check_shaped(_NAME, "teacher", teacher, tuple(student.shape), student, "student")
     else:
         _check_hidden(student, teacher, heads)
-    if labels is None:
-        return
-    checks.check_tensor(_NAME, "labels", labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise checks.type_error(_NAME, "labels", "an integer dtype", labels.dtype)
-    checks.check_same_device(_NAME, "labels", labels, "student", student.device)
-    if not fusion.has_shape(labels, student.shape[:-1]):
-        raise checks.value_error(_NAME, "labels", f"shape {tuple(student.shape[:-1])}", tuple(labels.shape))
 
 
 def _check_hidden(student: Tensor, teacher: Tensor, heads: Sequence[linear_loss.Head]) -> None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops.distillation_loss import linear
+from mmkernels.ops.distillation_loss import linear, reference
 from mmkernels.triton.launch import Config, launch, next_power_of_2
 from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
@@ -216,9 +216,9 @@ def _config(classes: int) -> Config:
 
 def _ignored(labels: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
     """[N] flags, and how many rows count, at least 1."""
-    if labels is None:
+    ignored = reference.ignored_rows(labels, ignore_index)
+    if ignored is None:
         return None, None
-    ignored = labels.to(torch.int64) == ignore_index
     return ignored.view(torch.uint8), (~ignored).sum().clamp_min(1)
 
 

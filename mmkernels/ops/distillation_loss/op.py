@@ -15,7 +15,8 @@ STATISTICS = 6
 
 
 def _distillation_loss_fake(student: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return student.new_empty(()), student.new_empty((student.shape[0], STATISTICS), dtype=torch.float32)
+    wide = torch.promote_types(student.dtype, torch.float32)
+    return student.new_empty(()), student.new_empty((student.shape[0], STATISTICS), dtype=wide)
 
 
 def _triton_supports(student: Tensor, *_: Any) -> str | None:

@@ -65,15 +65,21 @@ def row_statistics(
     beta: float,
     ignore_index: int,
 ) -> tuple[Tensor]:
-    """[N, 6] float32: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 if ignored."""
+    """[N, 6], float32 or float64: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 if ignored."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = []
     for z in (student.to(dtype), teacher.to(dtype)):
         top = z.amax(1).clamp_min(torch.finfo(dtype).min) if z.shape[1] else z.new_zeros(z.shape[0])
         columns += [top, ((z - top.unsqueeze(1)) / temperature).exp().sum(1)]
     columns += _divergences(student.to(dtype), teacher.to(dtype), temperature, kind, beta)
-    statistics = torch.stack(columns, 1).float()
-    return (statistics if labels is None else statistics.masked_fill((labels == ignore_index).unsqueeze(1), 0),)
+    statistics = torch.stack(columns, 1)
+    ignored = ignored_rows(labels, ignore_index)
+    return (statistics if ignored is None else statistics.masked_fill(ignored.unsqueeze(1), 0),)
+
+
+def ignored_rows(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """[N] bool; in int64, where no number wraps to a label."""
+    return None if labels is None else labels.to(torch.int64) == ignore_index
 
 
 def mean_divergence(
@@ -89,7 +95,7 @@ def mean_divergence(
     s, t = student.to(dtype), teacher.to(dtype)
     count: Tensor | int = max(student.shape[0], 1)
     if ignored is not None:
-        count = (~ignored).sum().clamp_min(1)
+        count = (~ignored).sum(dtype=dtype).clamp_min(1)
         s, t = s.masked_fill(ignored[:, None], 0), t.masked_fill(ignored[:, None], 0)
     first, second = _divergences(s, t, temperature, kind, beta)
     losses = beta * first + (1 - beta) * second if kind == "jsd" else first
@@ -108,7 +114,7 @@ def distillation_loss(
     ignore_index: int,
 ) -> Tensor:
     """The mean over the rows whose label is not ``ignore_index``, in the logits' dtype."""
-    ignored = None if labels is None else labels == ignore_index
+    ignored = ignored_rows(labels, ignore_index)
     return mean_divergence(student, teacher, ignored, temperature, kind, beta).to(student.dtype)
 
 

@@ -13,6 +13,7 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
+from mmkernels.ops._labels import check_labels
 from mmkernels.ops.multimodal_cross_entropy.linear import linear_op
 from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_rows
@@ -20,7 +21,6 @@ from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_row
 __all__ = ["multimodal_cross_entropy"]
 
 _NAME = "multimodal_cross_entropy"
-_LABELS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
 def multimodal_cross_entropy(
@@ -170,15 +170,10 @@ def _check_labels(labels: Tensor | Sequence[Tensor], first: Tensor, count: int) 
     given: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
     if listed and len(given) != count:
         raise checks.value_error(_NAME, "labels", f"a tensor, or a list of {count}, one for each modality", len(given))
-    for i, y in enumerate(given):
-        name = f"labels[{i}]" if listed else "labels"
-        checks.check_tensor(_NAME, name, y)
-        if y.dtype not in _LABELS:
-            raise checks.type_error(_NAME, name, "an integer dtype", y.dtype)
-        checks.check_same_device(_NAME, name, y, "logits[0]", first.device)
-        if not fusion.has_shape(y, (first.shape[0],)):
-            raise checks.value_error(_NAME, name, f"shape {(first.shape[0],)}", tuple(y.shape))
-    return [y.to(torch.int64) for y in given]
+    return [
+        check_labels(_NAME, f"labels[{i}]" if listed else "labels", y, first.shape[:1], first, "logits[0]")
+        for i, y in enumerate(given)
+    ]
 
 
 def _check_options(
