@@ -14,6 +14,8 @@ from fusion_cases import allocations, each_dtype, few_dtypes
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
+from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
 from mmkernels.testing import check_op, same_bits
 
 SIZES = [(7, 5), (50, 32), (301, 17), (1, 3), (2, 64), (0, 4), (5, 0)]
@@ -194,6 +196,38 @@ def test_only_gradients_that_are_needed(backend: str) -> None:
         torch.testing.assert_close(alone, full[i])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_that_were_kept_are_those_made_again(dtype: torch.dtype, backend: str) -> None:
+    for rows, columns, symmetric in ((300, 300, True), (7, 10, False)):
+        x, y = embeddings(rows, 40, dtype)[0], embeddings(columns, 40, dtype)[0]
+        for scale in (scalar(20.0), scalar(-3.0), scalar(0.0)):
+            results = []
+            for kept in (False, dtype == torch.float32 or rows % 2 == 0):
+                loss = contrastive_loss_op(x, y, scale, None, None, 0.1, symmetric, 0, columns, kept)[0]
+                results.append([loss, *torch.autograd.grad(loss, (x, y, scale))])
+            assert same_bits(*results)
+
+
+@native_only
+def test_a_frozen_side_has_no_gradient_made() -> None:
+    for frozen in range(2):
+        x, y = (t.detach().requires_grad_(i != frozen) for i, t in enumerate(embeddings(30, 100)))
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.numel()) or t, lambda t: t):
+            mmk.sigmoid_contrastive_loss(x, y, 10.0, -10.0)
+        assert kept.count(3000) <= 3  # x, y and one gradient
+
+
+def test_a_gradient_that_the_forward_did_not_know_of(backend: str) -> None:
+    x, y = embeddings(20, 8)
+    leaves = (x, y, scalar(5.0), scalar(-3.0))
+    results = []
+    for wanted in ((True, True), (False, True), (False, False)):
+        loss = sigmoid_contrastive_loss_op(*leaves, 0, 20, *wanted)[0]
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
+
+
 def test_differentiates_twice(backend: str) -> None:
     x, y = (t.detach().double().requires_grad_() for t in embeddings(5, 3))
     s, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
@@ -233,12 +267,14 @@ def test_opcheck(backend: str) -> None:
     s, b = scalar(3.0), scalar(-1.0)
     labels = torch.tensor([0, 1, 0, 2, 2, 5])
     for arguments in (
-        (x, y, s, None, None, 0.0, True, 0, 6, True),
-        (x[2:5], y, s, None, None, 0.1, False, 2, 6, True),
-        (x, y, s, labels, labels, 0.0, True, 0, 6, False),
+        (x, y, s, None, None, 0.0, True, 0, 6, True, True),
+        (x[2:5], y, s, None, None, 0.1, False, 2, 6, False, True),
+        (x, y, s, labels, labels, 0.0, True, 0, 6, False, False),
     ):
         torch.library.opcheck(torch.ops.mmkernels.contrastive_loss.default, arguments)
-    torch.library.opcheck(torch.ops.mmkernels.sigmoid_contrastive_loss.default, (x, y, s, b, 0, 6, True))
+    for wanted in ((True, True), (False, True), (False, False)):
+        arguments = (x, y, s, b, 0, 6, *wanted, True)
+        torch.library.opcheck(torch.ops.mmkernels.sigmoid_contrastive_loss.default, arguments)
 
 
 def test_a_rectangle_is_a_part_of_the_whole(backend: str) -> None:
@@ -248,12 +284,12 @@ def test_a_rectangle_is_a_part_of_the_whole(backend: str) -> None:
     parts = []
     for own, other in ((x, y), (y, x)):
         for first, rows in ((0, own[:7]), (7, own[7:])):
-            parts.append(op(rows, other, s, None, None, 0.2, False, first, 20, False)[0])
+            parts.append(op(rows, other, s, None, None, 0.2, False, first, 20, False, False)[0])
     torch.testing.assert_close(sum(parts), mmk.contrastive_loss(x, y, s, label_smoothing=0.2))
     labels, parts = torch.arange(20) % 6, []
     for own, other in ((x, y), (y, x)):
         for rows in (slice(0, 7), slice(7, 20)):
-            parts.append(op(own[rows], other, s, labels[rows], labels, 0.0, False, 0, 20, False)[0])
+            parts.append(op(own[rows], other, s, labels[rows], labels, 0.0, False, 0, 20, False, False)[0])
     torch.testing.assert_close(sum(parts), mmk.contrastive_loss(x, y, s, labels=labels))
 
 

@@ -248,8 +248,8 @@ def test_contrastive_calls_that_were_not_checked_have_to_fit() -> None:
     x, s, labels = torch.randn(4, 3), torch.tensor(2.0), torch.tensor([1, 0, 1, 2])
 
     def call(x: object, y: object, s: object, labels: object = None, smoothing: float = 0.0) -> list[Tensor | None]:
-        of_clip = door(clip, False, 0, x, y, s, labels, labels, smoothing, True, 0, 4)
-        return [of_clip, door(sigmoid, False, 0, x, y, s, s, 0, 4)]
+        of_clip = door(clip, False, 0, x, y, s, labels, labels, smoothing, True, 0, 4, False)
+        return [of_clip, door(sigmoid, False, 0, x, y, s, s, 0, 4, True, True)]
 
     for fitting in ((x, x, s), (x.half(), x.half(), s), (x, x, s, labels), (x, x, s, labels.int(), 0.5)):
         assert all(out is not None for out in call(*fitting))

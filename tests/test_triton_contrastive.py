@@ -80,13 +80,13 @@ def test_rows_against_more_columns(first: int, dtype: torch.dtype) -> None:
     rows = columns[first : first + 60]
 
     def rows_alone(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_loss_op(x, y, scale, None, None, 0.0, False, first, 150)[0]
+        return contrastive_loss_op(x, y, scale, None, None, 0.0, False, first, 150, False)[0]
 
     def labelled(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        return contrastive_loss_op(x, y, scale, rows, columns, 0.1, False, first, 150)[0]
+        return contrastive_loss_op(x, y, scale, rows, columns, 0.1, False, first, 150, False)[0]
 
     def sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return sigmoid_contrastive_loss_op(x, y, scale, bias, first, 150)[0]
+        return sigmoid_contrastive_loss_op(x, y, scale, bias, first, 150, True, True)[0]
 
     check_op(rows_alone, x, y, scalar(20.0), backend="triton")
     check_op(labelled, x, y, scalar(20.0), backend="triton")
@@ -109,7 +109,7 @@ def test_small_slopes_survive_in_float16() -> None:
     leaves = [x[:64].clone().requires_grad_(), y.clone().requires_grad_()]
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return sigmoid_contrastive_loss_op(x, y, torch.tensor(1.0), torch.tensor(-16.0), 0, 1)[0]
+        return sigmoid_contrastive_loss_op(x, y, torch.tensor(1.0), torch.tensor(-16.0), 0, 1, True, True)[0]
 
     check_op(loss, *leaves, backend="triton")
 

@@ -41,8 +41,8 @@ class PairProducts {
       : rows_(x.size(0)),
         columns_(y.size(0)),
         features_(x.size(1)),
-        x_(even(x.detach())),
-        y_(even(y.detach())),
+        x_(multiplied(x.detach(), x.numel() * y.size(0))),
+        y_(multiplied(y.detach(), x.numel() * y.size(0))),
         dtype_(floating_dtype_of(op, x_)),
         negated_(scale < 0.),
         scale_(std::max(static_cast<float>(std::abs(scale)), std::numeric_limits<float>::min())),
@@ -52,15 +52,18 @@ class PairProducts {
   int64_t columns() const { return columns_; }
   float scale() const { return scale_; }  // above 0: below it, the products are negated
   float sign() const { return negated_ ? -1.f : 1.f; }
+  bool are_of(at::ScalarType dtype) const { return x_.scalar_type() == dtype && x_.size(0) == rows_; }
   int64_t groups() const { return std::min(kGroups, tiles()); }
 
-  // f(group, tile, its products as a tensor [end_row, end_column]) for every tile.
+  // f(group, tile, its products as a tensor [end_row, end_column]) for every tile. All products [n, N] are written to
+  // one tensor and may be taken from one, where these are defined and nothing was padded.
   template <class Function>
-  void for_each_tile(int64_t first_target, Function f) const {
+  void for_each_tile(int64_t first_target, const at::Tensor& to, const at::Tensor& from, Function f) const {
     const int64_t count = groups(), share = count == 0 ? 0 : (tiles() + count - 1) / count;
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const at::Tensor buffer = at::empty({std::min(tile_rows_, x_.size(0)), y_.size(0)}, x_.options());
+      const int64_t most_rows = to.defined() ? 0 : std::min(tile_rows_, x_.size(0));
+      const at::Tensor buffer = at::empty({most_rows, y_.size(0)}, x_.options());
       for (int64_t group = begin; group < end; ++group) {
         const int64_t last = std::min((group + 1) * share, tiles());
         for (int64_t at = group * share; at < last; ++at) {
@@ -70,9 +73,14 @@ class PairProducts {
           tile.columns = columns_;
           tile.end_row = std::min(tile_rows_, x_.size(0) - tile.first_row);
           tile.end_column = y_.size(0);
-          at::Tensor products = buffer.narrow(0, 0, tile.end_row);
-          at::mm_out(products, rows_of_x(tile), y_.t());
-          if (negated_) products.neg_();
+          at::Tensor products =
+              to.defined() ? rows_of(to, tile.first_row, tile.end_row) : rows_of(buffer, 0, tile.end_row);
+          if (from.defined()) {
+            products.copy_(rows_of(from, tile.first_row, tile.end_row));
+          } else {
+            at::mm_out(products, rows_of_x(tile), y_.t());
+            if (negated_) products.neg_();
+          }
           tile.products = products.data_ptr();
           tile.stride = products.stride(0);
           tile.dtype = dtype_;
@@ -117,16 +125,22 @@ class PairProducts {
 #endif
   }
   static constexpr int64_t kGroups = 4;
-  static constexpr int64_t kWide = 8192;  // columns from which a tile has fewer rows, to stay small beside x and y
+  static constexpr int64_t kFew = 1 << 20;  // mmkernels/ops/contrastive_loss asks for no products of so few
+  static constexpr int64_t kWide = 8192;    // columns from which a tile has fewer rows, to stay small beside x and y
 
   int64_t tiles() const { return (rows_ + tile_rows_ - 1) / tile_rows_; }
-  at::Tensor rows_of_x(const PairTile& tile) const { return x_.narrow(0, tile.first_row, tile.end_row); }
-  // In half precision with even sizes: a product's last pair then ends where its row does. Float16 as float32 where
-  // there are no instructions for its products: torch's take many times as long.
-  static at::Tensor even(const at::Tensor& t) {
-    if (t.scalar_type() == at::kHalf && !multiplies_float16()) return t.to(at::kFloat);
+  static at::Tensor rows_of(const at::Tensor& t, int64_t first, int64_t count) {
+    return count == t.size(0) ? t : t.narrow(0, first, count);  // a view of all costs as much as a small product
+  }
+  at::Tensor rows_of_x(const PairTile& tile) const { return rows_of(x_, tile.first_row, tile.end_row); }
+  // What goes into the products. In half precision with even sizes: a product's last pair then ends where its row does.
+  // As float32 where few multiplications cost less than torch's setting up of others, and float16 where there are no
+  // instructions for its products: torch's take many times as long.
+  static at::Tensor multiplied(const at::Tensor& t, int64_t multiplications) {
+    if (t.scalar_type() == at::kFloat) return t;
+    if (multiplications <= kFew || (t.scalar_type() == at::kHalf && !multiplies_float16())) return t.to(at::kFloat);
     const int64_t more_rows = t.size(0) % 2, more_features = t.size(1) % 2;
-    if (t.scalar_type() == at::kFloat || more_rows + more_features == 0) return t;
+    if (more_rows + more_features == 0) return t;
     return at::constant_pad_nd(t, {0, more_features, 0, more_rows});
   }
 

@@ -121,17 +121,20 @@ Tensor joined(const std::vector<Tensor>& groups, double scale) {
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
-                                           const OptionalTensor& row_labels, const OptionalTensor& column_labels,
-                                           double label_smoothing, bool symmetric, int64_t first_target, int64_t total,
-                                           bool training) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const Tensor& logit_scale,
+                                                   const OptionalTensor& row_labels,
+                                                   const OptionalTensor& column_labels, double label_smoothing,
+                                                   bool symmetric, int64_t first_target, int64_t total,
+                                                   bool keeps_products, bool training) {
   const PairProducts products("contrastive_loss", x, y, logit_scale.item<double>());
   const int64_t rows = products.rows(), columns = products.columns();
   const auto options = x.options().dtype(at::kFloat);
   const Tensor none = at::empty({0}, options), row_sums = at::zeros({2, rows}, options);
+  keeps_products = keeps_products && training;
+  const Tensor kept = keeps_products ? at::empty({rows, columns}, x.options()) : at::empty({0}, x.options());
   if (rows == 0 || columns == 0) {
     return {at::zeros({}, options), training ? row_sums : none,
-            training && symmetric ? at::zeros({2, columns}, options) : at::empty({0}, options)};
+            training && symmetric ? at::zeros({2, columns}, options) : at::empty({0}, options), kept};
   }
   const Positives positives(row_labels, column_labels, rows, columns, first_target);
   std::vector<double> targets(static_cast<size_t>(rows)), sums(static_cast<size_t>(rows));
@@ -145,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   call.of_rows = sums_of(row_sums);
   call.targets = targets.data();
   call.sums = sums.data();
-  products.for_each_tile(first_target, [&](int64_t group, const PairTile& tile, const Tensor&) {
+  const Tensor to = keeps_products && products.are_of(x.scalar_type()) ? kept : Tensor();
+  products.for_each_tile(first_target, to, {}, [&](int64_t group, const PairTile& tile, const Tensor&) {
     ContrastiveTile p = call;
     p.pairs = tile;
     if (symmetric) p.of_columns = sums_of(column_sums[static_cast<size_t>(group)]);
@@ -164,13 +168,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   double loss = (1. - s) * (lse.of_positives - scale * total_of(targets));
   if (s != 0.) loss += s * (lse.of_all - scale * share * total_of(sums));
   return {at::scalar_tensor(0.5 * loss / static_cast<double>(std::max<int64_t>(total, 1)), options),
-          training ? row_sums : none, training ? of_columns : at::empty({0}, options)};
+          training ? row_sums : none, training ? of_columns : at::empty({0}, options), kept};
 }
 
 std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& logit_scale,
                              const OptionalTensor& row_labels, const OptionalTensor& column_labels,
                              double label_smoothing, bool symmetric, int64_t first_target, int64_t total,
-                             at::TensorList saved, const c10::List<bool>& needed) {
+                             bool keeps_products, at::TensorList saved, const c10::List<bool>& needed) {
   const PairProducts products("contrastive_loss", x, y, logit_scale.item<double>());
   const int64_t rows = products.rows(), columns = products.columns();
   const auto none = [&] { return at::empty({0}, x.options()); };
@@ -208,7 +212,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   const double factor = mean * logit_scale.item<double>();
   const Tensor dx = needed[0] ? at::empty(x.sizes(), x.options()) : none();
   std::vector<Tensor> sums = products.new_sums(needed[1]);
-  products.for_each_tile(first_target, [&](int64_t group, const PairTile& tile, const Tensor& gradients) {
+  const Tensor from = keeps_products && products.are_of(x.scalar_type()) ? saved[2].contiguous() : Tensor();
+  products.for_each_tile(first_target, {}, from, [&](int64_t group, const PairTile& tile, const Tensor& gradients) {
     const Tensor of_positives = at::empty({columns}, row_sums.options());
     ContrastiveTile p = call;
     p.pairs = tile;
@@ -237,12 +242,12 @@ const DoorCheck door_check("contrastive_loss", fits, DoorCheck::Dtypes::any);
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_contrastive_loss_fwd(Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, "
-      "float label_smoothing, bool symmetric, int first_target, int total, bool training) "
-      "-> (Tensor loss, Tensor row_stats, Tensor column_stats)");
+      "float label_smoothing, bool symmetric, int first_target, int total, bool keeps_products, "
+      "bool training) -> (Tensor loss, Tensor row_stats, Tensor column_stats, Tensor products)");
   m.def(
       "_contrastive_loss_bwd(Tensor[] grads, Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, "
-      "Tensor? column_labels, float label_smoothing, bool symmetric, int first_target, int total, Tensor[] saved, "
-      "bool[] needed) -> Tensor[]");
+      "Tensor? column_labels, float label_smoothing, bool symmetric, int first_target, int total, "
+      "bool keeps_products, Tensor[] saved, bool[] needed) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

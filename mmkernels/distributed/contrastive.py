@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mmkernels._dispatch import needs_grad
 from mmkernels.distributed.collectives import Batch
 from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
@@ -35,8 +36,9 @@ def contrastive_loss(
     all_labels = None if labels is None else batch.gather(labels)
     part = None
     for rows, others in ((x, y), (y, x)):
+        columns, place = batch.gather(others), (batch.first, batch.total)
         (rows_part,) = contrastive_loss_op(
-            rows, batch.gather(others), scale, labels, all_labels, label_smoothing, False, batch.first, batch.total
+            rows, columns, scale, labels, all_labels, label_smoothing, False, *place, False
         )
         part = rows_part if part is None else part + rows_part
     assert part is not None
@@ -53,5 +55,7 @@ def sigmoid_contrastive_loss(
     """Rows of x over all y: loss [], float32 or float64."""
     batch = Batch("sigmoid_contrastive_loss", x, (x, y, logit_scale, logit_bias), group)
     scale, bias = batch.shared(logit_scale), batch.shared(logit_bias)
-    (part,) = sigmoid_contrastive_loss_op(x, batch.gather(y), scale, bias, batch.first, batch.total)
+    all_y = batch.gather(y)
+    wanted = needs_grad(x), needs_grad(all_y)
+    (part,) = sigmoid_contrastive_loss_op(x, all_y, scale, bias, batch.first, batch.total, *wanted)
     return batch.sum(part)

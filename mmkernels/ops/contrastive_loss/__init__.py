@@ -29,7 +29,7 @@ def contrastive_loss(
     is_log_scale: bool = False,
     group: Any = None,
 ) -> Tensor:
-    """Every x tells its own y from all others, and every y its x; the N × N logits are never held.
+    """Every x tells its own y from all others, and every y its x; the N × N logits of a large batch are never held.
 
         z = logit_scale · x yᵀ,  loss = ½ (CE(z, i) + CE(zᵀ, i)),  CE the mean over rows of cross-entropies
 
@@ -51,7 +51,9 @@ def contrastive_loss(
             All ranks make the call, and its backward, alike. None = this process has the whole batch.
 
     x and y have one dtype, all tensors one device. Under autocast x and y are cast as for a product. Gradients for x, y
-    and logit_scale. Products and sums are accumulated in float32 (float64 for float64) in a fixed order.
+    and logit_scale. Products and sums are accumulated in float32 (float64 for float64) in a fixed order. For the
+    backward two numbers of each row and column are kept, and on the CPU the products of all pairs where they are no
+    larger than x and y together.
 
     Returns:
         The loss (), in the dtype of x; under autocast float32. 0 of no pairs.
@@ -76,7 +78,8 @@ def contrastive_loss(
         and (scale := contrastive.plain_scalar(logit_scale, is_log=is_log_scale)) is not None
     ):
         rows = x.shape[0] if x.dim() else 0
-        out = contrastive_loss_op.unchecked(x, y, scale, labels, labels, label_smoothing, True, 0, rows)
+        keeps = _keeps_products(x)
+        out = contrastive_loss_op.unchecked(x, y, scale, labels, labels, label_smoothing, True, 0, rows, keeps)
         if out is not None:
             return out if x.dtype is torch.float32 else out.to(x.dtype)
     if is_overridden(x, y, logit_scale, labels):
@@ -93,5 +96,20 @@ def contrastive_loss(
         from mmkernels.distributed import contrastive as spread
 
         return contrastive.result(spread.contrastive_loss(x, y, scale, labels, smoothing, group), x)
-    loss = contrastive_loss_op(x, y, scale, labels, labels, smoothing, True, 0, x.shape[0])[0]
+    keeps = not torch.compiler.is_compiling() and _keeps_products(x)
+    loss = contrastive_loss_op(x, y, scale, labels, labels, smoothing, True, 0, x.shape[0], keeps)[0]
     return contrastive.result(loss, x)
+
+
+def _keeps_products(x: Tensor) -> bool:
+    """Whether the backward is given all products: where they are no more than x and y are, it costs less than to make
+    them again."""
+    if not x.is_cpu or x.dim() != 2:
+        return False
+    pairs, features = x.shape
+    if type(pairs) is not int or not pairs <= 2 * features:
+        return False
+    if x.dtype is torch.float32:
+        return True
+    # Products in half precision are padded to even sizes, and of few, or float16, float32 ones are made.
+    return x.dtype is torch.bfloat16 and pairs % 2 == 0 and pairs * pairs * features > 1 << 20

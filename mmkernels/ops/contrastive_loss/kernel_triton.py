@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops._products import matmul
 from mmkernels.triton.attention import LOG2_E
 from mmkernels.triton.contrastive import SLOPE_PAIRS, Gradients, config, cosines, gain, slope_stride, strips
 from mmkernels.triton.launch import ceil_div, dot_precision, launch, tiles
@@ -237,13 +238,15 @@ def forward(
     symmetric: bool,
     first_target: int,
     total: int,
+    keeps_products: bool,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     (rows, features), columns = x.shape, y.shape[0]
     nothing = x.new_empty((2, 0), dtype=torch.float32)
     if rows == 0 or columns == 0:
         statistics = nothing.new_zeros((2, rows)), nothing.new_zeros((2, columns) if symmetric else 0)
-        return (nothing.new_zeros(()), *(statistics if training else (nothing.new_empty(0),) * 2))
+        kept = *statistics, x.new_empty((rows, columns) if keeps_products else 0)
+        return (nothing.new_zeros(()), *(kept if training else (nothing.new_empty(0),) * 3))
     confidence = 1.0 - label_smoothing
     row_weights = _target_weights(row_labels, column_labels, confidence)
     column_weights = _target_weights(column_labels, row_labels, confidence) if symmetric else None
@@ -277,7 +280,13 @@ def forward(
         of_column, column_statistics = _loss(_merged(torch.stack(of_columns, 1), size), size)
         loss += of_column
     loss *= 0.5 / max(total, 1)
-    return (loss, *((row_statistics, column_statistics) if training else (nothing.new_empty(0),) * 2))
+    if not training:
+        return loss, *(nothing.new_empty(0),) * 3
+    products = x.new_empty(0)
+    if keeps_products:  # for another backend's backward: this one makes them tile by tile
+        products = matmul(x, y.mT)
+        products = torch.where(logit_scale < 0, -products, products)
+    return loss, row_statistics, column_statistics, products
 
 
 def backward(
@@ -291,10 +300,11 @@ def backward(
     symmetric: bool,
     first_target: int,
     total: int,
+    keeps_products: bool,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    row_statistics, column_statistics = saved
+    row_statistics, column_statistics, _ = saved
     (rows, features), columns = x.shape, y.shape[0]
     confidence = 1.0 - label_smoothing
     row_weights = _target_weights(row_labels, column_labels, confidence)

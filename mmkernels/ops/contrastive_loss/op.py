@@ -19,22 +19,27 @@ def _contrastive_loss_fake(
     column_labels: Tensor | None,
     label_smoothing: float,
     symmetric: bool,
+    first_target: Any,
+    total: Any,
+    keeps_products: bool,
     *_: Any,
 ) -> tuple[Tensor, ...]:
     wide = accumulation_dtype(x)
     loss = x.new_empty((), dtype=wide)
     of_columns = (2, y.shape[0]) if symmetric else (0,)
-    return loss, x.new_empty((2, x.shape[0]), dtype=wide), x.new_empty(of_columns, dtype=wide)
+    products = x.new_empty((x.shape[0], y.shape[0]) if keeps_products else 0)
+    return loss, x.new_empty((2, x.shape[0]), dtype=wide), x.new_empty(of_columns, dtype=wide), products
 
 
 contrastive_loss_op = DifferentiableOp(
     "contrastive_loss",
     "Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, float label_smoothing, "
-    "bool symmetric, SymInt first_target, SymInt total",
+    "bool symmetric, SymInt first_target, SymInt total, bool keeps_products",
     outputs="Tensor loss",
     # [2, rows]: the maximum of the products, negated where the scale is below 0, and Σ e^(z − its logit). Not that
     # of z: distances are taken before anything is rounded, so that no contraction can spoil them.
-    saved="Tensor row_stats, Tensor column_stats",
+    # The products themselves, [n, N], for a caller to whom they are small.
+    saved="Tensor row_stats, Tensor column_stats, Tensor products",
     reference=reference.contrastive_loss,
     reference_saved=reference.softmax_stats,
     fake=_contrastive_loss_fake,

@@ -27,6 +27,7 @@ def contrastive_loss(
     symmetric: bool,
     first_target: int,
     total: int,
+    *_: Any,
 ) -> Tensor:
     """Loss [], float32 or float64.
 
@@ -64,12 +65,16 @@ def softmax_stats(
     column_labels: Any,
     smoothing: float,
     symmetric: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
+    first_target: int,
+    total: int,
+    keeps_products: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows and, symmetric, of columns, [2, n] and [2, N]: the maximum of the products p, which is not rounded, of −p
-    where the scale s is below 0, and Σ e^(|s| (p − it))."""
-    products = matmul(x, y.mT).to(accumulation_dtype(x))
+    where the scale s is below 0, and Σ e^(|s| (p − it)); and p itself, [n, N], where it is kept."""
+    products = matmul(x, y.mT)
     products = torch.where(logit_scale < 0, -products, products)
+    kept = products if keeps_products else products.new_empty(0)
+    products = products.to(accumulation_dtype(x))
 
     def stats(p: Tensor) -> Tensor:
         if p.shape[1] == 0:
@@ -77,7 +82,7 @@ def softmax_stats(
         top = p.amax(1)
         return torch.stack([top, ((p - top.unsqueeze(1)) * logit_scale.abs()).exp().sum(1)])
 
-    return stats(products), stats(products.mT) if symmetric else products.new_empty(0)
+    return stats(products), stats(products.mT) if symmetric else products.new_empty(0), kept
 
 
 def example_inputs(

@@ -65,7 +65,8 @@ def row_statistics(
     beta: float,
     ignore_index: int,
 ) -> tuple[Tensor]:
-    """[N, 6], float32 or float64: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 if ignored."""
+    """[N, 6], float32 or float64: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 of
+    ignored rows."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = []
     for z in (student.to(dtype), teacher.to(dtype)):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import may_use_door
+from mmkernels._dispatch import may_use_door, needs_grad
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _contrastive as contrastive
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
@@ -45,8 +45,8 @@ def sigmoid_contrastive_loss(
             All ranks make the call, and its backward, alike. None = this process has the whole batch.
 
     x and y have one dtype, all tensors one device. Under autocast x and y are cast as for a product. Gradients for x,
-    y, logit_scale and logit_bias; where one is recorded the forward makes them all and keeps those of x and y, of their
-    own size in float32. Products and sums are accumulated in float32 (float64 for float64) in a fixed order.
+    y, logit_scale and logit_bias; where one is recorded the forward makes those that are and keeps those of x and y, of
+    their own size in float32. Products and sums are accumulated in float32 (float64 for float64) in a fixed order.
 
     Returns:
         The loss (), in the dtype of x; under autocast float32. 0 of no pairs.
@@ -70,7 +70,8 @@ def sigmoid_contrastive_loss(
         and (scale := contrastive.plain_scalar(logit_scale, is_log=is_log_scale)) is not None
         and (bias := contrastive.plain_scalar(logit_bias)) is not None
     ):
-        out = sigmoid_contrastive_loss_op.unchecked(x, y, scale, bias, 0, x.shape[0] if x.dim() else 0)
+        wanted = x.requires_grad, type(y) in contrastive.PLAIN and y.requires_grad
+        out = sigmoid_contrastive_loss_op.unchecked(x, y, scale, bias, 0, x.shape[0] if x.dim() else 0, *wanted)
         if out is not None:
             return out if x.dtype is torch.float32 else out.to(x.dtype)
     if is_overridden(x, y, logit_scale, logit_bias):
@@ -83,5 +84,5 @@ def sigmoid_contrastive_loss(
         from mmkernels.distributed import contrastive as spread
 
         return contrastive.result(spread.sigmoid_contrastive_loss(x, y, scale, bias, group), x)
-    loss = sigmoid_contrastive_loss_op(x, y, scale, bias, 0, x.shape[0])[0]
+    loss = sigmoid_contrastive_loss_op(x, y, scale, bias, 0, x.shape[0], needs_grad(x), needs_grad(y))[0]
     return contrastive.result(loss, x)

@@ -92,11 +92,19 @@ def _slopes(
 
 
 def forward(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int, training: bool
-) -> tuple[Tensor | None, ...]:
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    first_target: int,
+    total: int,
+    of_x: bool,
+    of_y: bool,
+    training: bool,
+) -> tuple[Tensor, ...]:
     (rows, features), columns = x.shape, y.shape[0]
     if training:
-        return _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1))
+        return _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1), (of_x, of_y))
     chosen = config(x, rows, columns, True)
     sums = x.new_empty(tiles(chosen, rows, columns), dtype=torch.float32)
     launch(
@@ -111,11 +119,17 @@ def forward(
 
 
 def _with_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int
-) -> tuple[Tensor | None, ...]:
-    """The loss and its gradients, those of x and y, and of scale and bias, [2], in float32."""
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    first_target: int,
+    total: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The loss and its gradients, those of x and y, where they are wanted, and of scale and bias, [2], in float32."""
     (rows, features), columns = x.shape, y.shape[0]
-    gradients = Gradients(x, y, logit_scale / total, (True, True), torch.float32)
+    gradients = Gradients(x, y, logit_scale / total, (wanted[0], wanted[1]), torch.float32)
     sums = [logit_scale.new_zeros(3)]  # of the loss and of the slopes of scale and bias, over each strip
     for strip in strips(rows, columns, features, SLOPE_PAIRS):
         count = strip.stop - strip.start
@@ -134,7 +148,8 @@ def _with_gradients(
         gradients.add(strip, slopes)
         sums.append(parts.sum(1))
     means = torch.stack(sums).sum(0) / total
-    return means[0].clone(), gradients.dx, gradients.dy, means[1:].clone()
+    dx, dy = (means.new_empty(0) if d is None else d for d in (gradients.dx, gradients.dy))
+    return means[0].clone(), dx, dy, means[1:].clone()
 
 
 def backward(
@@ -145,10 +160,14 @@ def backward(
     logit_bias: Tensor,
     first_target: int,
     total: int,
+    of_x: bool,
+    of_y: bool,
     saved: Sequence[Tensor],
     needed: Sequence[bool],
 ) -> list[Tensor]:
     dx, dy, scalars = saved
+    if any(n and d.numel() != leaf.numel() for n, d, leaf in zip(needed, (dx, dy), (x, y), strict=False)):
+        _, dx, dy, scalars = _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1), needed)
     leaves = zip((x, y, logit_scale, logit_bias), (dx, dy, *scalars), needed, strict=True)
     return [(d * grads[0]).to(leaf.dtype) if n else leaf.new_empty(0) for leaf, d, n in leaves]
 

@@ -11,17 +11,20 @@ from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.sigmoid_contrastive_loss import reference
 
 
-def _sigmoid_contrastive_loss_fake(x: Tensor, y: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    wide = accumulation_dtype(x)
-    return tuple(x.new_empty(shape, dtype=wide) for shape in ((), x.shape, y.shape, (2,)))
+def _sigmoid_contrastive_loss_fake(x: Tensor, y: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    wide, (*_, of_x, of_y) = accumulation_dtype(x), rest
+    shapes: tuple[Any, ...] = ((), x.shape if of_x else (0,), y.shape if of_y else (0,), (2,))
+    return tuple(x.new_empty(shape, dtype=wide) for shape in shapes)
 
 
 sigmoid_contrastive_loss_op = DifferentiableOp(
     "sigmoid_contrastive_loss",
-    "Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt first_target, SymInt total",
+    "Tensor x, Tensor y, Tensor logit_scale, Tensor logit_bias, SymInt first_target, SymInt total, "
+    "bool of_x, bool of_y",
     outputs="Tensor loss",
-    # Gradients of the loss, [n, D] and [N, D], and of scale and bias, [2], float32: they need no sums over a row, so
-    # that the forward makes them of the logits at hand, and the backward multiplies them by what comes.
+    # Gradients of the loss, [n, D] and [N, D], each where it is wanted, and of scale and bias, [2], float32: they need
+    # no sums over a row, so that the forward makes them of the logits at hand, and the backward multiplies them by what
+    # comes.
     saved="Tensor x_grad, Tensor y_grad, Tensor scalar_grads",
     reference=reference.sigmoid_contrastive_loss,
     reference_saved=reference.unit_gradients,

@@ -8,6 +8,8 @@ torch code would; everything after it in float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ def sigmoid_contrastive_loss(
     logit_bias: Tensor,  # []
     first_target: int,
     total: int,
+    *_: Any,
 ) -> Tensor:
     """Loss [], float32 or float64. Row i's pair is column first_target + i; one outside of y is none."""
     logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale + logit_bias  # [n, N]
@@ -35,16 +38,25 @@ def _pairs(x: Tensor, y: Tensor, first_target: int) -> Tensor:
 
 
 def unit_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, first_target: int, total: int
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    first_target: int,
+    total: int,
+    of_x: bool,
+    of_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the loss: of x [n, D], of y [N, D], and of scale and bias [2], float32 or float64."""
+    """The gradients of the loss: of x [n, D] and of y [N, D], where they are wanted, and of scale and bias [2], float32
+    or float64."""
     x, y = x.to(accumulation_dtype(x)), y.to(accumulation_dtype(y))
     products = x @ y.mT
     logits = products * logit_scale + logit_bias
     of_logits = torch.where(_pairs(x, y, first_target), -(-logits).sigmoid(), logits.sigmoid()) / max(total, 1)
     of_products = of_logits * logit_scale
     of_scalars = torch.stack([(of_logits * products).sum(), of_logits.sum()])
-    return of_products @ y, of_products.mT @ x, of_scalars
+    x_grad = of_products @ y if of_x else x.new_empty(0)
+    return x_grad, of_products.mT @ x if of_y else y.new_empty(0), of_scalars
 
 
 def example_inputs(
