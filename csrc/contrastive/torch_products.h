@@ -46,27 +46,28 @@ class PairProducts {
         dtype_(floating_dtype_of(op, x_)),
         negated_(scale < 0.),
         scale_(std::max(static_cast<float>(std::abs(scale)), std::numeric_limits<float>::min())),
-        tile_rows_(columns_ > kWide ? 128 : 256) {}
+        tile_rows_(columns_ > kWide  ? 128
+                   : columns_ > 4096 ? 256
+                                     : 512) {}
 
   int64_t rows() const { return rows_; }
   int64_t columns() const { return columns_; }
   float scale() const { return scale_; }  // above 0: below it, the products are negated
   float sign() const { return negated_ ? -1.f : 1.f; }
   bool are_of(at::ScalarType dtype) const { return x_.scalar_type() == dtype && x_.size(0) == rows_; }
-  int64_t groups() const { return std::min(kGroups, tiles()); }
+  int64_t groups() const { return share() == 0 ? 0 : (tiles() + share() - 1) / share(); }
 
   // f(group, tile, its products as a tensor [end_row, end_column]) for every tile. All products [n, N] are written to
   // one tensor and may be taken from one, where these are defined and nothing was padded.
   template <class Function>
   void for_each_tile(int64_t first_target, const at::Tensor& to, const at::Tensor& from, Function f) const {
-    const int64_t count = groups(), share = count == 0 ? 0 : (tiles() + count - 1) / count;
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, groups(), 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const int64_t most_rows = to.defined() ? 0 : std::min(tile_rows_, x_.size(0));
       const at::Tensor buffer = at::empty({most_rows, y_.size(0)}, x_.options());
       for (int64_t group = begin; group < end; ++group) {
-        const int64_t last = std::min((group + 1) * share, tiles());
-        for (int64_t at = group * share; at < last; ++at) {
+        const int64_t last = std::min((group + 1) * share(), tiles());
+        for (int64_t at = group * share(); at < last; ++at) {
           PairTile tile;
           tile.first_row = at * tile_rows_;
           tile.rows = std::min(tile_rows_, rows_ - tile.first_row);
@@ -92,15 +93,19 @@ class PairProducts {
     });
   }
 
-  // What a thread of for_each_tile adds to: gradients of y, [N, D] float32 for each group, where they are wanted.
+  // Gradients of y, [N, D] float32 for each group, where they are wanted. A group's first tile writes them.
   std::vector<at::Tensor> new_sums(bool wanted) const {
     std::vector<at::Tensor> sums(wanted ? static_cast<size_t>(std::max<int64_t>(groups(), 1)) : 0);
-    for (at::Tensor& t : sums) t = at::zeros({y_.size(0), y_.size(1)}, x_.options().dtype(at::kFloat));
+    const auto options = x_.options().dtype(at::kFloat);
+    for (at::Tensor& t : sums) t = rows_ == 0 ? at::zeros(y_.sizes(), options) : at::empty(y_.sizes(), options);
     return sums;
   }
   void add_to_y(const at::Tensor& sum, const at::Tensor& gradients, const PairTile& tile) const {
+    const double kept = tile.first_row % (share() * tile_rows_) == 0 ? 0. : 1.;  // by a factor of 0, nothing is read
     if (dtype_ == Dtype::f32) {
-      at::addmm_out(const_cast<at::Tensor&>(sum), sum, gradients.t(), rows_of_x(tile));
+      at::addmm_out(const_cast<at::Tensor&>(sum), sum, gradients.t(), rows_of_x(tile), kept);
+    } else if (kept == 0.) {
+      sum.copy_(at::mm(gradients.t(), rows_of_x(tile)));
     } else {
       sum.add_(at::mm(gradients.t(), rows_of_x(tile)));
     }
@@ -112,8 +117,13 @@ class PairProducts {
   }
   // Write the tile's rows of out [n, D].
   void of_x(const at::Tensor& out, const at::Tensor& gradients, const PairTile& tile, double factor) const {
-    const at::Tensor product = at::mm(gradients, y_).narrow(0, 0, tile.rows).narrow(1, 0, features_);
-    out.narrow(0, tile.first_row, tile.rows).copy_(product.to(at::kFloat).mul_(factor));
+    at::Tensor rows = rows_of(out, tile.first_row, tile.rows);
+    if (dtype_ == Dtype::f32 && out.scalar_type() == at::kFloat && out.size(1) == y_.size(1)) {
+      at::addmm_out(rows, rows, gradients, y_, 0., factor);
+    } else {
+      const at::Tensor product = at::mm(gradients, y_).narrow(0, 0, tile.rows).narrow(1, 0, features_);
+      rows.copy_(product.to(at::kFloat).mul_(factor));
+    }
   }
 
  private:
@@ -129,6 +139,7 @@ class PairProducts {
   static constexpr int64_t kWide = 8192;    // columns from which a tile has fewer rows, to stay small beside x and y
 
   int64_t tiles() const { return (rows_ + tile_rows_ - 1) / tile_rows_; }
+  int64_t share() const { return (tiles() + kGroups - 1) / kGroups; }  // tiles of a group
   static at::Tensor rows_of(const at::Tensor& t, int64_t first, int64_t count) {
     return count == t.size(0) ? t : t.narrow(0, first, count);  // a view of all costs as much as a small product
   }
