@@ -9,12 +9,14 @@
 //                                the position of the pair that serves
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -186,6 +188,34 @@ bool take(PyObject* object, Kind kind, Call& call) {
   return false;
 }
 
+// A gradient as kernels take it. Of that of a sum, one number for all elements, one row stands for all: contiguous()
+// would cost more than a small kernel.
+Tensor with_dense_rows(const Tensor& grad) {
+  if (has_dense_rows(grad)) return grad;
+  const bool is_one_number =
+      std::all_of(grad.strides().begin(), grad.strides().end(), [](int64_t s) { return s == 0; });
+  if (!grad.is_cpu() || !is_one_number || grad.numel() == 0) return grad.contiguous();
+  Tensor rows = at::cpu::empty({grad.size(-1)}, grad.options());
+  const auto fill = [&](auto number) {
+    std::memcpy(&number, grad.const_data_ptr(), sizeof number);
+    std::fill_n(static_cast<decltype(number)*>(rows.mutable_data_ptr()), rows.numel(), number);
+  };
+  switch (grad.element_size()) {
+    case 2:
+      fill(uint16_t{});
+      break;
+    case 4:
+      fill(uint32_t{});
+      break;
+    default:
+      return grad.contiguous();
+  }
+  at::DimVector strides(grad.strides());
+  strides.back() = 1;
+  rows.unsafeGetTensorImpl()->set_sizes_and_strides(grad.sizes(), strides);
+  return rows;
+}
+
 struct Results {
   variable_list outputs, saved;
 };
@@ -303,7 +333,7 @@ class EagerNode : public torch::autograd::Node {
     torch::jit::Stack stack;
     stack.reserve(op_.kinds.size() + 3);
     c10::List<Tensor> given_grads;
-    for (const Tensor& grad : grads) given_grads.push_back(plain && !has_dense_rows(grad) ? grad.contiguous() : grad);
+    for (const Tensor& grad : grads) given_grads.push_back(plain ? with_dense_rows(grad) : grad);
     stack.emplace_back(std::move(given_grads));
     push_arguments(stack, op_.kinds, arguments_, kept.data());
     stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(shapes_.size())));

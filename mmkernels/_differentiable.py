@@ -199,6 +199,8 @@ class DifferentiableOp:
         _, absent = native_op(f"_{cpu.name}_fwd")
         has_door = absent is None and cpu.composed is None
         self._handle = _native.open_door(cpu.name, self._outputs, self._kept) if has_door else None
+        if self._handle is not None and choose is None:
+            self.unchecked = functools.partial(_plain_call, self._handle, False, 0)  # a frame of Python less
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs, those in lists one by one."""

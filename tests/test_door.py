@@ -158,6 +158,17 @@ def test_has_the_bits_of_the_long_way(name: str, dtype: torch.dtype) -> None:
         assert agree(gradients(function, leaves), short)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@calls
+def test_the_gradient_of_a_sum_is_that_of_a_number_for_every_element(name: str, dtype: torch.dtype) -> None:
+    function, leaves = call(name, dtype)
+    out = function(*leaves)
+    number = torch.tensor(-2.5, dtype=out.dtype)
+    of_one = torch.autograd.grad(out, leaves, number.expand_as(out), retain_graph=True, allow_unused=True)
+    of_all = torch.autograd.grad(out, leaves, number.repeat(out.shape), allow_unused=True)
+    assert agree([x for x in of_one if x is not None], [x for x in of_all if x is not None])
+
+
 @calls
 def test_only_the_gradients_that_are_asked_for(name: str) -> None:
     function, leaves = call(name)

@@ -3,8 +3,8 @@
 
 #include <ATen/core/DimVector.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
+#include <ATen/ops/empty_strided_cpu_dispatch.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/sum.h>
 
@@ -45,9 +45,12 @@ inline at::DimVector order_of(const at::Tensor& t) {
   at::DimVector order;
   order.resize(static_cast<size_t>(t.dim() - 1));
   std::iota(order.begin(), order.end(), int64_t{0});
-  const bool expanded_batch = !order.empty() && t.stride(0) == 0;  // stays outermost
-  std::stable_sort(order.begin() + (expanded_batch ? 1 : 0), order.end(),
-                   [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  const size_t first = !order.empty() && t.stride(0) == 0 ? 1 : 0;  // an expanded batch stays outermost
+  for (size_t i = first; i < order.size(); ++i) {                   // stable, of a handful
+    for (size_t at = i; at > first && t.stride(order[at - 1]) < t.stride(order[at]); --at) {
+      std::swap(order[at - 1], order[at]);
+    }
+  }
   return order;
 }
 
@@ -60,12 +63,12 @@ inline at::Tensor empty_in_order_of(const at::Tensor& like, at::IntArrayRef size
     strides[static_cast<size_t>(*dim)] = step;
     step *= sizes[static_cast<size_t>(*dim)];
   }
-  return with_huge_pages(at::empty_strided(sizes, strides, like.options()));
+  return with_huge_pages(at::cpu::empty_strided(sizes, strides, like.options()));
 }
 
 // Of `like` where it is wanted, else without elements.
 inline at::Tensor empty_gradient(bool wanted, const at::Tensor& like) {
-  return wanted ? empty_in_order_of(like, like.sizes()) : at::empty({0}, like.options());
+  return wanted ? empty_in_order_of(like, like.sizes()) : at::cpu::empty({0}, like.options());
 }
 
 inline bool is_finite(const at::Tensor& t) {

@@ -1,7 +1,7 @@
 // additive_attention_pool on the CPU, as torch sees it. Arguments were checked at the door.
 #include "csrc/attention_pool/additive_attention_pool.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -104,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> additive_attention_pool_forward(at::TensorLis
   Call call(xs, weight, vector, bias, query, query_weight, presence, 2.);
   const Pool& pool = call.torch.pool;
   const auto options = weight.options();
-  const Tensor pooled = at::empty({pool.rows, pool.width}, options);
-  const Tensor weights = at::empty({pool.rows, pool.modalities}, options);
+  const Tensor pooled = at::cpu::empty({pool.rows, pool.width}, options);
+  const Tensor weights = at::cpu::empty({pool.rows, pool.modalities}, options);
   const int64_t kept = training ? pool.modalities * weight.size(0) : 0;
-  const Tensor activations = training ? at::empty({pool.rows, kept}, options) : at::empty({0}, options);
+  const Tensor activations = training ? at::cpu::empty({pool.rows, kept}, options) : at::cpu::empty({0}, options);
   call.torch.set_outputs(pooled, weights);
   if (training) call.params.activations = activations.data_ptr();
   if (pool.rows > 0) MMK_DISPATCH(additive_pool_forward)(call.finished());
@@ -129,7 +129,7 @@ std::vector<Tensor> additive_attention_pool_backward(at::TensorList grads, at::T
   const size_t first = xs.size();
   const OptionalTensor others[] = {weight, vector, bias, query, query_weight};
   for (size_t i = 0; i < 5; ++i) results.push_back(empty_if(others[i] ? *others[i] : weight, needed[first + i]));
-  results.push_back(at::empty({0}, weight.options()));  // presence
+  results.push_back(at::cpu::empty({0}, weight.options()));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;

@@ -1,7 +1,7 @@
 // multiplicative_attention_pool on the CPU, as torch sees it. Arguments were checked at the door.
 #include "csrc/attention_pool/multiplicative_attention_pool.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -21,7 +21,7 @@ constexpr const char* kName = "multiplicative_attention_pool";
 
 // q W: what the gradient q of x Wᵀ is for x.
 Tensor projected(const Tensor& query, const Tensor& weight) {
-  const Tensor result = at::empty({query.size(0), weight.size(1)}, query.options());
+  const Tensor result = at::cpu::empty({query.size(0), weight.size(1)}, query.options());
   if (result.numel() == 0) return result;
   if (weight.size(0) == 0) return result.zero_();
   TorchLinear linear(kName, query.size(0), weight, 2.);
@@ -38,15 +38,15 @@ std::tuple<Tensor, Tensor, Tensor> multiplicative_attention_pool_forward(at::Ten
   TorchPool torch(kName, xs, presence, 4.);
   const Pool& pool = torch.pool;
   const auto options = query.options();
-  const Tensor pooled = at::empty({pool.rows, pool.width}, options);
-  const Tensor weights = at::empty({pool.rows, pool.modalities}, options);
+  const Tensor pooled = at::cpu::empty({pool.rows, pool.width}, options);
+  const Tensor weights = at::cpu::empty({pool.rows, pool.modalities}, options);
   const Tensor q = weight ? projected(query, *weight) : query;
   torch.set_outputs(pooled, weights);
   if (pool.rows > 0) {
     MMK_DISPATCH(multiplicative_pool_forward)
     ({pool, static_cast<float>(scale), {q.const_data_ptr(), q.stride(0)}, nullptr});
   }
-  return {pooled, weights, training && weight ? q : at::empty({0}, options)};
+  return {pooled, weights, training && weight ? q : at::cpu::empty({0}, options)};
 }
 
 // saved: pooled, weights, q W.
@@ -63,14 +63,14 @@ std::vector<Tensor> multiplicative_attention_pool_backward(at::TensorList grads,
   torch.set_grads(xs, needed, results);
   results.push_back(empty_if(query, needed[count]));
   results.push_back(empty_if(weight ? *weight : query, weight && needed[count + 1]));
-  results.push_back(at::empty({0}, options));  // presence
+  results.push_back(at::cpu::empty({0}, options));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
   }
   torch.set_output_grads(grads[0], grads[1], saved[1]);
   const bool through_weight = weight && (needed[count] || needed[count + 1]);
-  const Tensor grad_q = through_weight ? at::empty({pool.rows, pool.width}, options) : results[count];
+  const Tensor grad_q = through_weight ? at::cpu::empty({pool.rows, pool.width}, options) : results[count];
   const Tensor& q = weight ? saved[2] : query;
   MMK_DISPATCH(multiplicative_pool_backward)
   ({pool,

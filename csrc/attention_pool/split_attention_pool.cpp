@@ -1,7 +1,7 @@
 // split_attention_pool on the CPU, as torch sees it. Arguments were checked at the door.
 #include "csrc/attention_pool/split_attention_pool.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -29,9 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_attention_pool_forward(
   const Pool& pool = torch.pool;
   const auto options = weight1.options();
   const int64_t hidden = weight1.size(0);
-  const auto fresh = [&](at::IntArrayRef sizes) { return with_huge_pages(at::empty(sizes, options)); };
+  const auto fresh = [&](at::IntArrayRef sizes) { return with_huge_pages(at::cpu::empty(sizes, options)); };
   const Tensor pooled = fresh({pool.rows, pool.width}), weights = fresh({pool.rows, pool.modalities, pool.width});
-  const Tensor sum = at::empty({pool.rows, pool.width}, options), z = at::empty({pool.rows, hidden}, options);
+  const Tensor sum = at::cpu::empty({pool.rows, pool.width}, options), z = at::cpu::empty({pool.rows, hidden}, options);
   const Activation act = activation_of(activation);
   const Tensor preactivation = empty_if(z, training && !derives_from_output(act));
   if (pool.rows > 0) {
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> split_attention_pool_forward(
     MMK_DISPATCH(split_pool_forward)(p);
   }
   if (training) return {pooled, weights, sum, z, preactivation};
-  return {pooled, weights, at::empty({0}, options), at::empty({0}, options), preactivation};
+  return {pooled, weights, at::cpu::empty({0}, options), at::cpu::empty({0}, options), preactivation};
 }
 
 // saved: pooled, weights, g, z, W₁ g + b₁ where the activation's derivative needs it.
@@ -70,7 +70,7 @@ std::vector<Tensor> split_attention_pool_backward(at::TensorList grads, at::Tens
   const size_t at_weight1 = xs.size();
   const Tensor parameters[] = {weight1, bias1, weight2, bias2};
   for (size_t i = 0; i < 4; ++i) results.push_back(empty_if(parameters[i], needed[at_weight1 + i]));
-  results.push_back(at::empty({0}, options));  // presence
+  results.push_back(at::cpu::empty({0}, options));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;
@@ -82,8 +82,9 @@ std::vector<Tensor> split_attention_pool_backward(at::TensorList grads, at::Tens
 
   torch.set_output_grads(grads[0], grads[1], saved[1]);
   const int64_t energies = pool.modalities * pool.width;
-  const Tensor grad_energies = with_huge_pages(at::empty({pool.rows, energies}, options));
-  const Tensor grad_z = at::empty({pool.rows, hidden}, options), grad_sum = at::empty({pool.rows, pool.width}, options);
+  const Tensor grad_energies = with_huge_pages(at::cpu::empty({pool.rows, energies}, options));
+  const Tensor grad_z = at::cpu::empty({pool.rows, hidden}, options),
+               grad_sum = at::cpu::empty({pool.rows, pool.width}, options);
   const SplitPoolParams p{pool, grad_sum.data_ptr(), grad_energies.data_ptr()};
   MMK_DISPATCH(split_pool_energy_gradients)(p);
 

@@ -55,7 +55,7 @@ class TorchPool {
   // few rows.
   RowView flattened(const at::TensorList& xs) {
     if (are_stacked(xs) && pool.present == nullptr) return row_view(xs[0], keep_);
-    keep_.push_back(at::empty({pool.rows * pool.modalities, pool.width}, xs[0].options()));
+    keep_.push_back(at::cpu::empty({pool.rows * pool.modalities, pool.width}, xs[0].options()));
     const auto bytes = static_cast<int64_t>(xs[0].element_size()), row_bytes = pool.width * bytes;
     char* to = static_cast<char*>(keep_.back().data_ptr());
     for (int64_t row = 0; row < pool.rows; ++row) {

@@ -175,7 +175,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_query, const 
     const Tensor& q = side->query;
     side->out = empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), x_value.size(3)});
     const auto options = q.options().dtype(at::kFloat);
-    side->stats = training ? at::empty({3, q.size(0), q.size(1), q.size(2)}, options) : at::empty({0}, options);
+    side->stats =
+        training ? at::cpu::empty({3, q.size(0), q.size(1), q.size(2)}, options) : at::cpu::empty({0}, options);
   }
   const auto results = [&] { return std::tuple{call.x.out, call.y.out, call.x.stats, call.y.stats}; };
   if (call.has_no_scores()) {
@@ -202,7 +203,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x_query, const 
   x.grad_value = empty_gradient(needed[2], x_value);
   y.grad_value = empty_gradient(needed[3], y_value);
   std::vector<Tensor> result{x.grad_query, y.grad_query, x.grad_value, y.grad_value};
-  for (int mask = 0; mask < 2; ++mask) result.push_back(at::empty({0}, x_query.options()));
+  for (int mask = 0; mask < 2; ++mask) result.push_back(at::cpu::empty({0}, x_query.options()));
   if (call.has_no_scores()) {
     for (const Tensor& t : result) t.zero_();
     return result;

@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& given_x
   const RowPresence present(presence, 2);
   const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 1.);
-  const Tensor out = at::empty({p.batch, p.outputs}, x.options());
+  const Tensor out = at::cpu::empty({p.batch, p.outputs}, x.options());
   const std::vector<int64_t> kept =
       training ? std::vector<int64_t>{x_weight.size(0), p.batch} : std::vector<int64_t>{0};
-  const Tensor x_projection = at::empty(kept, x.options()), y_projection = at::empty(kept, x.options());
+  const Tensor x_projection = at::cpu::empty(kept, x.options()), y_projection = at::cpu::empty(kept, x.options());
   if (out.numel() > 0) {
     p.out = out.data_ptr();
     if (training) {
@@ -66,7 +66,7 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
   const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
   BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
   const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]), empty_if(x_weight, needed[2]),
-                                    empty_if(y_weight, needed[3]), at::empty({0}, x.options())};
+                                    empty_if(y_weight, needed[3]), at::cpu::empty({0}, x.options())};
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;

@@ -1,7 +1,7 @@
 // concat_linear on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/concat_linear).
 #include "csrc/concat_linear/concat_linear.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor> concat_linear_forward(at::TensorList xs, const Tensor
                                                  bool training) {
   Call call(xs, weight, bias, activation, presence, residual, gate, 2.);
   ConcatLinearParams& p = call.params;
-  const Tensor out = with_huge_pages(at::empty(output_sizes(xs, weight.size(0)), weight.options()));
+  const Tensor out = with_huge_pages(at::cpu::empty(output_sizes(xs, weight.size(0)), weight.options()));
   const bool from_output = derives_from_output(p.activation) && !gate && (!residual || !activation);
   const bool keeps = training && !from_output;
   const Tensor z = empty_if(out, keeps);
@@ -75,7 +75,7 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
   }
   result.push_back(empty_if(weight, wanted(count)));
   result.push_back(empty_if(bias ? *bias : weight, wanted(count + 1)));
-  result.push_back(at::empty({0}, weight.options()));  // presence
+  result.push_back(at::cpu::empty({0}, weight.options()));  // presence
   result.push_back(empty_if(residual ? *residual : weight, wanted(count + 3)));
   result.push_back(empty_if(gate ? *gate : weight, wanted(count + 4)));
 
@@ -92,7 +92,7 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
   if (wanted(count + 1)) p.grad_bias = result[count + 1].data_ptr();
   Tensor gate_sums;
   if (wanted(count + 4)) {
-    gate_sums = at::empty({p.sources.features}, weight.options().dtype(at::kFloat));
+    gate_sums = at::cpu::empty({p.sources.features}, weight.options().dtype(at::kFloat));
     p.grad_gate = gate_sums.data_ptr<float>();
   }
   p.grad_out = row_view(grads[0], call.keep);

@@ -2,7 +2,7 @@
 // (mmkernels/ops/concat_norm_linear).
 #include "csrc/concat_norm_linear/concat_norm_linear.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <string_view>
@@ -51,12 +51,12 @@ std::tuple<Tensor, Tensor, Tensor> concat_norm_linear_forward(at::TensorList xs,
                                                               double eps, Name activation, bool training) {
   Call call(xs, norm_weight, norm_bias, weight, bias, norm, eps, activation, 2.);
   ConcatNormLinearParams& p = call.params;
-  const Tensor out = with_huge_pages(at::empty(output_sizes(xs, weight.size(0)), weight.options()));
+  const Tensor out = with_huge_pages(at::cpu::empty(output_sizes(xs, weight.size(0)), weight.options()));
   const bool keeps = training && activation;
   const Tensor z = empty_if(out, keeps);
   const auto rows = p.linear.sources.rows;
   const auto options = out.options().dtype(at::kFloat);
-  const Tensor statistics = training ? at::empty({rows, 2}, options) : at::empty({0}, options);
+  const Tensor statistics = training ? at::cpu::empty({rows, 2}, options) : at::cpu::empty({0}, options);
   p.linear.out = out.data_ptr();
   if (keeps) p.linear.preactivation = z.data_ptr();
   if (training) p.statistics = statistics.data_ptr<float>();

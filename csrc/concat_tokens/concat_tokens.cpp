@@ -3,7 +3,7 @@
 #include "csrc/concat_tokens/concat_tokens.h"
 
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -70,7 +70,7 @@ Tensor forward(at::TensorList xs, const OptionalTensor& types, at::TensorList po
                const OptionalTensor& bias, double eps, std::optional<at::ScalarType> out_dtype, bool) {
   const Tensor& x = xs[0];
   const auto options = x.options().dtype(out_dtype.value_or(x.scalar_type()));
-  const Tensor out = with_huge_pages(at::empty({x.size(0), total_length(xs), x.size(2)}, options));
+  const Tensor out = with_huge_pages(at::cpu::empty({x.size(0), total_length(xs), x.size(2)}, options));
   if (out.numel() == 0) return out;
   const bool copies = !norm && !types && position_sources.empty() && out.scalar_type() == x.scalar_type();
   if (copies && !worth_streaming(static_cast<int64_t>(out.nbytes()))) {  // nothing to fuse, little to move

@@ -9,7 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
@@ -64,7 +64,7 @@ class PairProducts {
     at::parallel_for(0, groups(), 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const int64_t most_rows = to.defined() ? 0 : std::min(tile_rows_, x_.size(0));
-      const at::Tensor buffer = at::empty({most_rows, y_.size(0)}, x_.options());
+      const at::Tensor buffer = at::cpu::empty({most_rows, y_.size(0)}, x_.options());
       for (int64_t group = begin; group < end; ++group) {
         const int64_t last = std::min((group + 1) * share(), tiles());
         for (int64_t at = group * share(); at < last; ++at) {
@@ -97,7 +97,7 @@ class PairProducts {
   std::vector<at::Tensor> new_sums(bool wanted) const {
     std::vector<at::Tensor> sums(wanted ? static_cast<size_t>(std::max<int64_t>(groups(), 1)) : 0);
     const auto options = x_.options().dtype(at::kFloat);
-    for (at::Tensor& t : sums) t = rows_ == 0 ? at::zeros(y_.sizes(), options) : at::empty(y_.sizes(), options);
+    for (at::Tensor& t : sums) t = rows_ == 0 ? at::zeros(y_.sizes(), options) : at::cpu::empty(y_.sizes(), options);
     return sums;
   }
   void add_to_y(const at::Tensor& sum, const at::Tensor& gradients, const PairTile& tile) const {

@@ -129,12 +129,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const PairProducts products("contrastive_loss", x, y, logit_scale.item<double>());
   const int64_t rows = products.rows(), columns = products.columns();
   const auto options = x.options().dtype(at::kFloat);
-  const Tensor none = at::empty({0}, options), row_sums = at::zeros({2, rows}, options);
+  const Tensor none = at::cpu::empty({0}, options), row_sums = at::zeros({2, rows}, options);
   keeps_products = keeps_products && training;
-  const Tensor kept = keeps_products ? at::empty({rows, columns}, x.options()) : at::empty({0}, x.options());
+  const Tensor kept = keeps_products ? at::cpu::empty({rows, columns}, x.options()) : at::cpu::empty({0}, x.options());
   if (rows == 0 || columns == 0) {
     return {at::zeros({}, options), training ? row_sums : none,
-            training && symmetric ? at::zeros({2, columns}, options) : at::empty({0}, options), kept};
+            training && symmetric ? at::zeros({2, columns}, options) : at::cpu::empty({0}, options), kept};
   }
   const Positives positives(row_labels, column_labels, rows, columns, first_target);
   std::vector<double> targets(static_cast<size_t>(rows)), sums(static_cast<size_t>(rows));
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   LseSums lse;
   lse.add(row_sums, scale, [&](int64_t i) { return positives.of_row(i); });
   double share = 1. / static_cast<double>(columns);  // of a logit in what label smoothing takes off
-  Tensor of_columns = at::empty({0}, options);
+  Tensor of_columns = at::cpu::empty({0}, options);
   if (symmetric) {
     of_columns = joined(column_sums, scale);
     lse.add(of_columns, scale, [&](int64_t j) { return positives.of_column(j); });
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   double loss = (1. - s) * (lse.of_positives - scale * total_of(targets));
   if (s != 0.) loss += s * (lse.of_all - scale * share * total_of(sums));
   return {at::scalar_tensor(0.5 * loss / static_cast<double>(std::max<int64_t>(total, 1)), options),
-          training ? row_sums : none, training ? of_columns : at::empty({0}, options), kept};
+          training ? row_sums : none, training ? of_columns : at::cpu::empty({0}, options), kept};
 }
 
 std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& logit_scale,
@@ -177,7 +177,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
                              bool keeps_products, at::TensorList saved, const c10::List<bool>& needed) {
   const PairProducts products("contrastive_loss", x, y, logit_scale.item<double>());
   const int64_t rows = products.rows(), columns = products.columns();
-  const auto none = [&] { return at::empty({0}, x.options()); };
+  const auto none = [&] { return at::cpu::empty({0}, x.options()); };
   if (rows == 0 || columns == 0) {
     const auto zeros = [&](size_t i, const Tensor& t) {
       return needed[i] ? at::zeros(t.sizes(), t.options()) : none();
@@ -210,11 +210,11 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   }
   const double mean = 0.5 * grads[0].item<double>() / static_cast<double>(std::max<int64_t>(total, 1));
   const double factor = mean * logit_scale.item<double>();
-  const Tensor dx = needed[0] ? at::empty(x.sizes(), x.options()) : none();
+  const Tensor dx = needed[0] ? at::cpu::empty(x.sizes(), x.options()) : none();
   std::vector<Tensor> sums = products.new_sums(needed[1]);
   const Tensor from = keeps_products && products.are_of(x.scalar_type()) ? saved[2].contiguous() : Tensor();
   products.for_each_tile(first_target, {}, from, [&](int64_t group, const PairTile& tile, const Tensor& gradients) {
-    const Tensor of_positives = at::empty({columns}, row_sums.options());
+    const Tensor of_positives = at::cpu::empty({columns}, row_sums.options());
     ContrastiveTile p = call;
     p.pairs = tile;
     p.of_positives = of_positives.data_ptr<float>();

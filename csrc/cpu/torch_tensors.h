@@ -3,7 +3,7 @@
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/ScalarType.h>
 
@@ -64,7 +64,7 @@ class RowPresence {
   at::Tensor of(const at::Tensor& x, int64_t i) const {
     if (!given() || (!by_row_ && flags_[i])) return x;
     if (!by_row_) return at::zeros(x.sizes(), x.options());
-    const at::Tensor copy = at::empty(x.sizes(), x.options());
+    const at::Tensor copy = at::cpu::empty(x.sizes(), x.options());
     if (x.numel() == 0) return copy;
     const auto bytes = static_cast<size_t>(x.size(1) * x.element_size());
     const int64_t stride = row_stride(x) * x.element_size();
@@ -105,7 +105,7 @@ class RowPresence {
 
 // Fresh and contiguous, of the argument's shape where it is wanted, else without elements.
 inline at::Tensor empty_if(const at::Tensor& like, bool wanted) {
-  return wanted ? with_huge_pages(at::empty(like.sizes(), like.options())) : at::empty({0}, like.options());
+  return wanted ? with_huge_pages(at::cpu::empty(like.sizes(), like.options())) : at::cpu::empty({0}, like.options());
 }
 
 }  // namespace mmk

@@ -1,7 +1,7 @@
 // cross_attention on the CPU, as torch sees it. Arguments were checked before (mmkernels/ops/cross_attention, or
 // `fits`): here they become Params, and outputs are allocated. Query, key and value are [B, H, L, features]; masks
 // broadcast.
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
@@ -153,7 +153,7 @@ void fill_with_sinks(const Inputs& in, const Tensor& out, const Tensor& stats) {
 
 // row_max + log_sum of stats [2, B, Hq, Lq].
 Tensor lse_of(const Tensor& stats) {
-  const Tensor lse = at::empty(stats.sizes().slice(1), stats.options());
+  const Tensor lse = at::cpu::empty(stats.sizes().slice(1), stats.options());
   const auto* row_max = stats.const_data_ptr<float>();
   std::transform(row_max, row_max + lse.numel(), row_max + lse.numel(), lse.data_ptr<float>(), std::plus<float>());
   return lse;
@@ -167,7 +167,7 @@ Tensor idle_rows(Inputs in, const Options& o) {
   const Tensor out =
       empty_in_order_of(in.query, {in.query.size(0), in.query.size(1), in.query.size(2), in.value.size(3)});
   const Tensor stats =
-      at::empty({2, in.query.size(0), in.query.size(1), in.query.size(2)}, in.query.options().dtype(at::kFloat));
+      at::cpu::empty({2, in.query.size(0), in.query.size(1), in.query.size(2)}, in.query.options().dtype(at::kFloat));
   bool mask_hides = false;
   AttentionParams p = make_params(in, o, 2., &mask_hides);
   p.dropout_p = 0.f;
@@ -201,8 +201,9 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, con
   const Options o = options_of(query, window_left, window_right, bottom_right, softcap, scale, dropout_p);
   const bool with_stats = training || return_lse;
   const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), query.size(2), value.size(3)});
-  const Tensor none = at::empty({0}, query.options().dtype(at::kFloat));
-  const Tensor stats = with_stats ? at::empty({2, query.size(0), query.size(1), query.size(2)}, none.options()) : none;
+  const Tensor none = at::cpu::empty({0}, query.options().dtype(at::kFloat));
+  const Tensor stats =
+      with_stats ? at::cpu::empty({2, query.size(0), query.size(1), query.size(2)}, none.options()) : none;
   const auto outputs = [&]() -> Outputs {
     return {out, return_lse ? std::vector<Tensor>{lse_of(stats)} : std::vector<Tensor>{}, training ? stats : none};
   };
@@ -246,8 +247,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
                dv = empty_gradient(needed[2], value);
   const Tensor out = dense_rows(saved[0]), stats = saved[saved.size() - 1].contiguous();  // between them the LSE
   const Tensor grad_lse = return_lse ? grads[1].contiguous() : Tensor{};
-  const auto none = [&] { return at::empty({0}, query.options()); };
-  Tensor grad = dense_rows(grads[0]), dmask = none(), dsinks = of_sinks ? at::empty_like(*in.sinks) : none();
+  const Tensor none = at::cpu::empty({0}, query.options());
+  Tensor grad = dense_rows(grads[0]), dmask = none, dsinks = of_sinks ? at::empty_like(*in.sinks) : none;
   // The gradient of both masks is summed for what they are broadcast to.
   const bool of_masks = of_mask || of_bias, of_both = of_mask && of_bias;
   const std::vector<int64_t> dmask_shape = of_both   ? joint_shape(*in.mask, *in.bias)
@@ -275,7 +276,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
       // Blocks that a mask per key hides as a whole are left out.
       const bool leaves_out = (mask && bias) || query.size(2) == 1;
       p.grad_mask.zeroed = sums_mask || leaves_out || key_lengths || window_left >= 0 || window_right >= 0;
-      dmask = at::empty(dmask_shape, sums_mask ? options.dtype(at::kFloat) : options);
+      dmask = at::cpu::empty(dmask_shape, sums_mask ? options.dtype(at::kFloat) : options);
       if (p.grad_mask.zeroed) dmask.zero_();
       p.grad_mask.data = dmask.data_ptr();
       p.grad_mask.dtype = dtype_of(dmask);
@@ -286,7 +287,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
     MMK_DISPATCH(attention_backward)(p);
   };
   const auto result = [&](const Tensor& of_mask, const Tensor& of_bias) -> std::vector<Tensor> {
-    return {dq, dk, dv, of_mask, of_bias, dsinks, none(), none()};  // the last are lengths and random state
+    return {dq, dk, dv, of_mask, of_bias, dsinks, none, none};  // the last are lengths and random state
   };
   if (has_no_scores(in)) {
     for (const Tensor& t : {dq, dk, dv, dsinks}) t.zero_();
@@ -294,7 +295,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
       dsinks.copy_(grad_lse.sum({0, 2}).masked_fill(in.sinks->eq(-kInfinity), 0));
     }
     const auto zeros = [&](bool wanted, const OptionalTensor& t) {
-      return wanted ? at::zeros(t->sizes(), t->options()) : none();
+      return wanted ? at::zeros(t->sizes(), t->options()) : none;
     };
     return result(zeros(of_mask, mask), zeros(of_bias, bias));
   }
@@ -307,7 +308,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
     run(take_out_poison(in.key, in.value));
   }
   const auto of = [&](bool wanted, const OptionalTensor& given, const OptionalTensor& t) {
-    if (!wanted) return none();
+    if (!wanted) return none;
     const Tensor summed = dmask.sum_to_size(t->sizes()).to(t->scalar_type());
     return (of_both && summed.is_alias_of(dmask) ? summed.clone() : summed).view(given->sizes());
   };

@@ -2,7 +2,7 @@
 // logits M of [B, C], weights [M] or [B, M].
 #include "csrc/decision_fusion/decision_fusion.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <array>
@@ -51,7 +51,7 @@ Tensor forward(at::TensorList logits, const OptionalTensor& weights, std::string
                const OptionalTensor& presence, bool) {
   Call call(logits, weights, method, presence, 12.);
   Pool& pool = call.torch.pool;
-  const Tensor out = with_huge_pages(at::empty({pool.rows, pool.width}, logits[0].options()));
+  const Tensor out = with_huge_pages(at::cpu::empty({pool.rows, pool.width}, logits[0].options()));
   pool.pooled = out.data_ptr();
   call.params.pool = pool;
   if (out.numel() > 0) MMK_DISPATCH(decision_fusion_forward)(call.params);
@@ -67,13 +67,13 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList logits, const 
   std::vector<Tensor> results;
   call.torch.set_grads(logits, needed, results);
   const bool wants_weights = weights && needed[logits.size()];
-  results.push_back(wants_weights ? at::zeros(weights->sizes(), options) : at::empty({0}, options));
-  results.push_back(at::empty({0}, options));  // of the presence
+  results.push_back(wants_weights ? at::zeros(weights->sizes(), options) : at::cpu::empty({0}, options));
+  results.push_back(at::cpu::empty({0}, options));  // of the presence
   if (grads[0].numel() == 0 || call.params.method == FusionMethod::vote) {
     for (const Tensor& t : results) t.zero_();
     return results;
   }
-  const Tensor by_row = at::empty({wants_weights ? pool.rows : 0, pool.modalities}, options.dtype(at::kFloat));
+  const Tensor by_row = at::cpu::empty({wants_weights ? pool.rows : 0, pool.modalities}, options.dtype(at::kFloat));
   pool.grad_pooled = {grads[0].const_data_ptr(), row_stride(grads[0])};
   call.params.pool = pool;
   if (wants_weights) call.params.grad_weights = by_row.data_ptr<float>();

@@ -2,7 +2,7 @@
 // (mmkernels/ops/deformable_attention): values [B, S_i, H, D], locations [B, Lq, H, K, 2], weights [B, Lq, H, K].
 #include "csrc/deformable_attention/deformable_attention.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -77,7 +77,7 @@ Tensor forward(at::TensorList values, const Tensor& locations, const Tensor& wei
                at::IntArrayRef shapes, at::IntArrayRef levels, at::IntArrayRef points, bool discrete, bool) {
   Call call(values, locations, weights, presence, shapes, levels, points, discrete);
   DeformableParams& p = call.params;
-  const Tensor out = with_huge_pages(at::empty({p.batch, p.queries, p.heads * p.width}, values[0].options()));
+  const Tensor out = with_huge_pages(at::cpu::empty({p.batch, p.queries, p.heads * p.width}, values[0].options()));
   p.out = out.data_ptr();
   if (out.numel() > 0) MMK_DISPATCH(deformable_attention_forward)(p);
   return out;
@@ -98,7 +98,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList values, const 
     p.needs_values = true;
   }
   for (const Tensor* samples : {&locations, &weights}) result.push_back(empty_if(*samples, needed[result.size()]));
-  result.push_back(at::empty({0}, weights.options()));  // of the presence
+  result.push_back(at::cpu::empty({0}, weights.options()));  // of the presence
   if (needed[values.size()]) p.grad_locations = result[values.size()].data_ptr();
   if (needed[values.size() + 1]) p.grad_weights = result[values.size() + 1].data_ptr();
   if (grads[0].numel() == 0) {

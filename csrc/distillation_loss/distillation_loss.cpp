@@ -2,7 +2,7 @@
 // student and teacher [N, V], labels [N] integers.
 #include "csrc/distillation_loss/distillation_loss.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/eq.h>
 #include <torch/library.h>
 
@@ -70,16 +70,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher,
   Call call(student, teacher, labels, temperature, kind, beta, ignore_index);
   DistillationParams& p = call.params;
   const auto options = student.options().dtype(at::kFloat);
-  const Tensor losses = at::empty({p.rows}, options);
-  Tensor statistics = at::empty({p.rows, kStatistics}, options);
+  const Tensor losses = at::cpu::empty({p.rows}, options);
+  Tensor statistics = at::cpu::empty({p.rows, kStatistics}, options);
   p.losses = losses.data_ptr<float>();
   p.statistics = static_cast<DistillationRow*>(statistics.data_ptr());
   MMK_DISPATCH(distillation_loss_forward)(p);
   double total = 0.;  // in the order of the rows
   for (int64_t row = 0; row < p.rows; ++row) total += static_cast<double>(p.losses[row]);
-  Tensor loss = at::empty({}, student.options());
+  Tensor loss = at::cpu::empty({}, student.options());
   loss.fill_(total * call.mean);
-  if (!training) statistics = at::empty({0}, options);
+  if (!training) statistics = at::cpu::empty({0}, options);
   return {loss, statistics};
 }
 
@@ -90,7 +90,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& student, const 
   DistillationParams& p = call.params;
   const Tensor statistics = saved[0].contiguous();
   std::vector<Tensor> results = {empty_if(student, needed[0]), empty_if(teacher, needed[1]),
-                                 at::empty({0}, student.options())};  // of the labels
+                                 at::cpu::empty({0}, student.options())};  // of the labels
   p.statistics = static_cast<DistillationRow*>(const_cast<void*>(statistics.const_data_ptr()));
   if (needed[0]) p.grad_student = results[0].data_ptr();
   if (needed[1]) p.grad_teacher = results[1].data_ptr();
@@ -107,7 +107,7 @@ void rows_in_place(const Tensor& student, const Tensor& teacher, const OptionalT
               "dense rows of logits");
   Call call(student, teacher, ignored, temperature, kind, beta, 1);
   DistillationParams& p = call.params;
-  const Tensor statistics = at::empty({p.rows, kStatistics}, losses.options());
+  const Tensor statistics = at::cpu::empty({p.rows, kStatistics}, losses.options());
   p.losses = losses.data_ptr<float>();
   p.statistics = static_cast<DistillationRow*>(statistics.data_ptr());
   if (of_student) p.grad_student = student.data_ptr();

@@ -1,7 +1,7 @@
 // gated_concat on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_concat).
 #include "csrc/gated_concat/gated_concat.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <array>
@@ -45,12 +45,12 @@ std::tuple<Tensor, Tensor> gated_concat_forward(const Tensor& x, const Tensor& y
                                                 const OptionalTensor& bias, bool training) {
   Call call(x, y, weight, bias, 2.);
   GatedConcatParams& p = call.params;
-  const Tensor out = at::empty(output_sizes(call.xs, p.x_width + p.y_width + 1), x.options());
-  const Tensor gate = at::empty({p.sources.rows, p.sources.features}, x.options());
+  const Tensor out = at::cpu::empty(output_sizes(call.xs, p.x_width + p.y_width + 1), x.options());
+  const Tensor gate = at::cpu::empty({p.sources.rows, p.sources.features}, x.options());
   p.out = out.data_ptr();
   p.gate = gate.data_ptr();
   if (out.numel() > 0) MMK_DISPATCH(gated_concat_forward)(p);
-  return {out, training ? gate : at::empty({0}, x.options())};
+  return {out, training ? gate : at::cpu::empty({0}, x.options())};
 }
 
 std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x, const Tensor& y, const Tensor& weight,

@@ -1,7 +1,7 @@
 // gated_fusion on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_fusion).
 #include "csrc/gated_fusion/gated_fusion.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -63,10 +63,11 @@ std::tuple<Tensor, Tensor, Tensor> gated_fusion_forward(at::TensorList xs, at::T
   Call call(xs, value_weights, value_biases, gate_weight, gate_bias, presence, 2.);
   GatedFusionParams& p = call.params;
   const auto options = gate_weight.options();
-  const Tensor out = at::empty(output_sizes(xs, p.features), options);
+  const Tensor out = at::cpu::empty(output_sizes(xs, p.features), options);
   const int64_t rows = training ? p.sources.rows : 0;
-  const Tensor values = training ? at::empty({rows, p.modalities * p.features}, options) : at::empty({0}, options);
-  const Tensor weights = at::empty(values.sizes(), options);
+  const Tensor values =
+      training ? at::cpu::empty({rows, p.modalities * p.features}, options) : at::cpu::empty({0}, options);
+  const Tensor weights = at::cpu::empty(values.sizes(), options);
   p.out = out.data_ptr();
   if (training) {
     p.values = values.data_ptr();
@@ -97,7 +98,7 @@ std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList x
   for (size_t i = 0; i < biases; ++i) add(value_biases[i], false);
   add(gate_weight, call.sources.items.size() < count);
   add(gate_bias ? *gate_bias : gate_weight, false);
-  result.push_back(at::empty({0}, gate_weight.options()));  // presence
+  result.push_back(at::cpu::empty({0}, gate_weight.options()));  // presence
   if (p.sources.rows == 0 || p.features == 0) {
     for (Tensor& t : result) t.zero_();
     return result;

@@ -150,10 +150,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor> forward(
     outs.push_back(empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), values[0].size(3)}));
   }
   const bool with_stats = return_lse || training;
-  const Tensor stats = at::empty({with_stats ? 2 * in.rows() : 0}, queries[0].options().dtype(at::kFloat));
+  const Tensor stats = at::cpu::empty({with_stats ? 2 * in.rows() : 0}, queries[0].options().dtype(at::kFloat));
   const auto results = [&] {
     return std::tuple{outs, return_lse ? log_sum_exps(queries, stats) : std::vector<Tensor>{},
-                      training ? stats : at::empty({0}, stats.options())};
+                      training ? stats : at::cpu::empty({0}, stats.options())};
   };
   if (in.has_no_scores()) {
     for (Tensor& out : outs) out.zero_();
@@ -193,9 +193,9 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList queries, at::T
   for (const at::TensorList leaves : {queries, keys, values}) {
     for (const Tensor& leaf : leaves) result.push_back(empty_gradient(needed[result.size()], leaf));
   }
-  for (size_t i = 0; i < key_lengths.size(); ++i) result.push_back(at::empty({0}, grads[0].options()));
+  for (size_t i = 0; i < key_lengths.size(); ++i) result.push_back(at::cpu::empty({0}, grads[0].options()));
   const bool wants_bias = needed[result.size()];
-  Tensor grad_bias = at::empty({0}, grads[0].options());
+  Tensor grad_bias = at::cpu::empty({0}, grads[0].options());
   if (wants_bias) grad_bias = at::zeros(stream_bias->sizes(), in.bias.options());
   if (in.has_no_scores()) {
     for (const Tensor& t : result) t.zero_();
@@ -237,7 +237,7 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList queries, at::T
     }
   }
   result.push_back(wants_bias ? grad_bias.to(stream_bias->scalar_type()) : grad_bias);
-  result.push_back(at::empty({0}, grads[0].options()));  // of rng_state
+  result.push_back(at::cpu::empty({0}, grads[0].options()));  // of rng_state
   return result;
 }
 

@@ -47,7 +47,7 @@ Tensor low_rank_fusion_forward(const std::vector<Tensor>& given, const std::vect
   const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
   const auto modalities = modalities_of(xs, factors);
   LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 1.);
-  const Tensor out = at::empty({p.batch, p.outputs}, xs[0].options());
+  const Tensor out = at::cpu::empty({p.batch, p.outputs}, xs[0].options());
   if (out.numel() == 0) return out;
   if (bias) p.bias = bias->const_data_ptr();
   p.out = out.data_ptr();
@@ -71,9 +71,9 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
   for (size_t i = 0; i < count; ++i) results.push_back(empty_if(factors[i], needed[count + i]));
   results.push_back(empty_if(rank_weights, needed[2 * count]));
   const bool bias_needed = bias && needed[2 * count + 1];
-  const Tensor grad_bias = bias ? empty_if(*bias, bias_needed) : at::empty({0}, rank_weights.options());
+  const Tensor grad_bias = bias ? empty_if(*bias, bias_needed) : at::cpu::empty({0}, rank_weights.options());
   results.push_back(grad_bias);
-  results.push_back(at::empty({0}, rank_weights.options()));  // presence
+  results.push_back(at::cpu::empty({0}, rank_weights.options()));  // presence
   if (p.batch == 0 || p.outputs == 0 || p.rank == 0) {
     for (const Tensor& t : results) t.zero_();
     if (bias_needed && p.batch > 0 && p.outputs > 0) grad_bias.copy_(grads[0].sum(0));

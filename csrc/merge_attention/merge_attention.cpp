@@ -2,7 +2,7 @@
 // outputs [*, D] of one shape, lses [*] float32.
 #include "csrc/merge_attention/merge_attention.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -37,7 +37,7 @@ struct Result {
   Tensor tensor, rows;
 
   Result(const Order& order, const Tensor& like, bool wanted)
-      : tensor(wanted ? empty_in_order_of(like, like.sizes()) : at::empty({0}, like.options())) {
+      : tensor(wanted ? empty_in_order_of(like, like.sizes()) : at::cpu::empty({0}, like.options())) {
     if (wanted) rows = order.rows(tensor);
   }
   void* data() const { return rows.defined() ? rows.data_ptr() : nullptr; }

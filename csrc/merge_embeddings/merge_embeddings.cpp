@@ -2,7 +2,7 @@
 // (mmkernels/ops/merge_embeddings) except for the number of true positions, which is known only here.
 #include "csrc/merge_embeddings/merge_embeddings.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -49,7 +49,7 @@ void check_count(at::TensorList modals, const Tensor& mask, bool check) {
 Tensor forward(const Tensor& text, at::TensorList modals, const Tensor& given_mask, bool check, bool) {
   const Tensor mask = given_mask.contiguous();
   check_count(modals, mask, check);
-  const Tensor out = with_huge_pages(at::empty(text.sizes(), text.options()));
+  const Tensor out = with_huge_pages(at::cpu::empty(text.sizes(), text.options()));
   if (out.numel() == 0) return out;
   std::vector<ModalRows> sources;
   for (const Tensor& modal : modals) sources.push_back({byte_rows(modal), modal.size(0)});
@@ -68,7 +68,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& text, at::Tenso
   const auto next = [&](const Tensor& like) -> const Tensor& {
     const bool wanted = needed[result.size()];
     result.push_back(
-        with_huge_pages(wanted ? at::empty(like.sizes(), like.options()) : at::empty({0}, like.options())));
+        with_huge_pages(wanted ? at::cpu::empty(like.sizes(), like.options()) : at::cpu::empty({0}, like.options())));
     return result.back();
   };
   std::vector<ModalRows> sources;
@@ -78,7 +78,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& text, at::Tenso
     const Tensor& dmodal = next(modal);
     sources.push_back({wanted ? byte_rows(dmodal) : ByteRows{}, modal.size(0)});
   }
-  result.push_back(at::empty({0}, text.options()));  // of the mask
+  result.push_back(at::cpu::empty({0}, text.options()));  // of the mask
   if (text.numel() == 0) {
     for (const Tensor& t : result) t.zero_();
     return result;

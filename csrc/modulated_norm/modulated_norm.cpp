@@ -2,7 +2,7 @@
 // [B, L, C], shift and scale both [B, 1, C] or both [B, L, C].
 #include "csrc/modulated_norm/modulated_norm.h"
 
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -41,7 +41,7 @@ ModulatedNormParams make_params(const Tensor& x, const Tensor& shift, const Tens
 
 Tensor forward(const Tensor& x, const Tensor& shift, const Tensor& scale, std::optional<std::string_view> norm,
                const OptionalTensor& weight, const OptionalTensor& bias, double eps, bool) {
-  const Tensor out = with_huge_pages(at::empty(x.sizes(), x.options()));
+  const Tensor out = with_huge_pages(at::cpu::empty(x.sizes(), x.options()));
   if (x.numel() == 0) return out;
   ModulatedNormParams p = make_params(x, shift, scale, norm, weight, bias, eps, 10.);
   p.out = token_rows(out);

@@ -1,6 +1,6 @@
 // multimodal_cross_entropy on the CPU, as torch sees it. Shapes were checked at the door; labels are checked here,
 // where compiled code comes by too.
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -119,7 +119,7 @@ std::vector<double> values_of(const OptionalTensor& given, size_t count) {
 
 // The numbers in a dtype.
 Tensor tensor_of(const std::vector<double>& values, at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const Tensor result = at::empty(sizes, options);
+  const Tensor result = at::cpu::empty(sizes, options);
   const auto write = [&](auto* data) {
     for (size_t i = 0; i < values.size(); ++i) data[i] = static_cast<float>(values[i]);
   };
@@ -144,8 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(at::TensorList logits, at::Te
   Call call(logits, labels, presence, {label_smoothing, ignore_index, robust, q}, 4.);
   const auto options = logits[0].options().dtype(at::kFloat);
   const int64_t count = call.params.modalities, rows = call.params.rows;
-  const Tensor statistics = training ? at::empty({count, rows, 2}, options) : at::empty({0}, options);
-  const Tensor losses = at::empty({count, rows}, options);
+  const Tensor statistics = training ? at::cpu::empty({count, rows, 2}, options) : at::cpu::empty({0}, options);
+  const Tensor losses = at::cpu::empty({count, rows}, options);
   for (int64_t i = 0; i < count; ++i) {
     CrossEntropyRows& item = call.items[static_cast<size_t>(i)];
     item.losses = losses.data_ptr<float>() + i * rows;
@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(at::TensorList logits, at::Te
   }
   const auto given = wide ? options : logits[0].options();
   return {tensor_of({total}, {}, given), tensor_of(means, {count}, given), statistics,
-          training ? tensor_of(means, {count}, options) : at::empty({0}, options)};
+          training ? tensor_of(means, {count}, options) : at::cpu::empty({0}, options)};
 }
 
 // saved: statistics and means. grads: of the total and of the means.
@@ -202,11 +202,11 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList logits, at::Te
   if (bytes > 0) MMK_DISPATCH(cross_entropy_backward)(call.finished());
 
   size_t position = count;
-  for (size_t i = 0; i < labels.size(); ++i, ++position) results.push_back(at::empty({0}, logits[0].options()));
+  for (size_t i = 0; i < labels.size(); ++i, ++position) results.push_back(at::cpu::empty({0}, logits[0].options()));
   const OptionalTensor vectors[] = {weights, log_vars, presence, modulation};
   for (size_t v = 0; v < 4; ++v, ++position) {
     if (!needed[position]) {
-      results.push_back(at::empty({0}, logits[0].options()));
+      results.push_back(at::cpu::empty({0}, logits[0].options()));
       continue;
     }
     std::vector<double> slopes(count, 0.);

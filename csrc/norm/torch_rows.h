@@ -2,7 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_cpu_dispatch.h>
 
 #include <optional>
 #include <string_view>
@@ -43,7 +43,7 @@ inline const void* vector_data(const std::optional<at::Tensor>& t) { return t ? 
 
 // A gradient, or an empty tensor where none is needed.
 inline at::Tensor empty_gradient(bool needed, const at::Tensor& like, const at::Tensor& grad_out) {
-  return needed ? at::empty(like.sizes(), like.options()) : at::empty({0}, grad_out.options());
+  return needed ? at::cpu::empty(like.sizes(), like.options()) : at::cpu::empty({0}, grad_out.options());
 }
 
 }  // namespace mmk

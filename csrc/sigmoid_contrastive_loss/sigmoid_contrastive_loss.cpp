@@ -29,10 +29,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const double mean = 1. / static_cast<double>(std::max<int64_t>(total, 1));
   std::vector<double> losses(rows), of_scale(rows), of_bias(rows);
   const auto options = x.options().dtype(at::kFloat);
-  const Tensor none = at::empty({0}, options);
+  const Tensor none = at::cpu::empty({0}, options);
   of_x = of_x && training;
   of_y = of_y && training;
-  const Tensor x_grad = of_x ? at::empty(x.sizes(), options) : none;
+  const Tensor x_grad = of_x ? at::cpu::empty(x.sizes(), options) : none;
   std::vector<Tensor> sums = products.new_sums(of_y);
   const double factor = mean * logit_scale.item<double>();
   SigmoidTile call;
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   });
   const Tensor loss = at::scalar_tensor(total_of(losses) * mean, options);
   if (!training) return {loss, none, none.clone(), none.clone()};
-  const Tensor of_scalars = at::empty({2}, options);
+  const Tensor of_scalars = at::cpu::empty({2}, options);
   of_scalars.data_ptr<float>()[0] = static_cast<float>(total_of(of_scale) * mean * products.sign());
   of_scalars.data_ptr<float>()[1] = static_cast<float>(total_of(of_bias) * mean);
   return {loss, x_grad, of_y ? products.of_y(sums, factor, at::kFloat) : none.clone(), of_scalars};
@@ -70,7 +70,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   }
   const Tensor of_scalars = saved[2].contiguous();
   const auto times = [&](size_t i, const Tensor& unit, const Tensor& like) {
-    return needed[i] ? at::mul(unit, grads[0]).to(like.scalar_type()).contiguous() : at::empty({0}, like.options());
+    return needed[i] ? at::mul(unit, grads[0]).to(like.scalar_type()).contiguous()
+                     : at::cpu::empty({0}, like.options());
   };
   return {times(0, saved[0], x), times(1, saved[1], y), times(2, of_scalars[0], logit_scale),
           times(3, of_scalars[1], logit_bias)};

@@ -42,7 +42,7 @@ Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& given, const Tens
   const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
   const auto modalities = modalities_of(xs);
   TensorFusionParams p = make_params(modalities, xs[0], weight);
-  const Tensor out = at::empty({p.batch, p.outputs}, weight.options());
+  const Tensor out = at::cpu::empty({p.batch, p.outputs}, weight.options());
   if (out.numel() == 0) return out;
   if (bias) p.bias = bias->const_data_ptr();
   p.out = out.data_ptr();
@@ -71,8 +71,8 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   }
   const bool weight_needed = needed[xs.size()], bias_needed = bias && needed[xs.size() + 1];
   results.push_back(empty_if(weight, weight_needed));
-  results.push_back(bias ? empty_if(*bias, bias_needed) : at::empty({0}, weight.options()));
-  results.push_back(at::empty({0}, weight.options()));  // presence
+  results.push_back(bias ? empty_if(*bias, bias_needed) : at::cpu::empty({0}, weight.options()));
+  results.push_back(at::cpu::empty({0}, weight.options()));  // presence
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;

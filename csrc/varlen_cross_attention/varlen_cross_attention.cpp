@@ -130,8 +130,8 @@ Tensor idle_rows(Inputs in) {
   in.sinks.reset();
   in.query = at::zeros_like(in.query);
   take_out_poison(in.key, in.value);
-  const Tensor out = at::empty({1, in.query.size(1), in.query.size(2), in.value.size(3)}, in.query.options());
-  const Tensor stats = at::empty({2, in.query.size(1), in.query.size(2)}, in.query.options().dtype(at::kFloat));
+  const Tensor out = at::cpu::empty({1, in.query.size(1), in.query.size(2), in.value.size(3)}, in.query.options());
+  const Tensor stats = at::cpu::empty({2, in.query.size(1), in.query.size(2)}, in.query.options().dtype(at::kFloat));
   AttentionParams p = in.params(2., {});
   p.queries[0].out = packed_rows(out, in.queries);
   set_stats(p, stats);
@@ -149,8 +149,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& query, const Tensor& ke
   const Tensor out = empty_in_order_of(query, {query.size(0), query.size(1), value.size(2)});
   const bool with_stats = return_lse || training;
   const auto options = query.options().dtype(at::kFloat);
-  const auto none = [&] { return at::empty({0}, options); };
-  const Tensor stats = with_stats ? at::empty({2, query.size(1), query.size(0)}, options) : none();
+  const auto none = [&] { return at::cpu::empty({0}, options); };
+  const Tensor stats = with_stats ? at::cpu::empty({2, query.size(1), query.size(0)}, options) : none();
   const auto results = [&] {
     const Tensor lse = return_lse ? at::add(stats[0], stats[1]).t().contiguous() : none();
     return std::tuple{out, lse, training ? stats : none()};
@@ -194,10 +194,10 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
   std::vector<Tensor> result;  // of cu_seqlens and sinks too
   for (const Tensor& leaf : {query, key, value, cu_seqlens_q, cu_seqlens_k}) {
     const bool wanted = needed[result.size()];
-    result.push_back(wanted ? empty_in_order_of(leaf, leaf.sizes()) : at::empty({0}, query.options()));
+    result.push_back(wanted ? empty_in_order_of(leaf, leaf.sizes()) : at::cpu::empty({0}, query.options()));
   }
   const bool of_sinks = sinks && needed[5];
-  result.push_back(of_sinks ? at::empty_like(*in.sinks) : at::empty({0}, query.options()));
+  result.push_back(of_sinks ? at::empty_like(*in.sinks) : at::cpu::empty({0}, query.options()));
   if (in.has_no_scores()) {
     for (const Tensor& t : result) t.zero_();
     if (of_sinks && return_lse) {  // each row's lse is its sink
