@@ -53,6 +53,8 @@ class NativeKernels:
     name: str
     supports: Callable[..., str | None] | None = None
     any_strides: bool = False  # whether they take floating tensors as they come
+    # Names of the arguments that products read as they lie; the gradient of one with dense columns has dense columns.
+    weights: tuple[str, ...] = ()
     composed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
@@ -92,6 +94,23 @@ def _contiguous_gradient(leaf: Tensor, argument: str) -> Tensor:
     return leaf.new_empty(leaf.shape)
 
 
+def _has_dense_columns(matrix: Tensor) -> bool:
+    """Of the last two dims, the first alone: as in the view of a transposed matrix, or of a part of one."""
+    if matrix.dim() < 2 or matrix.numel() == 0 or matrix.shape[-1] == 1:
+        return False
+    return matrix.stride(-1) != 1 and matrix.stride(-2) == 1
+
+
+def _gradients_of_weights(weights: tuple[str, ...]) -> Callable[[Tensor, str], Tensor]:
+    """Dense columns for the CPU kernels' weights that have them, else contiguous."""
+
+    def gradient(leaf: Tensor, argument: str) -> Tensor:
+        by_columns = argument in weights and leaf.is_cpu and _has_dense_columns(leaf)
+        return leaf.new_empty(leaf.mT.shape).mT if by_columns else leaf.new_empty(leaf.shape)
+
+    return gradient
+
+
 def _spliced(values: Any) -> list[Any]:
     """The values in a flat list, those of a list or tuple one by one."""
     if not isinstance(values, (list, tuple)):
@@ -122,7 +141,7 @@ class DifferentiableOp:
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
         keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
-            argument; default: contiguous.
+            argument; default: contiguous, and for the weights of ``cpu`` as those kernels write them.
         batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
             example.
     """
@@ -141,7 +160,7 @@ class DifferentiableOp:
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps_outputs: Callable[..., bool] = lambda *_: False,
-        gradient: Callable[[Tensor, str], Tensor] = _contiguous_gradient,
+        gradient: Callable[[Tensor, str], Tensor] | None = None,
         batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
     ) -> None:
         self.name = name
@@ -149,7 +168,7 @@ class DifferentiableOp:
         self._reference_saved = reference_saved
         self._fake = fake
         self._keeps_outputs = keeps_outputs
-        self._gradient = gradient
+        self._gradient = gradient or (_gradients_of_weights(cpu.weights) if cpu.weights else _contiguous_gradient)
         self._outputs = outputs.count(",") + 1
         returns = f"{outputs}, {saved}" if saved else outputs
         self.forward = Operator(
@@ -157,7 +176,7 @@ class DifferentiableOp:
             f"({arguments}, bool training) -> ({returns})",
             fake=self._forward_fake,
             backends=[
-                _cpu_backend(cpu, "fwd", 0),
+                _cpu_backend(cpu, "fwd", 0, arguments),
                 *_cuda_backends(name, cuda, "forward", 0, 1),
                 *_triton_backends(name, triton, "forward", 0, 1),
                 reference_backend(self._reference_forward),
@@ -169,7 +188,7 @@ class DifferentiableOp:
             f"(Tensor[] grads, {arguments}, Tensor[] saved, bool[] needed) -> Tensor[]",
             fake=self._backward_fake,
             backends=[
-                _cpu_backend(cpu, "bwd", 1),
+                _cpu_backend(cpu, "bwd", 1, arguments),
                 *_cuda_backends(name, cuda, "backward", 1, 2),
                 *_triton_backends(name, triton, "backward", 1, 2),
                 reference_backend(self._reference_backward),
@@ -191,7 +210,8 @@ class DifferentiableOp:
         self._supports = cpu.supports
         _, absent = native_op(f"_{cpu.name}_fwd")
         has_door = absent is None and cpu.composed is None
-        self._handle = _native.open_door(cpu.name, self._outputs) if has_door else None
+        weights = tuple(self._names.index(name) for name in cpu.weights)
+        self._handle = _native.open_door(cpu.name, self._outputs, weights) if has_door else None
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs, those in lists one by one."""
@@ -405,8 +425,10 @@ class DifferentiableOp:
         return (list(pulled[:count]), *of_arguments, [None] * ctx.saved_count, None)
 
 
-def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
-    """The compiled forward or backward; its own arguments start at position ``first``."""
+def _cpu_backend(kernels: NativeKernels, direction: str, first: int, arguments: str) -> Backend:
+    """The compiled forward or backward; its own arguments, of that schema, start at position ``first``."""
+    names = [argument.split()[-1].split("=")[0] for argument in arguments.split(",")]
+    weights = {first + names.index(name) for name in kernels.weights}
     native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
     if kernels.composed:
         native = kernels.composed[first]
@@ -422,7 +444,10 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
         return None if kernels.supports is None else kernels.supports(*args[first:])
 
     def run(*args: Any) -> Any:
-        result = native(*args) if kernels.any_strides else native(*(_triton.dense(x) for x in args))
+        if kernels.any_strides:
+            result = native(*args)
+        else:
+            result = native(*(x if i in weights else _triton.dense(x) for i, x in enumerate(args)))
         return list(result) if first else result
 
     return Backend("cpu", run, supports)

@@ -18,9 +18,6 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-constexpr int64_t kInPlaceRows = 2 * kFeatureRows;      // up to so many, packing W costs more than it saves
-constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
-
 inline void zero_elements(Dtype dtype, char* at, int64_t count) {
   std::memset(at, 0, static_cast<size_t>(count * element_size(dtype)));
 }
@@ -46,10 +43,8 @@ class PackedWeightColumns {
       for_each_panel([&](const ConcatSource& source, const ConcatTerm& term, int64_t column) {
         if (index >= begin && index < end) {
           for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
-            const char* from = static_cast<const char*>(term.weight) +
-                               (n * term.weight_stride + column) * element_size(sources_.dtype);
-            pack_panels<kPairs>(sources_.dtype, from, term.weight_stride, count, min(kPanel, source.width - column),
-                                at + unit * kPanel);
+            pack_panels<kPairs>(sources_.dtype, from_element(term.weight, sources_.dtype, n, column), count,
+                                min(kPanel, source.width - column), at + unit * kPanel);
           });
         }
         ++index;
@@ -108,10 +103,15 @@ class ConcatBackward {
       most_features_ = max(most_features_, features_of(source));
       any_dx_ |= source.grad.data != nullptr;
       shares_ |= source.shares_weights;
-      for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
+      for (int64_t t = 0; t < source.term_count; ++t) {
+        any_dw_ |= source.terms[t].grad != nullptr;
+        by_columns_ |= source.terms[t].weight.by_columns;
+        by_rows_ |= !source.terms[t].weight.by_columns;
+      }
     }
     if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
-    in_place_ = !kPairs && sources.dtype == Dtype::f32 && sources.rows <= kInPlaceRows;
+    const bool rows_in_place = !by_rows_ || (!kPairs && sources.dtype == Dtype::f32);
+    in_place_ = rows_in_place && sources.rows <= kInPlaceRows;
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     chunk_ = min(round_up(sources.rows, kBlockRows),
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
@@ -166,7 +166,7 @@ class ConcatBackward {
   }
 
   // Whether the sums over rows are kept in the gradients themselves.
-  bool sums_in_place() const { return !Policy::kFinishesWeights && sources_.dtype == Dtype::f32; }
+  bool sums_in_place() const { return !Policy::kFinishesWeights && !by_columns_ && sources_.dtype == Dtype::f32; }
 
   // Whether a group's sums over rows are done at once: each worker has memory for one, still in cache when it is read.
   bool in_one_chunk() const { return sources_.rows <= chunk_; }
@@ -269,6 +269,12 @@ class ConcatBackward {
     for (int64_t t = 0; t < source.term_count; ++t) {
       const ConcatTerm& term = source.terms[t];
       const int64_t depth = units<kPairs>(term.features), skip = kPairs ? term.column / 2 : term.column;
+      if (in_place_ && term.weight.by_columns) {
+        multiply_weight_columns({a.data + skip, a.stride}, present.count(), term, {to, stride, source.width, add},
+                                panel_memory);
+        add |= depth > 0;
+        continue;
+      }
       if (in_place_) {
         multiply_weights_in_place({a.data + skip, a.stride}, present.count(), term, {to, stride, source.width, add},
                                   panel_memory);
@@ -311,18 +317,32 @@ class ConcatBackward {
   // Of few rows: W as it lies, but for its last columns, which do not fill a vector.
   void multiply_weights_in_place(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
     const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
-    const auto* weight = static_cast<const float*>(term.weight);
+    const auto* weight = static_cast<const float*>(term.weight.data);
     for (int64_t n = 0; n < term.features; n += kDepth) {
       const int64_t depth = min(kDepth, term.features - n);
       const Operand a{dz.data + n, dz.stride};
-      const float* rows_of_weight = weight + n * term.weight_stride;
-      multiply_in_place(a, rows, {rows_of_weight, term.weight_stride}, depth,
+      const float* rows_of_weight = weight + n * term.weight.stride;
+      multiply_in_place(a, rows, {rows_of_weight, term.weight.stride}, depth,
                         {c.data, c.stride, whole, c.add || n > 0});
       if (rest > 0) {
-        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight_stride, depth, rest, memory, kPanel);
+        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight.stride, depth, rest, memory, kPanel);
         multiply_panels<false>(a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
       }
     }
+  }
+
+  // Of few rows and a weight that lies by columns: dot products of dz with these as they lie.
+  void multiply_weight_columns(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
+    for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
+      for (int64_t column = 0; column < c.columns; column += kGroup) {
+        const int64_t some = min(kGroup, c.columns - column);
+        const Matrix columns = from_element(term.weight, sources_.dtype, n, column);
+        const Operand w = operand_of_rows<kPairs>(sources_.dtype, columns.data, columns.stride, some, count, memory,
+                                                  copy_stride<kPairs>(count));
+        multiply_dots<kPairs>({dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column,
+                              c.stride, c.add || n > 0);
+      }
+    });
   }
 
   // --- second stage: columns of dW ---
@@ -409,6 +429,10 @@ class ConcatBackward {
   void write_features(const ConcatTerm& term, int64_t first, int64_t count, int64_t column, int64_t width,
                       const float* sums) const {
     with_element_type(sources_.dtype, term.grad, [&](auto* out) {
+      if (term.weight.by_columns) {
+        return write_transposed(sums, kGroup, count, width, sources_.dtype, out + column * term.grad_stride + first,
+                                term.grad_stride);
+      }
       for (int64_t n = 0; n < count; ++n) {
         for (int64_t c = 0; c < width; c += VW) {
           store_from_float(out + (first + n) * term.grad_stride + column + c, load(sums + n * kGroup + c), width - c);
@@ -425,61 +449,10 @@ class ConcatBackward {
   int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
   int64_t groups_ = 0;
   int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
-  bool any_dx_ = false, any_dw_ = false, in_place_ = false, shares_ = false;
+  bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, in_place_ = false, shares_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };
-
-// Packs columns of plain rows; rows in which the source is absent are zero.
-template <bool kPairs>
-void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count, int64_t column,
-                         int64_t width, float* panels) {
-  const int64_t depth = units<kPairs>(count), bytes = element_size(dtype);
-  const auto copy = [&](int64_t row, int64_t rows, int64_t at) {
-    const char* from = row_address(source.x, dtype, row) + column * bytes;
-    for (int64_t c = 0; c < width; c += kPanel) {
-      float* to = panels + c * depth + (kPairs ? at / 2 : at) * kPanel;
-      const int64_t lanes = min(kPanel, width - c);
-      if constexpr (kPairs) {
-        pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(from + c * bytes), source.x.inner_stride, rows, lanes,
-                              to, kPanel);
-      } else {
-        pack_rows_as_float(dtype, from + c * bytes, source.x.inner_stride, rows, lanes, to, kPanel);
-      }
-    }
-  };
-  const bool plain = source.present == nullptr && first % source.x.inner + count <= source.x.inner;
-  if (plain) return copy(first, count, 0);
-  if constexpr (kPairs) {  // two rows to a unit: gathered first
-    constexpr int64_t kRows = 32;
-    alignas(64) uint16_t rows[kRows][kGroup];
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t n = min(kRows, count - i);
-      for (int64_t r = 0; r < n; ++r) {
-        const bool present = source.present == nullptr || source.present[(first + i + r) * source.present_stride];
-        if (present) {
-          std::memcpy(rows[r], row_address(source.x, dtype, first + i + r) + column * bytes,
-                      static_cast<size_t>(width * bytes));
-        } else {
-          std::memset(rows[r], 0, sizeof rows[r]);
-        }
-      }
-      for (int64_t c = 0; c < width; c += kPanel) {
-        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel,
-                              kPanel);
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
-        copy(first + i, 1, i);
-      } else {
-        for (int64_t c = 0; c < width; c += kPanel)
-          std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
-      }
-    }
-  }
-}
 
 }  // namespace
 }  // namespace MMK_ISA

@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kPanel = kFeatureVectors * VW;
 constexpr int64_t kDepth = 256;                                     // units of a chunk: 16 KB of a panel of 16 floats
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
+constexpr int64_t kInPlaceRows = 2 * kFeatureRows;                  // up to so many, packing W costs more than it saves
+constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
 
 MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row) {
   const int64_t element = row / view.inner * view.outer_stride + row % view.inner * view.inner_stride;
@@ -101,29 +103,49 @@ inline void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth,
   }
 }
 
-// [count][features] rows → panels of the transposed: rows in the lanes, [panel][units][kPanel].
-template <bool kPairs>
-void pack_panels_transposed(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
-                            float* panels) {
-  const int64_t depth = units<kPairs>(features);
-  for (int64_t first = 0; first < count; first += kPanel, panels += depth * kPanel) {
-    const int64_t lanes = min(kPanel, count - first);
-    pack_lanes<kPairs>(dtype, static_cast<const char*>(source) + first * row_stride * element_size(dtype), row_stride,
-                       lanes, features, panels, kPanel);
+// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
+template <bool kPairs, int R, int F>
+MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
+  vf acc[R][F];
+  clear(acc);
+  const auto step = [&](int64_t k, auto load_units) {
+    vf xs[R];
+    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      const vf wf = load_units(w.data + f * w.stride + k);
+      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
+    }
+  };
+  int64_t k = 0;
+  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
+  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
+  MMK_UNROLL for (int r = 0; r < R; ++r) {
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      float& to = c[r * stride + f];
+      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
+    }
   }
 }
 
-// [depth][columns] rows → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
+// c[r][f] (+)= x[r] · w[f] of rows of units, nothing packed.
 template <bool kPairs>
-void pack_panels(Dtype dtype, const void* source, int64_t row_stride, int64_t depth, int64_t columns, float* panels) {
+void multiply_dots(Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c, int64_t stride,
+                   bool add) {
+  constexpr int kTileRows = 2, kTileFeatures = 4;
+  for_runs<kTileFeatures>(features, [&](auto width, int64_t f) {
+    for_runs<kTileRows>(rows, [&](auto height, int64_t r) {
+      dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
+          {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, depth, c + r * stride + f, stride, add);
+    });
+  });
+}
+
+// [depth][columns] → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
+template <bool kPairs>
+void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, float* panels) {
   for (int64_t first = 0; first < columns; first += kPanel, panels += units<kPairs>(depth) * kPanel) {
-    const void* from = static_cast<const char*>(source) + first * element_size(dtype);
-    const int64_t lanes = min(kPanel, columns - first);
-    if constexpr (kPairs) {
-      pack_columns_as_pairs(static_cast<const uint16_t*>(from), row_stride, depth, lanes, panels, kPanel);
-    } else {
-      pack_rows_as_float(dtype, from, row_stride, depth, lanes, panels, kPanel);
-    }
+    const Matrix lanes = transposed(from_element(m, dtype, 0, first));
+    pack_lanes<kPairs>(dtype, lanes, min(kPanel, columns - first), depth, panels, kPanel);
   }
 }
 
@@ -198,6 +220,57 @@ template <bool kPairs, class Function>
 MMK_INLINE void for_chunks(int64_t width, Function f) {
   constexpr int64_t kElements = chunk_elements<kPairs>();
   for (int64_t k = 0; k < width; k += kElements) f(k, min(kElements, width - k), kPairs ? k / 2 : k);
+}
+
+// Packs columns of plain rows; rows in which the source is absent are zero.
+template <bool kPairs>
+void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count, int64_t column,
+                         int64_t width, float* panels) {
+  const int64_t depth = units<kPairs>(count), bytes = element_size(dtype);
+  const auto copy = [&](int64_t row, int64_t rows, int64_t at) {
+    const char* from = row_address(source.x, dtype, row) + column * bytes;
+    for (int64_t c = 0; c < width; c += kPanel) {
+      float* to = panels + c * depth + (kPairs ? at / 2 : at) * kPanel;
+      const int64_t lanes = min(kPanel, width - c);
+      if constexpr (kPairs) {
+        pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(from + c * bytes), source.x.inner_stride, rows, lanes,
+                              to, kPanel);
+      } else {
+        pack_rows_as_float(dtype, from + c * bytes, source.x.inner_stride, rows, lanes, to, kPanel);
+      }
+    }
+  };
+  const bool plain = source.present == nullptr && first % source.x.inner + count <= source.x.inner;
+  if (plain) return copy(first, count, 0);
+  if constexpr (kPairs) {  // two rows to a unit: gathered first
+    constexpr int64_t kRows = 32;
+    alignas(64) uint16_t rows[kRows][kGroup];
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t n = min(kRows, count - i);
+      for (int64_t r = 0; r < n; ++r) {
+        const bool present = source.present == nullptr || source.present[(first + i + r) * source.present_stride];
+        if (present) {
+          std::memcpy(rows[r], row_address(source.x, dtype, first + i + r) + column * bytes,
+                      static_cast<size_t>(width * bytes));
+        } else {
+          std::memset(rows[r], 0, sizeof rows[r]);
+        }
+      }
+      for (int64_t c = 0; c < width; c += kPanel) {
+        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel,
+                              kPanel);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
+        copy(first + i, 1, i);
+      } else {
+        for (int64_t c = 0; c < width; c += kPanel)
+          std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
+      }
+    }
+  }
 }
 
 }  // namespace

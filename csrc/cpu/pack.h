@@ -3,6 +3,7 @@
 #pragma once
 
 #include "csrc/cpu/element.h"
+#include "csrc/cpu/matrix.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -102,6 +103,43 @@ inline void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, in
   }
 }
 
+// A matrix from an element on.
+MMK_INLINE Matrix from_element(const Matrix& m, Dtype dtype, int64_t row, int64_t column) {
+  const int64_t at = m.by_columns ? column * m.stride + row : row * m.stride + column;
+  return {static_cast<const char*>(m.data) + at * element_size(dtype), m.stride, m.by_columns};
+}
+
+// The same elements with rows for columns.
+MMK_INLINE Matrix transposed(const Matrix& m) { return {m.data, m.stride, !m.by_columns}; }
+
+// As `pack_lanes` above, of a matrix [count][features].
+template <bool kPairs>
+inline void pack_lanes(Dtype dtype, const Matrix& m, int64_t count, int64_t features, float* out, int64_t stride) {
+  if (!m.by_columns) return pack_lanes<kPairs>(dtype, m.data, m.stride, count, features, out, stride);
+  if constexpr (kPairs) {
+    pack_columns_as_pairs(static_cast<const uint16_t*>(m.data), m.stride, features, count, out, stride);
+  } else {
+    pack_rows_as_float(dtype, m.data, m.stride, features, count, out, stride);
+  }
+}
+
+// Floats [rows][columns] → [columns][stride] of a dtype, the transposed; nothing beyond the last row is written.
+inline void write_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype,
+                             void* to, int64_t stride) {
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t c = 0; c < columns; c += VW) {
+      for (int64_t i = 0; i < rows; i += VW) {
+        vf r[VW];
+        for (int x = 0; x < VW; ++x) {
+          r[x] = i + x < rows ? load_as_float(from + (i + x) * from_stride + c, columns - c) : zero();
+        }
+        transpose(r);
+        for (int x = 0; x < VW && c + x < columns; ++x) store_from_float(p + (c + x) * stride + i, r[x], rows - i);
+      }
+    }
+  });
+}
+
 // Rows of units.
 struct Operand {
   const float* data = nullptr;
@@ -141,6 +179,17 @@ Operand operand_of_columns(Dtype dtype, const void* data, int64_t row_stride, in
     if (in_place && dtype == Dtype::f32) return {static_cast<const float*>(data), row_stride};
     pack_rows_as_float(dtype, data, row_stride, count, width, copy, copy_stride);
   }
+  return {copy, copy_stride};
+}
+
+// As `operand_of_columns` above, of a matrix [count][width]; in place only where its rows are dense.
+template <bool kPairs>
+Operand operand_of_columns(Dtype dtype, const Matrix& m, int64_t count, int64_t width, bool in_place, float* copy,
+                           int64_t copy_stride) {
+  if (!m.by_columns) {
+    return operand_of_columns<kPairs>(dtype, m.data, m.stride, count, width, in_place, copy, copy_stride);
+  }
+  pack_lanes<kPairs>(dtype, m.data, m.stride, width, count, copy, copy_stride);
   return {copy, copy_stride};
 }
 

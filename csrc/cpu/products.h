@@ -188,6 +188,36 @@ MMK_INLINE vf finish_dots(const float* partial_row, int64_t j) {
   return sum_rows(r);
 }
 
+// C = W[rows][depth] · B for a weight of which `width` columns are `depth` units; `copy` has room for rows of
+// spread_stride(depth) or, where it lies by columns, units of spread_stride(rows).
+template <bool kPairs>
+class WeightOperand {
+ public:
+  WeightOperand(Dtype dtype, const Matrix& weight, int64_t rows, int64_t width, float* copy, int64_t row_copy_stride)
+      : by_columns_(weight.by_columns), rows_(rows) {
+    operand_ =
+        by_columns_
+            ? operand_of_columns<kPairs>(dtype, transposed(weight), width, rows, false, copy, spread_stride(rows))
+            : operand_of_rows<kPairs>(dtype, weight.data, weight.stride, rows, width, copy, row_copy_stride);
+  }
+  void multiply_into(const Result& c, const float* b, int64_t ldb, int64_t depth, int64_t columns) const {
+    if (by_columns_)
+      return multiply<kPairs>(operand_.data, Constant<1>{}, operand_.stride, rows_, b, ldb, depth, columns, c);
+    multiply<kPairs>(operand_.data, operand_.stride, Constant<1>{}, rows_, b, ldb, depth, columns, c);
+  }
+
+ private:
+  bool by_columns_;
+  int64_t rows_;
+  Operand operand_;
+};
+
+// The floats of a copy that WeightOperand makes of at most so many units of so many rows; none where it lies in place.
+inline int64_t weight_copy_floats(Dtype dtype, const Matrix& weight, int64_t rows, int64_t depth) {
+  if (weight.by_columns) return depth * spread_stride(rows);
+  return dtype == Dtype::f32 ? 0 : rows * spread_stride(depth);
+}
+
 }  // namespace
 }  // namespace MMK_ISA
 }  // namespace mmk

@@ -83,12 +83,17 @@ int64_t widest(const LowRankParams& p) {
   return width;
 }
 
+// F_i[r]
+MMK_INLINE Matrix rank_of(const LowRankParams& p, const LowRankModality& m, int64_t r) {
+  return {element(m.factor.data, p.dtype, r * m.factor_rank_stride), m.factor.stride, m.factor.by_columns};
+}
+
 // Columns `first` … of F_i[r], [units of width + 1][columns].
 template <bool kPairs>
 Operand factor(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t columns,
                bool in_place, float* scratch, int64_t stride) {
-  return operand_of_columns<kPairs>(p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + first),
-                                    m.factor_stride, m.width + 1, columns, in_place, scratch, stride);
+  return operand_of_columns<kPairs>(p.dtype, from_element(rank_of(p, m, r), p.dtype, 0, first), m.width + 1, columns,
+                                    in_place, scratch, stride);
 }
 
 // --- forward
@@ -238,8 +243,8 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     factor<kPairs>(p, m, r, 0, p.outputs, false, copies, ldn);
     copies += units<kPairs>(m.width + 1) * ldn;
     if (m.grad_x != nullptr) {
-      pack_lanes<kPairs>(p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + m.factor_stride),
-                         m.factor_stride, m.width, p.outputs, transposed, spread_stride(m.width));
+      pack_lanes<kPairs>(p.dtype, from_element(rank_of(p, m, r), p.dtype, 1, 0), m.width, p.outputs, transposed,
+                         spread_stride(m.width));
     }
     transposed += units<kPairs>(p.outputs) * spread_stride(m.width);
   }
@@ -288,7 +293,10 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
   for (int64_t i = 0; i < p.count; ++i) {
     const LowRankModality& m = p.modalities[i];
     const int64_t entries = m.width + 1;
-    if (m.grad_factor != nullptr) {
+    if (m.grad_factor != nullptr && m.factor.by_columns) {
+      write_transposed(grad_factor, ldn, entries, p.outputs, p.dtype,
+                       element(m.grad_factor, p.dtype, r * entries * p.outputs), entries);
+    } else if (m.grad_factor != nullptr) {
       write_rows(grad_factor, ldn, entries, p.outputs, p.dtype,
                  element(m.grad_factor, p.dtype, r * entries * p.outputs), p.outputs);
     }

@@ -24,7 +24,7 @@ additive_attention_pool_op = DifferentiableOp(
     saved="Tensor activations",  # tanh(…), [B, M·A]
     reference=reference.additive_attention_pool,
     fake=_additive_attention_pool_fake,
-    cpu=native_backend("additive_attention_pool"),
+    cpu=native_backend("additive_attention_pool", weights=("weight", "query_weight")),
     triton=TritonKernels(too_many_modalities),
     keeps_outputs=lambda *_: True,
 )

@@ -34,7 +34,7 @@ multiplicative_attention_pool_op = DifferentiableOp(
     saved="Tensor projected",  # q W, [B, D], where there is a W
     reference=reference.multiplicative_attention_pool,
     fake=_multiplicative_attention_pool_fake,
-    cpu=native_backend("multiplicative_attention_pool"),
+    cpu=native_backend("multiplicative_attention_pool", weights=("weight",)),
     triton=TritonKernels(_triton_supports),
     keeps_outputs=lambda *_: True,
 )

@@ -37,7 +37,7 @@ split_attention_pool_op = DifferentiableOp(
     saved="Tensor sum, Tensor hidden, Tensor preactivation",  # g, z, and W₁ g + b₁ where z's derivative needs it
     reference=reference.split_attention_pool,
     fake=_split_attention_pool_fake,
-    cpu=native_backend("split_attention_pool"),
+    cpu=native_backend("split_attention_pool", weights=("weight1", "weight2")),
     triton=TritonKernels(too_many_modalities),
     keeps_outputs=lambda *_: True,
 )

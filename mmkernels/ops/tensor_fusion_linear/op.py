@@ -22,6 +22,6 @@ tensor_fusion_linear_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
-    cpu=native_backend("tensor_fusion_linear"),
+    cpu=native_backend("tensor_fusion_linear", weights=("weight",)),
     triton=TritonKernels(),
 )
