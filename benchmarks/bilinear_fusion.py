@@ -3,88 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.bench import Case, Problem
-
-BASELINE = "two linears, product"
+from mmkernels.bench import Suite, Workload
+from mmkernels.bench.plain import linear_weight
 
 
 @dataclass(frozen=True)
-class Shape:
-    note: str
+class Shape(Workload):
     batch: int
     x_width: int
     y_width: int
-    outputs: int
+    features: int
     rank: int
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.x_width}*{self.y_width} n{self.outputs} r{self.rank}"
+        return f"{self.batch}x{self.x_width}*{self.y_width} n{self.features} r{self.rank}"
+
+    def inputs(self) -> dict[str, Tensor]:
+        widths, rows = (self.x_width, self.y_width), self.features * self.rank
+        x, y = (torch.randn(self.batch, width) for width in widths)
+        x_weight, y_weight = (linear_weight(rows, width) for width in widths)
+        return {"x": x, "y": y, "x_weight": x_weight, "y_weight": y_weight}
+
+    def ours(self, **arguments: Any) -> Tensor:
+        return mmk.bilinear_fusion(**arguments, rank=self.rank)
+
+    def plain(self, x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Tensor:
+        z = F.linear(x, x_weight) * F.linear(y, y_weight)
+        return z if self.rank == 1 else z.view(self.batch, -1, self.rank).sum(-1)
+
+    def flops(self) -> float:
+        return 2.0 * self.batch * self.features * self.rank * (self.x_width + self.y_width)
+
+    def outputs(self) -> int:
+        return self.batch * self.features
 
 
 SHAPES = (
     Shape("one image, one question", 1, 1024, 768, 200, 5),
-    Shape("sentiment, a small batch", 32, 300, 74, 64, 1),
+    Shape("sentiment, a small batch", 32, 300, 74, 64, 1, quick=True),
     Shape("image and question, a small batch", 32, 2048, 1024, 1000, 1),
     Shape("pooled windows", 256, 512, 512, 256, 5),
     Shape("image and question", 256, 2048, 1024, 1000, 1),
     Shape("image regions and question", 512, 1024, 768, 200, 5),
 )
 
-
-def eager(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, *, rank: int) -> Tensor:
-    z = F.linear(x, x_weight) * F.linear(y, y_weight)
-    return z if rank == 1 else z.view(z.shape[0], -1, rank).sum(-1)
-
-
-def ours(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, *, rank: int) -> Tensor:
-    return mmk.bilinear_fusion(x, y, x_weight, y_weight, rank=rank)
-
-
-def problem(shape: Shape, training: bool, dtype: torch.dtype) -> Problem:
-    rows = shape.outputs * shape.rank
-    leaves = (
-        torch.randn(shape.batch, shape.x_width),
-        torch.randn(shape.batch, shape.y_width),
-        torch.randn(rows, shape.x_width) / shape.x_width**0.5,
-        torch.randn(rows, shape.y_width) / shape.y_width**0.5,
-    )
-    plain = partial(eager, rank=shape.rank)
-    return Problem(
-        leaves=tuple(t.to(dtype).requires_grad_(training) for t in leaves),
-        names=("x", "y", "x_weight", "y_weight"),
-        ours=partial(ours, rank=shape.rank),
-        torch=plain,
-        eager=plain,
-    )
-
-
-def bytes_moved(shape: Shape, training: bool, itemsize: int) -> float:
-    """Inputs read and outputs written once a pass; the backward reads both and writes every gradient."""
-    inputs = (shape.batch + shape.outputs * shape.rank) * (shape.x_width + shape.y_width)
-    outputs = shape.batch * shape.outputs
-    return itemsize * float(3 * inputs + 2 * outputs if training else inputs + outputs)
-
-
-def case(shape: Shape, *, training: bool) -> Case:
-    product = 2 * shape.batch * shape.outputs * shape.rank * (shape.x_width + shape.y_width)
-    return Case(
-        group="training" if training else "forward",
-        shape=str(shape),
-        note=shape.note,
-        problem=partial(problem, shape, training),
-        flops=float(3 * product if training else product),
-        bytes=partial(bytes_moved, shape, training),
-        training=training,
-        quick=shape is SHAPES[1],
-    )
-
-
-def cases() -> list[Case]:
-    return [case(shape, training=training) for training in (False, True) for shape in SHAPES]
+SUITE = Suite(
+    "two linears, product",
+    forward={"forward": SHAPES},
+    training={"training": SHAPES},
+)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.bench import Case, Problem
-
-BASELINE = "masked_scatter"
+from mmkernels.bench import Suite, Workload
 
 
 @dataclass(frozen=True)
-class Shape:
-    note: str
+class Shape(Workload):
     batch: int
     length: int
     features: int
@@ -25,57 +22,44 @@ class Shape:
     def __str__(self) -> str:
         return f"{self.batch}x{self.length}x{self.features}, {self.inserted} inserted"
 
-    def mask(self) -> Tensor:
+    def inputs(self) -> dict[str, Tensor]:
+        text = torch.randn(self.batch, self.length, self.features)
+        return {"text": text, "modal": torch.randn(self.batch * self.inserted, self.features)}
+
+    def options(self) -> dict[str, Tensor]:
         mask = torch.zeros(self.batch, self.length, dtype=torch.bool)
         start = (self.length - self.inserted) // 2
         mask[:, start : start + self.inserted] = True
-        return mask
+        return {"mask": mask}
+
+    def ours(self, **arguments: Any) -> Tensor:
+        return mmk.merge_embeddings(**arguments)
+
+    def plain(self, text: Tensor, modal: Tensor, mask: Tensor) -> Tensor:
+        return text.masked_scatter(mask.unsqueeze(-1), modal)
+
+    def flops(self) -> float:
+        return 0.0
+
+    def outputs(self) -> int:
+        return self.batch * self.length * self.features
+
+    def bytes(self, training: bool, itemsize: int) -> float:
+        """Every row is read and written once a pass; backward also zeroes the rows of text that were replaced."""
+        zeroed = self.batch * self.inserted * self.features
+        return itemsize * float(4 * self.outputs() + zeroed if training else 2 * self.outputs())
 
 
 SHAPES = (
     Shape("LLaVA, 24x24 patches", 4, 1024, 2048, 576),
-    Shape("a small VLM, 8x8 patches", 8, 128, 960, 64),
+    Shape("a small VLM, 8x8 patches", 8, 128, 960, 64, quick=True),
     Shape("prompt of one image", 1, 640, 4096, 576),
 )
 # What keeps a GPU busy.
-LARGE = (Shape("LLaVA-Next 7B, tiles of an image", 8, 4096, 4096, 2880),)
+LARGE = (Shape("LLaVA-Next 7B, tiles of an image", 8, 4096, 4096, 2880, gpu=True),)
 
-
-def eager(text: Tensor, modal: Tensor, *, mask: Tensor) -> Tensor:
-    return text.masked_scatter(mask.unsqueeze(-1), modal)
-
-
-def problem(shape: Shape, training: bool, dtype: torch.dtype) -> Problem:
-    sizes = ((shape.batch, shape.length, shape.features), (shape.batch * shape.inserted, shape.features))
-    plain = partial(eager, mask=shape.mask())
-    return Problem(
-        leaves=tuple(torch.randn(s).to(dtype).requires_grad_(training) for s in sizes),
-        names=("text", "modal"),
-        ours=partial(mmk.merge_embeddings, mask=shape.mask()),
-        torch=plain,
-        eager=plain,
-    )
-
-
-def bytes_moved(shape: Shape, training: bool, itemsize: int) -> float:
-    """Every row is read and written once a pass; backward also zeroes the rows of text that were replaced."""
-    rows, inserted = shape.batch * shape.length, shape.batch * shape.inserted
-    return itemsize * shape.features * float(4 * rows + inserted if training else 2 * rows)
-
-
-def case(shape: Shape, training: bool = False) -> Case:
-    return Case(
-        group="training" if training else "forward",
-        shape=str(shape),
-        note=shape.note,
-        problem=partial(problem, shape, training),
-        flops=0.0,
-        bytes=partial(bytes_moved, shape, training),
-        training=training,
-        gpu=shape in LARGE,
-        quick=shape is SHAPES[1],
-    )
-
-
-def cases() -> list[Case]:
-    return [case(s) for s in (*SHAPES, *LARGE)] + [case(s, training=True) for s in (*SHAPES[1:], *LARGE)]
+SUITE = Suite(
+    "masked_scatter",
+    forward={"forward": (*SHAPES, *LARGE)},
+    training={"training": (*SHAPES[1:], *LARGE)},
+)

@@ -3,71 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.bench import Case, Problem
-
-BASELINE = "product, logsigmoid"
+from mmkernels.bench import Suite, Workload
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(Workload):
     """Pairs and features."""
 
-    note: str
     pairs: int
     features: int
 
     def __str__(self) -> str:
         return f"{self.pairs}x{self.features}"
 
+    def inputs(self) -> dict[str, Tensor]:
+        x, y = (F.normalize(torch.randn(self.pairs, self.features), dim=-1) for _ in range(2))
+        return {"x": x, "y": y, "logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0)}
+
+    def ours(self, **arguments: Any) -> Tensor:
+        return mmk.sigmoid_contrastive_loss(**arguments)
+
+    def plain(self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        signs = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+        return -F.logsigmoid((logit_scale * x @ y.T + logit_bias) * signs).sum() / len(x)
+
+    def flops(self) -> float:
+        """One product of all pairs."""
+        return 2.0 * self.pairs**2 * self.features
+
+    def outputs(self) -> int:
+        return 1
+
 
 SHAPES = (Shape("a batch of SigLIP", 2048, 512), Shape("many small embeddings", 4096, 256))
-SMALL = (Shape("a batch of a GPU", 64, 128),)
+SMALL = (Shape("a batch of a GPU", 64, 128, quick=True),)
 
-
-def plain(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    signs = 2 * torch.eye(len(x), dtype=x.dtype) - 1
-    return -F.logsigmoid((scale * x @ y.T + bias) * signs).sum() / len(x)
-
-
-def problem(shape: Shape, training: bool, dtype: torch.dtype) -> Problem:
-    x, y = (F.normalize(torch.randn(shape.pairs, shape.features), dim=-1).to(dtype) for _ in range(2))
-    scale, bias = torch.tensor(10.0, dtype=dtype), torch.tensor(-10.0, dtype=dtype)
-    return Problem(
-        leaves=tuple(t.requires_grad_(training) for t in (x, y, scale, bias)),
-        names=("x", "y", "logit_scale", "logit_bias"),
-        ours=mmk.sigmoid_contrastive_loss,
-        torch=plain,
-        eager=plain,
-    )
-
-
-def bytes_moved(shape: Shape, training: bool, itemsize: int) -> float:
-    """Both sides read; backward: both read, both gradients written."""
-    return itemsize * float(shape.pairs * shape.features * (6 if training else 2))
-
-
-def case(group: str, shape: Shape, *, training: bool = False) -> Case:
-    products = 2.0 * shape.pairs**2 * shape.features
-    return Case(
-        group=group,
-        shape=str(shape),
-        note=shape.note,
-        problem=partial(problem, shape, training),
-        flops=products * (3 if training else 1),
-        bytes=partial(bytes_moved, shape, training),
-        training=training,
-        quick=shape is SMALL[0],
-    )
-
-
-def cases() -> list[Case]:
-    rows = [case("forward", s) for s in SHAPES] + [case("training", s, training=True) for s in SHAPES]
-    rows += [case("small forward", s) for s in SMALL] + [case("small training", s, training=True) for s in SMALL]
-    return rows
+SUITE = Suite(
+    "product, logsigmoid",
+    forward={"forward": SHAPES, "small forward": SMALL},
+    training={"training": SHAPES, "small training": SMALL},
+)

@@ -2,12 +2,15 @@
 // kernel; here a plain eager call goes straight to the kernels `_<name>_fwd` and `_<name>_bwd`, whose schemas say what
 // the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
 //
-//   open_differentiable_door(name, outputs, any_strides) -> handle; the first `outputs` results of the kernel are
-//                                differentiable; the kernels take the arguments at `any_strides`, a tuple, as they come
-//   differentiable_door(handle, checked, keeps_outputs, *arguments) -> the output, or the list of them where there are
-//                                several, or None where the call is not plain, or was not checked and does not fit
+//   open_differentiable_door(name, outputs, kept, any_strides) -> handle; the first `outputs` results of the kernel are
+//                                differentiable; `kept` are pairs (keeps outputs, the table of Kept in Python);
+//                                kernels take the arguments at the positions `any_strides` as they come
+//   differentiable_door(handle, checked, kept, *arguments) -> the output, or the list of them where there are several,
+//                                or None where the call is not plain, or was not checked and does not fit; `kept` is
+//                                the position of the pair that serves
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -60,10 +63,17 @@ Kind kind_of(const c10::Argument& argument) {
   TORCH_CHECK(false, "a door knows no arguments of type ", type);
 }
 
+// What a backward finds again besides what the kernel saved.
+struct Kept {
+  bool outputs;
+  std::vector<uint64_t> reads;  // for each argument, a bit for every argument that its gradient depends on
+};
+
 struct DoorOp {
-  DoorOp(const std::string& name, size_t outputs)
+  DoorOp(const std::string& name, size_t outputs, std::vector<Kept> kept)
       : name(name),
         outputs(outputs),
+        kept(std::move(kept)),
         forward(kernel(name, "fwd")),
         backward(kernel(name, "bwd")),
         differentiable("mmkernels::" + name + "_backward") {
@@ -72,6 +82,7 @@ struct DoorOp {
     const auto& arguments = forward.schema().arguments();
     one_output = outputs == 1 && forward.schema().returns()[0].type()->str() == "Tensor";
     for (size_t i = 0; i + 1 < arguments.size(); ++i) kinds.push_back(kind_of(arguments[i]));  // all but `training`
+    for (const Kept& kind : this->kept) TORCH_INTERNAL_ASSERT(kind.reads.size() == kinds.size() && kinds.size() <= 64);
   }
   static c10::OperatorHandle kernel(const std::string& name, const char* direction) {
     return c10::Dispatcher::singleton().findSchemaOrThrow(("mmkernels::_" + name + "_" + direction).c_str(), "");
@@ -79,6 +90,7 @@ struct DoorOp {
 
   std::string name;
   size_t outputs;  // of the kernel's results, a list of tensors being one
+  std::vector<Kept> kept;
   c10::OperatorHandle forward, backward;
   std::string differentiable;  // the backward that has a backward
   std::vector<Kind> kinds;
@@ -220,17 +232,22 @@ void push_arguments(torch::jit::Stack& stack, const std::vector<Kind>& kinds, c1
   }
 }
 
-// f(whether it is there) for the place of every leaf, in order.
+// f(argument, whether it is there) for the place of every leaf, in order.
 template <class Function>
 void for_each_leaf(const std::vector<Kind>& kinds, c10::ArrayRef<IValue> arguments, Function f) {
   for (size_t i = 0; i < kinds.size(); ++i) {
-    if (kinds[i] == Kind::tensor) f(true);
-    if (kinds[i] == Kind::optional_tensor) f(arguments[i].toBool());
+    if (kinds[i] == Kind::tensor) f(i, true);
+    if (kinds[i] == Kind::optional_tensor) f(i, arguments[i].toBool());
     if (kinds[i] == Kind::tensors) {
-      for (int64_t n = arguments[i].toInt(); n > 0; --n) f(true);
+      for (int64_t n = arguments[i].toInt(); n > 0; --n) f(i, true);
     }
   }
 }
+
+struct Shape {
+  at::DimVector sizes, strides;
+  at::TensorOptions options;
+};
 
 using NodePointer = decltype(torch::autograd::Edge::function);  // intrusive since torch 2.13, shared before
 
@@ -246,12 +263,24 @@ class EagerNode : public torch::autograd::Node {
     }
   }
 
-  // What the backward gets: the leaves that are there, the outputs where the op keeps them, and what the kernel saved.
-  void keep(const variable_list& leaves, const Results& results, bool keeps_outputs) {
-    leaves_ = leaves.size();
-    kept_.reserve(leaves_ + results.saved.size() + (keeps_outputs ? results.outputs.size() : 0));
-    for (const Tensor& t : leaves) kept_.emplace_back(t, false);
-    if (keeps_outputs) {
+  // What the backward gets: of the leaves that are there those that a gradient depends on, of the others the shape; the
+  // outputs where the op keeps them, and what the kernel saved.
+  void keep(const variable_list& leaves, const Results& results, const Kept& kept) {
+    uint64_t read = 0;
+    for_each_present([&](size_t argument, size_t leaf) {
+      if (leaves[leaf].requires_grad()) read |= kept.reads[argument];
+    });
+    shapes_.resize(leaves.size());
+    kept_.reserve(leaves.size() + results.saved.size() + (kept.outputs ? results.outputs.size() : 0));
+    for_each_present([&](size_t argument, size_t leaf) {
+      const Tensor& t = leaves[leaf];
+      if (read >> argument & 1) {
+        kept_.emplace_back(t, false);
+      } else {
+        shapes_[leaf].reset(new Shape{at::DimVector(t.sizes()), at::DimVector(t.strides()), t.options()});
+      }
+    });
+    if (kept.outputs) {
       for (const Tensor& t : results.outputs) kept_.emplace_back(t, true);
     }
     for (const Tensor& t : results.saved) kept_.emplace_back(t, false);
@@ -265,7 +294,7 @@ class EagerNode : public torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grads) override {
-    variable_list result(leaves_);
+    variable_list result(shapes_.size());
     if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return result;
     for (size_t i = 0; i < grads.size(); ++i) {
       if (!grads[i].defined()) grads[i] = input_metadata(i).zeros_like();  // of an output that nobody used
@@ -279,10 +308,10 @@ class EagerNode : public torch::autograd::Node {
     for (const Tensor& grad : grads) given_grads.push_back(plain && !has_dense_rows(grad) ? grad.contiguous() : grad);
     stack.emplace_back(std::move(given_grads));
     push_arguments(stack, op_.kinds, arguments_, kept.data());
-    stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(leaves_)));
+    stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(shapes_.size())));
     c10::List<bool> needed;
     size_t leaf = 0;
-    for_each_leaf(op_.kinds, arguments_, [&](bool present) {
+    for_each_leaf(op_.kinds, arguments_, [&](size_t, bool present) {
       needed.push_back(present && kept[leaf].is_floating_point() && task_should_compute_output(leaf));
       leaf += present;
     });
@@ -296,7 +325,7 @@ class EagerNode : public torch::autograd::Node {
 
     const c10::List<Tensor> pulled = stack[0].toTensorList();
     size_t at = 0, position = 0;  // in result, in pulled
-    for_each_leaf(op_.kinds, arguments_, [&](bool present) {
+    for_each_leaf(op_.kinds, arguments_, [&](size_t, bool present) {
       if (present && needed.get(position)) result[at] = pulled.get(position);
       at += present;
       ++position;
@@ -305,6 +334,16 @@ class EagerNode : public torch::autograd::Node {
   }
 
  private:
+  // f(argument, leaf) for the leaves that are there.
+  template <class Function>
+  void for_each_present(Function f) const {
+    size_t leaf = 0;
+    for_each_leaf(op_.kinds, arguments_, [&](size_t argument, bool present) {
+      if (present) f(argument, leaf++);
+    });
+  }
+
+  // The leaves, those that were not kept with any values, and what else was kept.
   variable_list unpacked() {
     const std::lock_guard<std::mutex> lock(mutex_);
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
@@ -316,15 +355,19 @@ class EagerNode : public torch::autograd::Node {
       }
     }(static_cast<torch::autograd::Node*>(this));
     variable_list tensors;
-    tensors.reserve(kept_.size());
-    for (const torch::autograd::SavedVariable& kept : kept_) tensors.push_back(kept.unpack(self));
+    tensors.reserve(shapes_.size() + kept_.size());
+    auto kept = kept_.begin();
+    for (const auto& shape : shapes_) {
+      tensors.push_back(shape ? at::empty_strided(shape->sizes, shape->strides, shape->options) : kept++->unpack(self));
+    }
+    for (; kept != kept_.end(); ++kept) tensors.push_back(kept->unpack(self));
     return tensors;
   }
 
   const DoorOp& op_;
   std::vector<IValue> arguments_;
   std::vector<torch::autograd::SavedVariable> kept_;
-  size_t leaves_ = 0;
+  std::vector<std::unique_ptr<Shape>> shapes_;  // of the leaves; null where one is kept
   bool released_ = false;
 };
 
@@ -337,7 +380,7 @@ Pointer own(typename Pointer::element_type* node) {
   }
 }
 
-variable_list run_recorded(const DoorOp& op, const Call& call, bool keeps_outputs) {
+variable_list run_recorded(const DoorOp& op, const Call& call, const Kept& kept) {
   variable_list leaves;  // that are there
   for (const Tensor& leaf : call.leaves) {
     if (leaf.defined()) leaves.push_back(leaf);
@@ -347,15 +390,16 @@ variable_list run_recorded(const DoorOp& op, const Call& call, bool keeps_output
   node->set_next_edges(torch::autograd::collect_next_edges(leaves));
   Results results = run_forward(op, call, true);
   for (Tensor& output : results.outputs) torch::autograd::set_history(output, owned);
-  node->keep(leaves, results, keeps_outputs);
+  node->keep(leaves, results, kept);
   return std::move(results.outputs);
 }
 
 PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const int64_t handle = PyLong_AsLongLong(arguments[0]);
-  const bool checked = arguments[1] == Py_True, keeps_outputs = arguments[2] == Py_True;
+  const bool checked = arguments[1] == Py_True;
   const DoorOp& op = *door_ops().at(static_cast<size_t>(handle));
+  const Kept& kept = op.kept.at(PyLong_AsSize_t(arguments[2]));
   TORCH_INTERNAL_ASSERT(count == static_cast<Py_ssize_t>(op.kinds.size()) + 3);
   if (!runs_plainly() || (!checked && op.check == nullptr)) Py_RETURN_NONE;
   Call call;
@@ -369,7 +413,7 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   {
     pybind11::gil_scoped_release no_gil;
     if (call.needs_grad && at::GradMode::is_enabled()) {
-      outputs = run_recorded(op, call, keeps_outputs);
+      outputs = run_recorded(op, call, kept);
     } else {
       outputs = run_forward(op, call, false).outputs;
     }
@@ -383,15 +427,19 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   END_HANDLE_TH_ERRORS
 }
 
+using KeptInPython = std::pair<bool, std::vector<uint64_t>>;
+
 PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const auto outputs = static_cast<size_t>(PyLong_AsLongLong(arguments[1]));
-  door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0]), outputs));
+  std::vector<Kept> kept;
+  for (const auto& [keeps_outputs, reads] : pybind11::handle(arguments[2]).cast<std::vector<KeptInPython>>()) {
+    kept.push_back({keeps_outputs, reads});
+  }
+  door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0]), outputs, std::move(kept)));
   std::vector<bool>& any_strides = door_ops().back()->any_strides;
   any_strides.resize(door_ops().back()->kinds.size());
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments[2]); ++i) {
-    any_strides.at(PyLong_AsSize_t(PyTuple_GET_ITEM(arguments[2], i))) = true;
-  }
+  for (const size_t i : pybind11::handle(arguments[3]).cast<std::vector<size_t>>()) any_strides.at(i) = true;
   return PyLong_FromSize_t(door_ops().size() - 1);
   END_HANDLE_TH_ERRORS
 }

@@ -35,6 +35,7 @@ from mmkernels._dispatch import (
     reference_backend,
     use_backend,
 )
+from mmkernels._kept import EVERYTHING, Kept, shape_of
 from mmkernels.ops import _checks as checks
 
 Tensors = tuple[Tensor, ...]
@@ -138,8 +139,10 @@ class DifferentiableOp:
         cpu: the compiled kernels.
         cuda: the CUDA kernels.
         triton: the Triton kernels.
-        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs; default: empty ones.
-        keeps_outputs: ``(*arguments)`` -> whether the backward also gets the outputs, before the saved tensors.
+        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
+            all backends give them: the backward may run on another one. To be given where there are any.
+        keeps: what its backward finds again; where that depends on the options, all there is to choose from, and
+            ``(*arguments)`` -> the position of one.
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
             argument; default: contiguous, and for the weights of ``cpu`` as those kernels write them.
         batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
@@ -159,15 +162,16 @@ class DifferentiableOp:
         cuda: CudaKernels | None = None,
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
-        keeps_outputs: Callable[..., bool] = lambda *_: False,
+        keeps: Kept | tuple[tuple[Kept, ...], Callable[..., int]] = EVERYTHING,
         gradient: Callable[[Tensor, str], Tensor] | None = None,
         batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
     ) -> None:
+        if saved and reference_saved is None:
+            raise TypeError(f"{name}: reference_saved: expected a function, as the op saves {saved}; got None")
         self.name = name
         self._reference = reference
         self._reference_saved = reference_saved
         self._fake = fake
-        self._keeps_outputs = keeps_outputs
         self._gradient = gradient or (_gradients_of_weights(cpu.weights) if cpu.weights else _contiguous_gradient)
         self._outputs = outputs.count(",") + 1
         returns = f"{outputs}, {saved}" if saved else outputs
@@ -200,6 +204,9 @@ class DifferentiableOp:
         self._positions = tuple(i for i, t in enumerate(types) if "Tensor" in t)
         self._arguments = len(types)
         self._names = tuple(a.name for a in self.forward.overload._schema.arguments[:-1])
+        kinds, choose = ((keeps,), None) if isinstance(keeps, Kept) else keeps
+        self._choose_kept = choose
+        self._kept = tuple((kept.outputs, kept.table(self._names)) for kept in kinds)
         of_forward, of_backward = batching
         self.forward.register_gradient(self._save, self._grad, functools.partial(of_forward, self.forward))
         self.backward.register_gradient(
@@ -211,7 +218,7 @@ class DifferentiableOp:
         _, absent = native_op(f"_{cpu.name}_fwd")
         has_door = absent is None and cpu.composed is None
         weights = tuple(self._names.index(name) for name in cpu.weights)
-        self._handle = _native.open_door(cpu.name, self._outputs, weights) if has_door else None
+        self._handle = _native.open_door(cpu.name, self._outputs, self._kept, weights) if has_door else None
 
     def __call__(self, *args: Any) -> Tensors:
         """The differentiable outputs, those in lists one by one."""
@@ -219,7 +226,7 @@ class DifferentiableOp:
             self._handle is not None
             and may_use_door()
             and (self._supports is None or self._supports(*args) is None)
-            and (out := _plain_call(self._handle, True, self._keeps_outputs(*args), *args)) is not None
+            and (out := _plain_call(self._handle, True, self._kept_kind(args), *args)) is not None
         ):
             return (out,) if isinstance(out, Tensor) else tuple(out)
         checks.check_layouts(self.name, self._names, args)
@@ -235,7 +242,7 @@ class DifferentiableOp:
         """
         if self._handle is None:
             return None
-        return _plain_call(self._handle, False, self._keeps_outputs(*args), *args)
+        return _plain_call(self._handle, False, self._kept_kind(args), *args)
 
     # --- tensors among the arguments ----------------------------------------------------------------------------------
 
@@ -283,6 +290,23 @@ class DifferentiableOp:
         parts = result if isinstance(result, tuple) else (result,)
         return _spliced(parts[: self._outputs]), _spliced(parts[self._outputs :])
 
+    # --- what is kept for the backward --------------------------------------------------------------------------------
+
+    def _kept_kind(self, args: Sequence[Any]) -> int:
+        return 0 if self._choose_kept is None else self._choose_kept(*args)
+
+    def _keeps_outputs(self, args: Sequence[Any]) -> bool:
+        return self._kept[self._kept_kind(args)][0]
+
+    def _keeps(self, args: Sequence[Any]) -> list[bool]:
+        """For each of the leaves whether a gradient that may be asked for depends on it."""
+        _, table = self._kept[self._kept_kind(args)]
+        read = 0
+        for i in self._positions:
+            if any(x is not None and x.requires_grad for x in (args[i] if self._is_list[i] else (args[i],))):
+                read |= table[i]
+        return [bool(read >> i & 1) for i in self._positions for _ in (args[i] if self._is_list[i] else (0,))]
+
     # --- forward ------------------------------------------------------------------------------------------------------
 
     def _forward_fake(self, *args: Any) -> Any:
@@ -310,9 +334,7 @@ class DifferentiableOp:
         promised = self._fake(*arguments)[self._outputs :]
         if not training:
             return tuple(t.new_empty(0) for t in promised)
-        if self._reference_saved is not None:
-            return self._reference_saved(*arguments)
-        return tuple(torch.zeros_like(t) for t in promised)
+        return () if self._reference_saved is None else self._reference_saved(*arguments)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -349,10 +371,13 @@ class DifferentiableOp:
     def _save(self, ctx: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
         *args, training = inputs
         outputs, saved = self._split(outputs)
-        kept = outputs if training and self._keeps_outputs(*args) else []
+        kept = outputs if training and self._keeps_outputs(args) else []
         leaves = self._leaves(args)
-        ctx.save_for_backward(*leaves, *kept, *saved)
-        ctx.leaf_count = len(leaves)
+        # Where the forward runs again, or a transform hides what will be needed, nothing is left out.
+        hidden = not training or torch._C._are_functorch_transforms_active()
+        needed = [True] * len(leaves) if hidden else self._keeps(args)
+        ctx.save_for_backward(*(x if n else None for x, n in zip(leaves, needed, strict=True)), *kept, *saved)
+        ctx.shapes = [None if n or x is None else shape_of(x) for x, n in zip(leaves, needed, strict=True)]
         ctx.arguments = self._without_tensors(args)
         ctx.outputs = [(o.shape, o.dtype) for o in outputs]
         ctx.training = training
@@ -362,7 +387,8 @@ class DifferentiableOp:
 
     def _grad(self, ctx: Any, *results: Any) -> tuple[Any, ...]:
         kept = ctx.saved_tensors  # asked for once: torch.utils.checkpoint recomputes them but once
-        leaves = kept[: ctx.leaf_count]
+        count = len(ctx.shapes)
+        leaves = [x if shape is None else shape() for x, shape in zip(kept[:count], ctx.shapes, strict=True)]
         args = self._with_leaves(ctx.arguments, leaves)
         flags = self._leaves(ctx.needs_input_grad)
         needed = [x is not None and bool(n) and x.is_floating_point() for x, n in zip(leaves, flags, strict=True)]
@@ -370,10 +396,10 @@ class DifferentiableOp:
         grads, _ = self._split(results)
         given = next((g for g in grads if g is not None), None)
         if given is not None and any(needed):
-            saved = list(kept[ctx.leaf_count :])
+            saved = list(kept[count:])
             if not ctx.training:
                 outputs, saved = self._split(self.forward(*args, True))
-                saved = [*outputs, *saved] if self._keeps_outputs(*args) else saved
+                saved = [*outputs, *saved] if self._keeps_outputs(args) else saved
             pairs = zip(grads, ctx.outputs, strict=True)
             dense = [given.new_zeros(shape, dtype=dtype) if g is None else g for g, (shape, dtype) in pairs]
             if torch._C._functorch.is_legacy_batchedtensor(given):

@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,12 +99,16 @@ def door(name: str) -> Callable[..., Any] | None:
     return getattr(_library, name, None)
 
 
-def open_door(name: str, outputs: int = 1, any_strides: tuple[int, ...] = ()) -> int | None:
+def open_door(
+    name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int]]], any_strides: Sequence[int]
+) -> int | None:
     """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library.
 
     ``any_strides`` are the positions of the arguments that the kernels take as they come.
     """
-    opened: int | None = None if _library is None else _library.open_differentiable_door(name, outputs, any_strides)
+    opened: int | None = (
+        None if _library is None else _library.open_differentiable_door(name, outputs, kept, any_strides)
+    )
     return opened
 
 

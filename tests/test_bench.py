@@ -6,8 +6,8 @@ import json
 import runpy
 import textwrap
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,32 +16,47 @@ import torch
 from environment import DEVICE
 from torch import Tensor
 
-from mmkernels.bench import Case, Problem, machine, main, report
-from mmkernels.bench.case import available_ops, load
+from mmkernels.bench import Workload, machine, main, report
+from mmkernels.bench.case import Case, Problem
 from mmkernels.bench.engine import COMPILING, SHORTEST, TIMING, Engine, Row, check
 from mmkernels.bench.machine import Ceilings
+from mmkernels.bench.suite import available_ops, load
 from mmkernels.bench.timing import clock, gemm_rate, interleaved, memory_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 
 TOY_BENCHMARK = """
+    from dataclasses import dataclass
     import torch
-    from mmkernels.bench import Case, Problem
+    from mmkernels.bench import Suite, Workload
 
-    BASELINE = "torch.addmm"
+    @dataclass(frozen=True)
+    class Shape(Workload):
+        n: int
 
-    def problem(dtype):
-        a, b, c = (torch.randn(6, 6).to(dtype).requires_grad_() for _ in range(3))
-        product = lambda a, b, c: a @ b + c
-        return Problem((a, b, c), ("a", "b", "c"), product, lambda a, b, c: torch.addmm(c, a, b), product)
+        def __str__(self):
+            return f"{self.n}x{self.n}"
 
-    def cases():
-        shared = dict(shape="6x6", note="toy", problem=problem, flops=432.0, bytes=lambda size: 4.0 * 36 * size)
-        return [
-            Case(group="forward", quick=True, **shared),
-            Case(group="training", training=True, quick=True, **shared),
-            Case(group="long", **shared),
-        ]
+        def inputs(self):
+            return {"ab": [torch.randn(self.n, self.n) for _ in range(2)], "c": torch.randn(self.n, self.n)}
+
+        def ours(self, ab, c):
+            return ab[0] @ ab[1] + c
+
+        def plain(self, ab, c):
+            return ab[0] @ ab[1] + c
+
+        def baseline(self, ab, c):
+            return torch.addmm(c, *ab)
+
+        def flops(self):
+            return 2.0 * self.n**3
+
+        def outputs(self):
+            return self.n**2
+
+    SMALL = (Shape("toy", 6, quick=True),)
+    SUITE = Suite("torch.addmm", {"forward": SMALL, "long": [Shape("toy", 7)]}, {"training": SMALL})
 """
 
 
@@ -139,7 +154,7 @@ def test_a_wrong_result_is_not_timed(toy_folder: Path, capsys: pytest.CaptureFix
     assert row.seconds == {} and row.error is not None and "output" in row.error
     assert "WRONG, not timed" in report.text_table([row], {"toy": "torch"})
     benchmark = toy_folder / "toy.py"
-    benchmark.write_text(benchmark.read_text().replace('("a", "b", "c"), product,', '("a", "b", "c"), torch.addmm,'))
+    benchmark.write_text(benchmark.read_text().replace("ab[0] @ ab[1] + c", "ab[0] @ ab[1] - c", 1))
     assert run(toy_folder, "--quick") == 1
     assert "WRONG, not timed" in capsys.readouterr().out
 
@@ -182,7 +197,7 @@ def test_other_contenders_have_a_column_and_those_that_fail_a_gap() -> None:
 
 def test_rows_for_a_gpu_are_left_out_on_a_cpu(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     benchmark = toy_folder / "toy.py"
-    benchmark.write_text(benchmark.read_text().replace('Case(group="long"', 'Case(gpu=True, group="long"'))
+    benchmark.write_text(benchmark.read_text().replace('Shape("toy", 7)', 'Shape("toy", 7, gpu=True)'))
     assert run(toy_folder, "--no-compile", "--report", str(toy_folder / "report.md")) == 0
     assert "4 rows" in capsys.readouterr().out
     assert "| training | 6x6 (toy) | bfloat16 |" in (toy_folder / "report.md").read_text()
@@ -304,6 +319,57 @@ def test_the_readme_table_is_replaced_between_its_markers(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="expected one"):
         report.update_readme(readme, table)
     assert (ROOT / "README.md").read_text().count(report.README_BEGIN) == 1
+
+
+@dataclass(frozen=True)
+class Scaled(Workload):
+    """a_0 s + a_1 + t, where s keeps float32, t has no gradient and plain torch takes it negated."""
+
+    any_dtype = ("s",)
+    kept = 1
+
+    def inputs(self) -> dict[str, object]:
+        return {"a": [torch.randn(4), torch.randn(4)], "s": torch.full((4,), 3.0)}
+
+    def options(self) -> dict[str, object]:
+        return {"t": torch.tensor(1 / 3), "mask": torch.ones(4, dtype=torch.bool), "flag": True}
+
+    def torch_options(self, options: Mapping[str, object]) -> dict[str, object]:
+        return {"minus": -options["t"]}  # type: ignore[operator]
+
+    def ours(self, a: tuple[Tensor, ...], s: Tensor, t: Tensor, mask: Tensor, flag: bool) -> Tensor:
+        assert flag and mask.dtype == torch.bool and a[0].dtype == t.dtype
+        return (a[0] * s + a[1] + t).to(a[0].dtype)
+
+    def plain(self, a: tuple[Tensor, ...], s: Tensor, minus: Tensor) -> Tensor:
+        return (a[0] * s + a[1] - minus).to(a[0].dtype)
+
+    def outputs(self) -> int:
+        return 4
+
+
+def test_a_workload_gives_leaves_by_name_in_their_dtypes_and_options_follow_the_oracle() -> None:
+    problem = Scaled("toy").problem(True, torch.bfloat16)
+    assert problem.names == ("a[0]", "a[1]", "s") and problem.torch is problem.eager
+    assert [leaf.dtype for leaf in problem.leaves] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert all(leaf.requires_grad for leaf in problem.leaves)
+    torch.testing.assert_close(problem.ours(*problem.leaves), problem.eager(*problem.leaves))
+    check(problem, torch.ones(4, dtype=torch.bfloat16))
+    wide = [leaf.detach().double() for leaf in problem.leaves]
+    rounded = torch.tensor(1 / 3, dtype=torch.bfloat16).double()  # as the checked call has it
+    assert torch.equal(problem.eager(*wide), wide[0] * wide[2] + wide[1] + rounded)
+
+
+def test_bytes_count_arguments_outputs_gradients_and_what_is_kept() -> None:
+    assert Scaled("toy").bytes(False, 2) == 2 * (12 + 1 + 4)  # inputs, t, output
+    assert Scaled("toy").bytes(True, 2) == 2 * (3 * 12 + 2 * 1 + 3 * 4)
+
+
+def test_the_benchmark_that_contributing_shows_runs(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = (ROOT / "CONTRIBUTING.md").read_text().split("## Benchmarks\n")
+    (toy_folder / "toy.py").write_text(text.split("```python\n")[1].split("```")[0])
+    assert run(toy_folder, "--quick") == 0
+    assert "softmax, weighted sum" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("op", available_ops(ROOT / "benchmarks"))

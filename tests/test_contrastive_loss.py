@@ -95,6 +95,49 @@ def test_the_reference_is_the_written_out_formula() -> None:
     torch.testing.assert_close(mmk.sigmoid_contrastive_loss(x, y, 7.0, -3.0), expected)
 
 
+def open_clip_clip(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """ClipLoss.forward of open_clip/loss.py, in one process."""
+    own = torch.arange(len(x))
+    of_x, of_y = scale * x @ y.T, scale * y @ x.T
+    return (F.cross_entropy(of_x, own) + F.cross_entropy(of_y, own)) / 2
+
+
+def open_clip_siglip(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLipLoss of open_clip/loss.py, in one process."""
+    logits = scale * x @ y.T + bias
+    signs = 2 * torch.eye(len(x), dtype=x.dtype) - torch.ones_like(logits)
+    return -F.logsigmoid(signs * logits).sum() / len(x)
+
+
+def sup_con(x: Tensor, y: Tensor, scale: Tensor, labels: Tensor) -> Tensor:
+    """L_out of Khosla et al., 2020 (arXiv:2004.11362), eq. 2, its anchors x and its contrasts y, and the other way: the
+    bidirectional loss of UniCL, arXiv:2204.03610, eq. 3 to 5."""
+    positive = labels[:, None] == labels
+    losses = []
+    for z in (scale * x @ y.T, scale * y @ x.T):
+        log_p = z - z.exp().sum(1, keepdim=True).log()
+        losses.append(-torch.stack([row[own].mean() for row, own in zip(log_p, positive, strict=True)]).mean())
+    return (losses[0] + losses[1]) / 2
+
+
+@pytest.mark.parametrize("size", [(7, 5), (64, 32), (300, 64)], ids=str)
+def test_values_and_gradients_are_the_peers(size: tuple[int, int], backend: str) -> None:
+    x, y = embeddings(*size)
+    s, b, labels = scalar(14.0), scalar(-10.0), torch.arange(size[0]) % 5
+    for ours, peer, leaves, options in (
+        (mmk.contrastive_loss, open_clip_clip, (x, y, s), {}),
+        (mmk.sigmoid_contrastive_loss, open_clip_siglip, (x, y, s, b), {}),
+        (mmk.contrastive_loss, sup_con, (x, y, s), dict(labels=labels)),
+    ):
+        results = []
+        for function, dtype in ((ours, torch.float32), (peer, torch.float64)):
+            given = [t.detach().to(dtype).requires_grad_() for t in leaves]
+            loss = function(*given, **options)
+            results.append([loss, *torch.autograd.grad(loss, given)])
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
 def test_a_scale_may_be_given_as_its_logarithm(backend: str) -> None:
     x, y = embeddings(20, 8)
     log = torch.tensor(2.0, requires_grad=True)

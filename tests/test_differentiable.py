@@ -12,8 +12,12 @@ import mmkernels as mmk
 from mmkernels._differentiable import DifferentiableOp, native_backend
 
 
+def product_of(xs: list[Tensor], weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor]:
+    return (torch.cat(xs, -1) @ weight.T * scale,)
+
+
 def reference(xs: list[Tensor], weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    product = torch.cat(xs, -1) @ weight.T * scale
+    (product,) = product_of(xs, weight, bias, scale)
     return torch.tanh(product if bias is None else product + bias), product.sum(-1)
 
 
@@ -29,6 +33,7 @@ toy_op = DifferentiableOp(
     outputs="Tensor out, Tensor total",
     saved="Tensor product",
     reference=reference,
+    reference_saved=product_of,
     fake=fake,
     cpu=native_backend("toy_for_tests"),
 )

@@ -17,7 +17,6 @@ LENGTHS = torch.tensor([3, 0])
 LABELS = torch.tensor([3, 0, -100])
 STARTS = torch.tensor([0, 3, 3, 7], dtype=torch.int32)
 PRESENCE = torch.tensor([[True, False], [True, True], [False, False]])
-LABELS = torch.tensor([0, 1, 3])
 POSITIONS = torch.tensor([[True, False, True, False], [False, False, False, True]])
 REAL = torch.tensor([[True, True, True, False, False], [True, True, False, True, True]])
 VISIBLE = torch.tensor([[True, False, True, True, False]] * 3)
@@ -112,6 +111,13 @@ CASES = {
         ),
         ((3, 4), (3, 2), (5, 6), (5,), (3, 5), (5,)),
     ),
+    "concat_linear, without activation": Case(
+        lambda a, b, w, c, r: mmk.concat_linear([a, b], w, c, presence=PRESENCE, residual=r),
+        ((3, 4), (3, 2), (5, 6), (5,), (3, 5)),
+    ),
+    "concat_linear, from its output": Case(
+        lambda a, b, w, c: mmk.concat_linear([a, b], w, c, activation="tanh"), ((3, 4), (3, 2), (5, 6), (5,))
+    ),
     "concat_norm_linear": Case(
         lambda a, b, n, m, w, c: mmk.concat_norm_linear([a, b], n, m, w, c, activation="silu"),
         ((3, 4), (3, 2), (6,), (6,), (5, 6), (5,)),
@@ -122,8 +128,19 @@ CASES = {
     ),
     "gated_concat": Case(mmk.gated_concat, ((3, 4), (3, 2), (4, 6), (4,))),
     "modulated_norm": Case(mmk.modulated_norm, ((2, 3, 4), (2, 4), (2, 3, 4))),
+    "modulated_norm, all options": Case(
+        lambda x, a, b, w, c: mmk.modulated_norm(x, a, b, norm="rms", norm_weight=w, norm_bias=c),
+        ((2, 3, 4), (2, 4), (2, 4), (4,), (4,)),
+    ),
+    "modulated_norm, no norm": Case(
+        lambda x, a, b: mmk.modulated_norm(x, a, b, norm=None), ((2, 3, 4), (2, 4), (2, 3, 4))
+    ),
     "low_rank_fusion": Case(
         lambda a, b, f, g, w: mmk.low_rank_fusion([a, b], [f, g], w), ((3, 4), (3, 2), (2, 5, 6), (2, 3, 6), (2,))
+    ),
+    "low_rank_fusion, all options": Case(
+        lambda a, b, f, g, w, c: mmk.low_rank_fusion([a, b], [f, g], w, c, presence=PRESENCE),
+        ((3, 4), (3, 2), (2, 5, 6), (2, 3, 6), (2,), (6,)),
     ),
     "tensor_fusion_linear": Case(
         lambda a, b, w, c: mmk.tensor_fusion_linear([a, b], w, c), ((3, 4), (3, 2), (5, 15), (5,))
@@ -135,6 +152,14 @@ CASES = {
     "concat_tokens": Case(
         lambda a, b, e, p: mmk.concat_tokens([a, b], type_embedding=e, position_embeddings=[p, None], norm="layer"),
         ((2, 3, 4), (2, 2, 4), (2, 4), (3, 4)),
+    ),
+    "concat_tokens, no norm": Case(
+        lambda a, b, e, p: mmk.concat_tokens([a, b], type_embedding=e, position_embeddings=[p, None]),
+        ((2, 3, 4), (2, 2, 4), (2, 4), (3, 4)),
+    ),
+    "concat_tokens, all options": Case(
+        lambda a, b, e, w, c: mmk.concat_tokens([a, b], type_embedding=e, norm="layer", norm_weight=w, norm_bias=c),
+        ((2, 3, 4), (2, 2, 4), (2, 4), (4,), (4,)),
     ),
     "merge_embeddings": Case(lambda t, m: mmk.merge_embeddings(t, m, POSITIONS), ((2, 4, 3), (3, 3))),
     "multimodal_cross_entropy": Case(

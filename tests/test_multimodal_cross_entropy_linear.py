@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 from typing import Any
 
 import op_contract as contract
@@ -15,11 +13,12 @@ import torch.nn.functional as F
 from conftest import native_only
 from environment import DEVICE
 from fusion_cases import allocations, each_dtype, few_dtypes
+from heads_in_chunks import peak_bytes, use_small_chunks
 from test_multimodal_cross_entropy import LOSSES, each_loss, flags, numbers
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.multimodal_cross_entropy import linear as chunks
+from mmkernels.ops import _linear_loss as chunks
 from mmkernels.testing import check_op, poisoned_memory
 
 Head = tuple[Tensor, Tensor | None]
@@ -44,10 +43,10 @@ def leaves_in(hidden: list[Tensor], heads: list[Head]) -> list[Tensor]:
     return [*hidden, *(t for head in heads for t in head if t is not None)]
 
 
-@pytest.fixture(params=[32 << 20, 1], ids=["one chunk", "many chunks"], autouse=True)
+@pytest.fixture(params=[False, True], ids=["one chunk", "many chunks"], autouse=True)
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "_CHUNK_BYTES", request.param)
-    monkeypatch.setattr(chunks, "_FEWEST_ROWS", 32 if request.param > 1 else 2)
+    if request.param:
+        use_small_chunks(monkeypatch)
 
 
 @each_loss
@@ -80,6 +79,28 @@ def test_it_is_the_call_on_logits(either_backend: str) -> None:
     torch.testing.assert_close(outs[0], outs[1])
     pulled = [torch.autograd.grad(t + e.square().sum(), [*leaves, s]) for t, e in outs]
     torch.testing.assert_close(pulled[0], pulled[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_it_is_ligers_fused_linear_cross_entropy(smoothing: float, either_backend: str) -> None:
+    """liger-kernel (ops/cross_entropy.py): (1 − ε) (lse − z[y]) + ε lse − ε / V Σ z, its gradient softmax − ε / V, less
+    1 − ε at the label, both over the rows that count."""
+    (hidden,), heads, labels = make(batch=40, classes=(33,))
+    weight, bias = heads[0]
+    labels = torch.where(labels == -100, labels, torch.randint(0, 33, labels.shape))
+    valid = labels != -100
+    total, _ = mmk.multimodal_cross_entropy([hidden], labels, linear=heads, label_smoothing=smoothing)
+    z, y = F.linear(hidden, weight, bias)[valid].detach(), labels[valid]
+    lse = z.logsumexp(1)
+    of_label = z.gather(1, y[:, None])[:, 0]
+    torch.testing.assert_close(
+        total, ((1 - smoothing) * (lse - of_label) + smoothing * lse - smoothing / 33 * z.sum(1)).mean()
+    )
+    dz = (z.softmax(1) - smoothing / 33 - (1 - smoothing) * F.one_hot(y, 33)) / valid.sum()
+    of_hidden, of_weight, of_bias = torch.autograd.grad(total, leaves_in([hidden], heads))
+    torch.testing.assert_close(of_hidden[valid], dz @ weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_weight, dz.T @ hidden[valid], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(of_bias, dz.sum(0), rtol=1e-4, atol=1e-6)
 
 
 @few_dtypes
@@ -181,26 +202,10 @@ def test_a_frozen_head_costs_nothing(chunked: None) -> None:
     assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= buffer
 
 
-_PEAK = """
-import resource, torch, mmkernels as mmk
-torch.set_num_threads(1)
-def run(h, W, b, y):
-    return torch.autograd.grad(mmk.multimodal_cross_entropy([h], y, linear=[(W, b)])[0], (h, W, b))
-def leaf(*shape):
-    return torch.empty(shape).normal_(0, 0.05).requires_grad_()
-run(leaf(64, 64), leaf(64, 64), leaf(64), torch.zeros(64, dtype=torch.int64))
-inputs = leaf(2048, 64), leaf(32000, 64), leaf(32000), torch.randint(0, 32000, (2048,))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-grads = run(*inputs)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 - sum(g.nbytes for g in grads))
-"""
-
-
 @native_only
 def test_the_logits_are_never_in_memory() -> None:
-    """Of 2048 rows and 32 000 classes they are 250 MiB."""
-    out = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
-    assert int(out.stdout) < 100 << 20
+    loss = "lambda y, h, W, b: mmk.multimodal_cross_entropy([h], y, linear=[(W, b)])[0]"
+    assert peak_bytes(loss, [("rows", "width"), ("classes", "width"), ("classes",)]) < 100 << 20
 
 
 h, w, y = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(4, dtype=torch.int64)

@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from fusion_cases import each_dtype, spoiled
+from fusion_cases import each_dtype, few_dtypes, spoiled
+from heads_in_chunks import use_small_chunks
 from op_contract import check_each_gradient_alone, check_every_element_is_written, check_strides, gradients
 from test_decision_fusion import classifiers, fused, weights_of
 from test_decision_fusion import leaves_of as fused_leaves
-from test_distillation_loss import function_of, logits
+from test_distillation_loss import function_of, logits, logits_of_excluded_classes
 from test_distillation_loss import leaves_of as distilled_leaves
+from test_distillation_loss_linear import loss_of as loss_of_heads
+from test_distillation_loss_linear import make as heads
 
 import mmkernels as mmk
 from mmkernels.ops.decision_fusion import METHODS
@@ -85,16 +88,7 @@ def test_distillation_loss(kind: str, dtype: torch.dtype) -> None:
     check_op(mmk.distillation_loss, *logits(5, 300, dtype=dtype, gain=1e-2), temperature=100.0, **options)
     for beta in (0.0, 1.0):
         check_op(mmk.distillation_loss, *logits(2, 3, dtype=dtype), beta=beta, **options)
-    student, teacher = (x.detach() for x in logits(9, 45, dtype=dtype))
-    both = torch.rand(9, 45) < 0.2
-    student[both], teacher[both] = -torch.inf, -torch.inf
-    if kind != "forward_kl":
-        student[torch.rand(9, 45) < 0.1] = -torch.inf
-    if kind != "reverse_kl":
-        teacher[torch.rand(9, 45) < 0.1] = -torch.inf
-    if kind == "jsd":
-        student[2], teacher[3] = -torch.inf, -torch.inf
-    check_op(mmk.distillation_loss, student.requires_grad_(), teacher.requires_grad_(), **options)
+    check_op(mmk.distillation_loss, *logits_of_excluded_classes(kind, dtype), **options)
 
 
 @each_kind
@@ -116,3 +110,32 @@ def test_distillation_loss_does_not_read_ignored_rows(kind: Any) -> None:
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     assert same_bits(*results)
     assert results[0][0].isfinite()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["teacher learns", "teacher is frozen"])
+@each_kind
+@few_dtypes
+def test_distillation_loss_of_heads(
+    kind: str, dtype: torch.dtype, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_small_chunks(monkeypatch)
+    options: dict[str, Any] = dict(backend="triton", kind=kind, temperature=3.0)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 2])
+    check_op(loss_of_heads, *heads(dtype, frozen=frozen), labels=labels, ignore_index=1, beta=0.1, **options)
+    check_op(loss_of_heads, *heads(dtype, lead=(3,), classes=2000, frozen=frozen), **options)
+    check_op(loss_of_heads, *heads(dtype, lead=(2,)), kind="jsd", beta=1.0, backend="triton")
+
+
+@each_kind
+def test_distillation_loss_of_heads_does_not_read_ignored_rows(kind: Any) -> None:
+    leaves, labels = heads(), torch.tensor([0, 1, 0, 2, 1, 0, 0, 0, 2])
+    results = []
+    for filler in (0.0, math.nan):
+        given = [
+            x.detach().masked_fill((labels == 2)[:, None], filler) if i in (0, 3) else x.detach()
+            for i, x in enumerate(leaves)
+        ]
+        given = [x.requires_grad_() for x in given]
+        loss = loss_of_heads(*given, kind=kind, labels=labels, ignore_index=2)
+        results.append([loss, *torch.autograd.grad(loss, given)])
+    assert same_bits(*results) and all(x.isfinite().all() for x in results[1])

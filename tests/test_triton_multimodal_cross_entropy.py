@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from fusion_cases import each_dtype, few_dtypes
+from heads_in_chunks import use_small_chunks
 from op_contract import check_each_gradient_alone, check_every_element_is_written
 from row_ops import strided
 from test_multimodal_cross_entropy import LOSSES, each_loss, flags, leaves_of, losses, make, numbers
 from test_multimodal_cross_entropy_linear import make as make_heads
 
 import mmkernels as mmk
-from mmkernels.ops.multimodal_cross_entropy import linear
 from mmkernels.testing import check_op, poisoned_memory
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -61,8 +61,7 @@ def test_in_memory_and_with_partial_gradients() -> None:
 @each_loss
 @few_dtypes
 def test_heads(loss: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(linear, "_FEWEST_ROWS", 2)
+    use_small_chunks(monkeypatch)
     hidden, heads, labels = make_heads(dtype)
 
     def call(x: Any, w: Any, b: Any, **options: Any) -> Any:

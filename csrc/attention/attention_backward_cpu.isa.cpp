@@ -44,8 +44,8 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
 
   const void* query = row_address(segment.query, p.dtype, b, h, q.first);
   const void* grad = row_address(segment.grad_out, p.dtype, b, h, q.first);
-  pack_lanes<kPairs>(p.dtype, query, segment.query.row, q.count, p.head_dim, tile.query_lanes, kQueryBlock);
-  pack_lanes<kPairs>(p.dtype, grad, segment.grad_out.row, q.count, p.value_dim, tile.grad_lanes, kQueryBlock);
+  pack_lanes(kPairs, p.dtype, query, segment.query.row, q.count, p.head_dim, tile.query_lanes, kQueryBlock);
+  pack_lanes(kPairs, p.dtype, grad, segment.grad_out.row, q.count, p.value_dim, tile.grad_lanes, kQueryBlock);
   const Panel query_columns = pack_columns<kPairs>(p.dtype, segment.query, b, h, q, p.head_dim, tile.query_columns);
   const Panel grad_columns = pack_columns<kPairs>(p.dtype, segment.grad_out, b, h, q, p.value_dim, tile.grad_columns);
 
@@ -136,8 +136,8 @@ void backward_task(const BackwardCall& call, const BackwardBlocks& blocks, const
           e.to = row_address(result, p.dtype, b, h, q.first + lane);
           e.to_stride = result.row, e.to_dtype = p.dtype;
         }
-        multiply_features<kPairs>((kPairs ? tile.ds_key_pairs : tile.ds) + lane, Constant<1>{}, Constant<kQueryBlock>{},
-                                  rows, key_columns, units<kPairs>(block.keys), p.head_dim, e);
+        multiply_features(kPairs, (kPairs ? tile.ds_key_pairs : tile.ds) + lane, 1, kQueryBlock, rows, key_columns,
+                          units<kPairs>(block.keys), p.head_dim, e);
       }
       first = false;
       finished_dq = finishes_dq;

@@ -190,9 +190,8 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   group.finished = last_block && out != nullptr;
   const bool direct = group.finished && out->takes_products();
   if (group.finished) invert_sums(group.softmax.sum, group.queries.count, inverse);
-  multiply_features<kPairs>(
-      tile.scores, Constant<1>{}, Constant<kLanes>{}, group.queries.count, values, units<kPairs>(block.keys),
-      p.value_dim,
+  multiply_features(
+      kPairs, tile.scores, 1, kLanes, group.queries.count, values, units<kPairs>(block.keys), p.value_dim,
       {1.f, group.started ? old_factor : nullptr, group.total, stride, direct ? inverse : nullptr,
        direct ? out->data : group.total, direct ? out->stride : stride, direct ? out->dtype : Dtype::f32});
   group.started = true;
@@ -230,8 +229,8 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
            score_block<kPairs>(p, blocks.key_block(x.last_block), x.any, x.queries, b, h).keys == 0) {
       --x.last_block;
     }
-    pack_lanes<kPairs>(p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
-                       x.queries.count, p.head_dim, x.query, kLanes);
+    pack_lanes(kPairs, p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
+               x.queries.count, p.head_dim, x.query, kLanes);
   }
   const int64_t block_tiles = score_tiles(queries.vectors, min(kKeyBlock, blocks.keys));
   int64_t last_block = part.begin - 1;

@@ -261,8 +261,7 @@ void add_key_gradients(const BackwardCall& call, const Task& task, const KeyBloc
       const bool direct = task.last && covers && v.result.takes_products();
       Epilogue e{factor, adds, sums, v.stride, nullptr, sums, v.stride};
       if (direct) e.to = v.result.data, e.to_stride = v.result.stride, e.to_dtype = v.result.dtype;
-      multiply_features<kPairs>(a, Constant<kStride>{}, Constant<1>{}, block.keys, columns, units<kPairs>(queries),
-                                features, e);
+      multiply_features(kPairs, a, kStride, 1, block.keys, columns, units<kPairs>(queries), features, e);
       if (direct) return;
     }
     if (task.last) gradient.finish(v, keys.count);

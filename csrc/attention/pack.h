@@ -13,12 +13,13 @@
 
 namespace mmk {
 namespace MMK_ISA {
-namespace {
 
 struct Panel {
   const float* data;
   int64_t stride;  // between rows (for columns of pairs: between pairs of rows)
 };
+
+namespace {
 
 // The keys or the values of all segments and heads of one wave.
 class Panels {

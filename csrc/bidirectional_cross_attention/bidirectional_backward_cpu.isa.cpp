@@ -206,8 +206,7 @@ void add_y_gradients(const BackwardCall& call, const BackwardTile& t, const KeyH
     const bool direct = last && v.result.takes_products();
     Epilogue e{factor, rank == 0 ? nullptr : kOnes.values, v.sums, v.stride, nullptr, v.sums, v.stride};
     if (direct) e.to = v.result.data, e.to_stride = v.result.stride, e.to_dtype = v.result.dtype;
-    multiply_features<kPairs>(a, Constant<kStride>{}, Constant<1>{}, k.count, columns, units<kPairs>(queries), features,
-                              e);
+    multiply_features(kPairs, a, kStride, 1, k.count, columns, units<kPairs>(queries), features, e);
     if (last && !direct) gradient.finish(v, k.count);
   };
   add(call.grad_value, kPairs ? t.p_pairs : t.p, 1.f, x_grad, p.value_dim);
@@ -236,7 +235,7 @@ void backward_task(const BackwardCall& call, const KeyHead& head, int64_t block,
   const int64_t b = head.b, h = head.h;
   const QueryBlock q = call.blocks.query_block(block);
   const auto as_lanes = [&](const Rows& rows, int64_t features, float* to) {
-    pack_lanes<kPairs>(p.dtype, row_address(rows, p.dtype, b, h, q.first), rows.row, q.count, features, to, kSideBlock);
+    pack_lanes(kPairs, p.dtype, row_address(rows, p.dtype, b, h, q.first), rows.row, q.count, features, to, kSideBlock);
   };
   as_lanes(x.query, p.head_dim, t.query_lanes);
   as_lanes(x.grad_out, p.value_dim, t.grad_lanes);
@@ -288,8 +287,7 @@ void backward_task(const BackwardCall& call, const KeyHead& head, int64_t block,
       const bool direct = last && to.takes_products();
       Epilogue e{factor, j == 0 ? nullptr : kOnes.values, sums, stride, nullptr, sums, stride};
       if (direct) e.to = to.data, e.to_stride = to.stride, e.to_dtype = to.dtype;
-      multiply_features<kPairs>(a, Constant<1>{}, Constant<kSideBlock>{}, q.count, columns, units<kPairs>(k.count),
-                                features, e);
+      multiply_features(kPairs, a, 1, kSideBlock, q.count, columns, units<kPairs>(k.count), features, e);
       if (last && !direct) store_rows(to, sums, stride, q.count, nullptr);
     };
     if (call.want_query) {

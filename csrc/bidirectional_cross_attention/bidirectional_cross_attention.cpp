@@ -22,6 +22,41 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kName = "bidirectional_cross_attention";
 
+// What is saved, [3, B, H, L], as every backend means it: row_max and log_sum in natural logarithms, -inf where there
+// is nothing to attend to, and what rounds row_max, of which the kernels' shift, an exponent of 2, is found again to
+// the last bit. Other backends round nothing: there log2_sum takes what rounds the shift.
+void to_natural(const SoftmaxStats& stats, int64_t count) {
+  float* const remainders = stats.log2_sum + count;
+  for (int64_t i = 0; i < count; ++i) {
+    float &top = stats.shift[i], &sum = stats.log2_sum[i];
+    remainders[i] = 0.f;
+    if (sum == std::numeric_limits<float>::infinity()) {
+      top = sum = -sum;
+      continue;
+    }
+    const double natural = static_cast<double>(top) * M_LN2;
+    top = static_cast<float>(natural);
+    remainders[i] = static_cast<float>(natural - static_cast<double>(top));
+    sum = static_cast<float>(static_cast<double>(sum) * M_LN2);
+  }
+}
+
+void to_exponents(const SoftmaxStats& stats, int64_t count) {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  const float* const remainders = stats.log2_sum + count;
+  for (int64_t i = 0; i < count; ++i) {
+    float &top = stats.shift[i], &sum = stats.log2_sum[i];
+    if (top == -std::numeric_limits<float>::infinity()) {
+      top = 0.f, sum = std::numeric_limits<float>::infinity();
+      continue;
+    }
+    const double exponent = (static_cast<double>(top) + static_cast<double>(remainders[i])) * M_LOG2E;
+    top = static_cast<float>(std::max(-kMost, std::min(kMost, exponent)));
+    const double rounded = remainders[i] == 0.f ? exponent - static_cast<double>(top) : 0.;
+    sum = static_cast<float>(static_cast<double>(sum) * M_LOG2E + rounded);
+  }
+}
+
 // What belongs to x, or to y: `query` is x_query or y_key.
 struct Side {
   Tensor query, value, mask;  // mask undefined: all tokens are real
@@ -37,7 +72,7 @@ struct Side {
   SoftmaxStats stats_data() const {
     if (!stats.defined() || stats.numel() == 0) return {};
     float* const data = stats.data_ptr<float>();
-    return {data, data + stats.numel() / 2};
+    return {data, data + stats.numel() / 3};
   }
   // What is not finite in a padded token counts as zero. Whether there was any.
   bool clean_padding() {
@@ -140,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_query, const 
     const Tensor& q = side->query;
     side->out = empty_in_order_of(q, {q.size(0), q.size(1), q.size(2), x_value.size(3)});
     const auto options = q.options().dtype(at::kFloat);
-    side->stats = training ? at::empty({2, q.size(0), q.size(1), q.size(2)}, options) : at::empty({0}, options);
+    side->stats = training ? at::empty({3, q.size(0), q.size(1), q.size(2)}, options) : at::empty({0}, options);
   }
   const auto results = [&] { return std::tuple{call.x.out, call.y.out, call.x.stats, call.y.stats}; };
   if (call.has_no_scores()) {
@@ -152,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x_query, const 
   if (call.is_masked() && !(is_finite(call.x.out) && is_finite(call.y.out)) && call.clean_padding()) {
     MMK_DISPATCH(bidirectional_forward)(call.params(1.));
   }
+  for (const Side* side : {&call.x, &call.y}) to_natural(side->stats_data(), side->stats.numel() / 3);
   return results();
 }
 
@@ -172,7 +208,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x_query, const 
     return result;
   }
   x.out = saved[0], y.out = saved[1];
-  x.stats = saved[2].contiguous(), y.stats = saved[3].contiguous();
+  x.stats = saved[2].clone(at::MemoryFormat::Contiguous), y.stats = saved[3].clone(at::MemoryFormat::Contiguous);
+  for (const Side* side : {&x, &y}) to_exponents(side->stats_data(), side->stats.numel() / 3);
   x.grad_out = grads[0], y.grad_out = grads[1];
   MMK_DISPATCH(bidirectional_backward)(call.params(2.5));
   if (call.is_masked() && !std::all_of(result.begin(), result.end(), is_finite) && call.clean_padding()) {

@@ -223,9 +223,8 @@ void forward_block(const ForwardCall& call, const QueryBlock& q, const KeyHead& 
   if (ends_x) invert_sums(t.x.sum, q.count, t.inverse);
   Epilogue e{1.f, starts_x ? nullptr : t.old_factor, t.total, call.stride, nullptr, t.total, call.stride};
   if (direct) e.finish = t.inverse, e.to = out.data, e.to_stride = out.stride, e.to_dtype = out.dtype;
-  multiply_features<kPairs>(t.of_x, Constant<1>{}, Constant<kSideBlock>{}, q.count,
-                            call.values.columns(head.slot, head.b, head.h, 0, k.first), units<kPairs>(k.count),
-                            p.value_dim, e);
+  multiply_features(kPairs, t.of_x, 1, kSideBlock, q.count, call.values.columns(head.slot, head.b, head.h, 0, k.first),
+                    units<kPairs>(k.count), p.value_dim, e);
   if (ends_x && !direct) store_rows(out, t.total, call.stride, q.count, t.inverse);
 
   with_bool(has_hidden, [&](auto hides) {
@@ -234,9 +233,8 @@ void forward_block(const ForwardCall& call, const QueryBlock& q, const KeyHead& 
   });
   constexpr int64_t kStride = kPairs ? kSideBlock / 2 : kSideBlock;
   float* const total = y.total + k.first * call.stride;
-  multiply_features<kPairs>(t.of_y, Constant<kStride>{}, Constant<1>{}, k.count, x_value, units<kPairs>(q.count),
-                            p.value_dim,
-                            {1.f, starts_y ? nullptr : t.old_factor, total, call.stride, nullptr, total, call.stride});
+  multiply_features(kPairs, t.of_y, kStride, 1, k.count, x_value, units<kPairs>(q.count), p.value_dim,
+                    {1.f, starts_y ? nullptr : t.old_factor, total, call.stride, nullptr, total, call.stride});
 }
 
 // y_out of a block of y, its sums complete.
@@ -257,8 +255,8 @@ void forward_task(const ForwardCall& call, const KeyHead& head, Range strip, con
   y.softmax.clear(round_up(call.y_length(), kSideBlock));
   for (int64_t block = strip.begin; block < strip.end; ++block) {
     const QueryBlock q = call.blocks.query_block(block);
-    pack_lanes<kPairs>(p.dtype, row_address(x.query, p.dtype, head.b, head.h, q.first), x.query.row, q.count,
-                       p.head_dim, t.query, kSideBlock);
+    pack_lanes(kPairs, p.dtype, row_address(x.query, p.dtype, head.b, head.h, q.first), x.query.row, q.count,
+               p.head_dim, t.query, kSideBlock);
     const Panel x_value = pack_columns<kPairs>(p.dtype, call.p.x_value, head.b, head.h, q, p.value_dim, t.x_value);
     const bool has_hidden = hidden_lanes(call.p, q, head.b, t.hidden);
     t.x.clear(kSideBlock);

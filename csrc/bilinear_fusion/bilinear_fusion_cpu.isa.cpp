@@ -100,8 +100,8 @@ void project(const BilinearParams& p, const BilinearSide& side, const ForwardPla
       const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
       float* features = t.features + i * kDepth * lanes;
       if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(depth * lanes) * sizeof(float));
-      pack_lanes<kPairs>(p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
-                         features, lanes);
+      pack_lanes(kPairs, p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
+                 features, lanes);
       weight.multiply_into({k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes},
                            features, lanes, depth, lanes);
     }
@@ -126,10 +126,10 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       const Operand weight = operand_of_columns<kPairs>(
           p.dtype, transposed(from_element(side.weight, p.dtype, first, k)), width, projections,
           p.batch <= 2 * kFeatureRows && projections % VW == 0, t.weight, spread_stride(plan.projections));
-      multiply<kPairs>(x.data, x.stride, Constant<1>{}, p.batch, weight.data, weight.stride, units<kPairs>(width),
-                       projections, {k == 0 ? Combine::store : Combine::add, t.dots, ldd});
+      multiply(kPairs, x.data, x.stride, 1, p.batch, weight.data, weight.stride, units<kPairs>(width), projections,
+               {k == 0 ? Combine::store : Combine::add, t.dots, ldd});
     }
-    pack_lanes<false>(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+    pack_lanes(false, Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
     return;
   }
   std::memset(t.partial, 0, static_cast<size_t>(p.batch * ldp * VW) * sizeof(float));
@@ -144,8 +144,8 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       const int64_t some = min(step, projections - c);
       const Operand weight =
           operand_of_rows<kPairs>(p.dtype, weight_from(c), side.weight.stride, some, width, t.weight, ld);
-      dot_rows<kPairs>(x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
-                       t.partial + c * VW, ldp);
+      dot_rows(kPairs, x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
+               t.partial + c * VW, ldp);
     }
   }
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -153,7 +153,7 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
       store(t.dots + b * ldd + c, finish_dots(t.partial + b * ldp * VW, c));
     }
   }
-  pack_lanes<false>(Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+  pack_lanes(false, Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
 }
 
 template <bool kPairs>
@@ -180,7 +180,7 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
       }
     }
     const int64_t stride = spread_stride(plan.outputs);
-    pack_lanes<false>(Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
+    pack_lanes(false, Dtype::f32, t.pooled, lanes, outputs, lanes, t.rows, stride);
     write_rows(t.rows, stride, some, outputs, p.dtype, element(p.out, p.dtype, row * p.outputs + first_output),
                p.outputs);
     for (int s = 0; s < 2; ++s) {
@@ -254,8 +254,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
           form_grad_projection<kPairs, false>(p, other, grad_out, ldg, c, some, row, rows, tile.grad_projection, ldr);
           const Operand weight = operand_of_columns<kPairs>(p.dtype, from_element(side.weight, p.dtype, c, column),
                                                             some, columns, is_in_place(rows), tile.operand, ldo);
-          multiply<kPairs>(tile.grad_projection, Constant<1>{}, ldr, rows, weight.data, weight.stride,
-                           units<kPairs>(some), columns, {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+          multiply(kPairs, tile.grad_projection, 1, ldr, rows, weight.data, weight.stride, units<kPairs>(some), columns,
+                   {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
         }
         write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
                    side.width);
@@ -274,8 +274,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
         const Operand x =
             operand_of_columns<kPairs>(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
                                        some, columns, is_in_place(rows), tile.operand, ldo);
-        multiply<kPairs>(tile.grad_projection, ldc, Constant<1>{}, rows, x.data, x.stride, units<kPairs>(some), columns,
-                         {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
+                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
       }
       if (side.weight.by_columns) {
         write_transposed(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, column * all + c),
@@ -308,7 +308,7 @@ void bilinear_forward(const BilinearParams& p) {
 void bilinear_backward(const BilinearParams& p) {
   const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
-  pack_lanes<false>(p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
+  pack_lanes(false, p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
   with_pairs(p.dtype, [&](auto pairs) {
     for (int s = 0; s < 2; ++s) {
       backward_side<pairs>(p, p.sides[s], p.sides[1 - s].projection, grad_out.data(), ldg, memory.data(), floats);

@@ -239,10 +239,10 @@ class ConcatBackward {
       // `spare` holds [units of rows][features] for a moment.
       pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(dz.data), 2 * dz.stride, rows, sources_.features,
                             const_cast<float*>(spare_pairs(spare)), padded_);
-      pack_lanes<false>(Dtype::f32, spare_pairs(spare), padded_, units<true>(rows), sources_.features,
-                        transposed_ + at / 2, transposed_stride_);
+      pack_lanes(false, Dtype::f32, spare_pairs(spare), padded_, units<true>(rows), sources_.features,
+                 transposed_ + at / 2, transposed_stride_);
     } else {
-      pack_lanes<false>(Dtype::f32, dz.data, dz.stride, rows, sources_.features, transposed_ + at, transposed_stride_);
+      pack_lanes(false, Dtype::f32, dz.data, dz.stride, rows, sources_.features, transposed_ + at, transposed_stride_);
     }
   }
   float* spare_pairs(float* dx) const { return dx - dz_floats_; }  // the third of the blocks of dz
@@ -284,8 +284,8 @@ class ConcatBackward {
       for (int64_t column = 0; column < source.width; column += kPanel, panels += depth * kPanel) {
         for (int64_t n = 0; n < depth; n += kDepth) {
           const Block c{to + column, stride, min(kPanel, source.width - column), add || n > 0};
-          multiply_panels<kPairs>({a.data + skip + n, a.stride}, present.count(), panels + n * kPanel,
-                                  min(kDepth, depth - n), c);
+          multiply_panels(kPairs, {a.data + skip + n, a.stride}, present.count(), panels + n * kPanel,
+                          min(kDepth, depth - n), c);
         }
       }
       add |= depth > 0;
@@ -326,7 +326,7 @@ class ConcatBackward {
                         {c.data, c.stride, whole, c.add || n > 0});
       if (rest > 0) {
         pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight.stride, depth, rest, memory, kPanel);
-        multiply_panels<false>(a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
+        multiply_panels(false, a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
       }
     }
   }
@@ -339,8 +339,8 @@ class ConcatBackward {
         const Matrix columns = from_element(term.weight, sources_.dtype, n, column);
         const Operand w = operand_of_rows<kPairs>(sources_.dtype, columns.data, columns.stride, some, count, memory,
                                                   copy_stride<kPairs>(count));
-        multiply_dots<kPairs>({dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column,
-                              c.stride, c.add || n > 0);
+        multiply_dots(kPairs, {dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column,
+                      c.stride, c.add || n > 0);
       }
     });
   }
@@ -380,7 +380,7 @@ class ConcatBackward {
       // What is packed next: the rows behind these, or the first of the columns behind them.
       const bool last = row + count == rows;
       const int64_t next = last ? start : start + row + count, from = last ? column + kGroup : column;
-      const RowPrefetch columns_ahead =
+      const RowsAhead columns_ahead =
           prefetch_rows(sources_, s, next, min(chunk_elements<kPairs>(), start + rows - next), min(from, source.width),
                         min(kGroup, max(0, source.width - from)), tiles_of(kBlockRows, width));
       int64_t features = 0;
@@ -402,17 +402,17 @@ class ConcatBackward {
   // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
   // all panels pass. Meanwhile the next block is fetched, or during the last one what comes then.
   void multiply_features(const ConcatTerm& term, int64_t column, int64_t unit, int64_t depth, const float* panels,
-                         Block c, const RowPrefetch& then) const {
+                         Block c, const RowsAhead& then) const {
     const float* dz = transposed_ + term.column * transposed_stride_ + unit;
     float* const to = c.data;
     for (int64_t n = 0; n < term.features; n += kBlockRows) {
       const int64_t count = min(kBlockRows, term.features - n), left = term.features - n - count;
       if (!in_one_product()) c.data = to + n * c.stride;
       const float* next = dz + (n + count) * transposed_stride_;
-      multiply_panels<kPairs>({dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
-                              left == 0 ? RowPrefetch(then)
-                                        : RowPrefetch(next, depth * 4, transposed_stride_ * 4, min(kBlockRows, left),
-                                                      tiles_of(count, c.columns)));
+      multiply_panels(kPairs, {dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
+                      left == 0 ? then
+                                : RowsAhead{next, depth * 4, transposed_stride_ * 4, min(kBlockRows, left),
+                                            tiles_of(count, c.columns)});
       if (in_one_product()) write_features(term, n, count, column, c.columns, to);
     }
   }

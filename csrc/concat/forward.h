@@ -45,9 +45,8 @@ class PackedWeights {
           for (int64_t t = 0; t < source.term_count; ++t) {
             const ConcatTerm& term = source.terms[t];
             for (int64_t p = begin; p < min(end, ceil_div(term.features, kPanel)); ++p) {
-              pack_lanes<kPairs>(sources_.dtype, from_element(term.weight, sources_.dtype, p * kPanel, k),
-                                 min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel,
-                                 kPanel);
+              pack_lanes(kPairs, sources_.dtype, from_element(term.weight, sources_.dtype, p * kPanel, k),
+                         min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel, kPanel);
             }
             at += depth * round_up(term.features, kPanel);
           }
@@ -118,7 +117,7 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
       k = 0;
       if (++s == sources.count) s = 0, first += block_rows;
     }
-    if (first >= sources.rows) return RowPrefetch();
+    if (first >= sources.rows) return RowsAhead();
     return prefetch_rows(sources, s, first, block_rows, k, min(chunk_elements<kPairs>(), sources.items[s].width - k),
                          steps);
   };
@@ -151,8 +150,8 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
               const Block c{z + max(0, term.column - column), columns, min(block_columns, term.features - skipped), add,
                             present.map()};
               if (present.count() > 0) {
-                multiply_panels<kPairs>(x, present.count(), panels + skipped * depth, depth, c,
-                                        t == 0 ? next_chunk(s, k, first, tiles_of(rows, c.columns)) : RowPrefetch());
+                multiply_panels(kPairs, x, present.count(), panels + skipped * depth, depth, c,
+                                t == 0 ? next_chunk(s, k, first, tiles_of(rows, c.columns)) : RowsAhead());
               }
               panels += depth * round_up(term.features, kPanel);
             }
@@ -179,7 +178,7 @@ MMK_INLINE void for_terms(const ConcatSource& source, int64_t column, int64_t co
 // [rows][stride] → [columns][to_stride], the transposed.
 inline void transpose_tile(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
                            int64_t to_stride) {
-  pack_lanes<false>(Dtype::f32, from, stride, rows, columns, to, to_stride);
+  pack_lanes(false, Dtype::f32, from, stride, rows, columns, to, to_stride);
 }
 
 template <bool kPairs, class Loader, class Epilogue>
@@ -228,7 +227,7 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
             const Operand w = operand_of_rows<kPairs>(sources.dtype, weight.data, weight.stride, some, width, chunk,
                                                       copy_stride<kPairs>(width));
             const Block c{z_lanes + at * block, block, round_up(rows, VW), add};
-            multiply_panels<kPairs>(w, some, to, depth, c);
+            multiply_panels(kPairs, w, some, to, depth, c);
           });
           add = true;
           unit += depth;
@@ -266,7 +265,7 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
             const Matrix weight = from_element(term.weight, sources.dtype, from, k);
             const Operand w = operand_of_rows<kPairs>(sources.dtype, weight.data, weight.stride, some, width,
                                                       weight_copy, copy_stride<kPairs>(width));
-            multiply_dots<kPairs>(x, sources.rows, w, some, units<kPairs>(width), z + at, kFeatures, add);
+            multiply_dots(kPairs, x, sources.rows, w, some, units<kPairs>(width), z + at, kFeatures, add);
           });
           add = true;
         });
@@ -300,8 +299,8 @@ inline void multiply_columns_in_place(Operand x, int64_t rows, const Matrix& wei
                       {c.data, c.stride, whole, c.add || k > 0});
   }
   if (rest == 0) return;
-  pack_lanes<false>(Dtype::f32, from_element(weight, Dtype::f32, whole, 0), rest, depth, memory, kPanel);
-  multiply_panels<false>(x, rows, memory, depth, {c.data + whole, c.stride, rest, c.add});
+  pack_lanes(false, Dtype::f32, from_element(weight, Dtype::f32, whole, 0), rest, depth, memory, kPanel);
+  multiply_panels(false, x, rows, memory, depth, {c.data + whole, c.stride, rest, c.add});
 }
 
 // Of weights that lie by columns, with features in the lanes: W is read as it lies, or a chunk of a task's features is
@@ -340,10 +339,10 @@ void multiply_weight_columns(const ConcatSources& sources, const Workers& worker
               return multiply_columns_in_place(x, rows, weight, depth, c, weight_copy);
             }
             for (int64_t p = 0; p < some; p += kPanel) {
-              pack_lanes<kPairs>(sources.dtype, from_element(weight, sources.dtype, p, 0), min(kPanel, some - p), width,
-                                 weight_copy + p * depth, kPanel);
+              pack_lanes(kPairs, sources.dtype, from_element(weight, sources.dtype, p, 0), min(kPanel, some - p), width,
+                         weight_copy + p * depth, kPanel);
             }
-            multiply_panels<kPairs>(x, rows, weight_copy, depth, c);
+            multiply_panels(kPairs, x, rows, weight_copy, depth, c);
           });
           add = true;
         });

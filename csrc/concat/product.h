@@ -15,6 +15,27 @@
 
 namespace mmk {
 namespace MMK_ISA {
+
+// Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
+struct Block {
+  float* data;
+  int64_t stride, columns;
+  bool add;
+  const int32_t* map = nullptr;
+};
+
+// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
+// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
+void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
+                     const RowsAhead& ahead = {});
+
+// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
+void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
+
+// c[r][f] (+)= x[r] · w[f] of rows of units, nothing packed.
+void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,
+                   int64_t stride, bool add);
+
 namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
@@ -40,104 +61,8 @@ MMK_INLINE void for_row_addresses(const RowView& view, Dtype dtype, int64_t firs
   }
 }
 
-// Where a block of results goes. Row i of the product is row map[i] of C, or i without a map.
-struct Block {
-  float* data;
-  int64_t stride, columns;
-  bool add;
-  const int32_t* map = nullptr;
-};
-
-template <bool kPairs, int MR, int NR, class Ldb = Constant<kPanel>>
-MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, const Block& c, int64_t row,
-                               int64_t column, Ldb ldb = {}) {
-  vf acc[MR][NR];
-  clear(acc);
-  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, ldb, depth);
-  const int64_t last = c.columns - column - (NR - 1) * VW;  // columns of the last vector
-  MMK_UNROLL for (int i = 0; i < MR; ++i) {
-    float* to = c.data + (c.map == nullptr ? row + i : c.map[row + i]) * c.stride + column;
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      if (j < NR - 1 || last >= VW) {
-        store(to + j * VW, c.add ? load(to + j * VW) + acc[i][j] : acc[i][j]);
-      } else {
-        store_partial(to + j * VW, c.add ? load_partial(to + j * VW, last) + acc[i][j] : acc[i][j], last);
-      }
-    }
-  }
-}
-
 MMK_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kFeatureRows) * ceil_div(columns, kPanel);
-}
-
-// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
-// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
-template <bool kPairs>
-void multiply_panels(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
-                     RowPrefetch&& ahead = {}) {
-  constexpr int64_t kLineFloats = 16;
-  const int64_t panel_lines = depth * kPanel / kLineFloats;
-  for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
-    RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        next_panel.step<false>();
-        ahead.step<false>();
-        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>({a.data + i * a.stride, a.stride},
-                                                                               panels, depth, c, i, column);
-      });
-    });
-  }
-}
-
-// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
-inline void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
-  for (int64_t column = 0; column < c.columns; column += kPanel) {
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
-            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
-      });
-    });
-  }
-}
-
-// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
-template <bool kPairs, int R, int F>
-MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
-  vf acc[R][F];
-  clear(acc);
-  const auto step = [&](int64_t k, auto load_units) {
-    vf xs[R];
-    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
-    MMK_UNROLL for (int f = 0; f < F; ++f) {
-      const vf wf = load_units(w.data + f * w.stride + k);
-      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
-    }
-  };
-  int64_t k = 0;
-  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
-  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
-  MMK_UNROLL for (int r = 0; r < R; ++r) {
-    MMK_UNROLL for (int f = 0; f < F; ++f) {
-      float& to = c[r * stride + f];
-      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
-    }
-  }
-}
-
-// c[r][f] (+)= x[r] · w[f] of rows of units, nothing packed.
-template <bool kPairs>
-void multiply_dots(Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c, int64_t stride,
-                   bool add) {
-  constexpr int kTileRows = 2, kTileFeatures = 4;
-  for_runs<kTileFeatures>(features, [&](auto width, int64_t f) {
-    for_runs<kTileRows>(rows, [&](auto height, int64_t r) {
-      dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
-          {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, depth, c + r * stride + f, stride, add);
-    });
-  });
 }
 
 // [depth][columns] → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
@@ -145,7 +70,7 @@ template <bool kPairs>
 void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, float* panels) {
   for (int64_t first = 0; first < columns; first += kPanel, panels += units<kPairs>(depth) * kPanel) {
     const Matrix lanes = transposed(from_element(m, dtype, 0, first));
-    pack_lanes<kPairs>(dtype, lanes, min(kPanel, columns - first), depth, panels, kPanel);
+    pack_lanes(kPairs, dtype, lanes, min(kPanel, columns - first), depth, panels, kPanel);
   }
 }
 
@@ -202,9 +127,9 @@ class SourceRows {
   int32_t map_[kBlockRows];
 };
 
-// Brings columns of the rows from `first` on into cache within `steps` steps.
-inline RowPrefetch prefetch_rows(const ConcatSources& sources, int64_t s, int64_t first, int64_t count, int64_t column,
-                                 int64_t width, int64_t steps) {
+// Columns of the rows from `first` on, to come into cache within `steps` steps.
+inline RowsAhead prefetch_rows(const ConcatSources& sources, int64_t s, int64_t first, int64_t count, int64_t column,
+                               int64_t width, int64_t steps) {
   const RowView& x = sources.items[s].x;
   const int64_t rows = min(count, min(sources.rows - first, x.inner - first % x.inner));
   const int64_t bytes = element_size(sources.dtype);

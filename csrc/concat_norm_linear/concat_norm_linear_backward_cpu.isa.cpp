@@ -231,7 +231,7 @@ class NormLinearGradient {
     const ConcatTerm& term = source.terms[0];
     const int64_t features = sources_.features, stride = round_up(features, VW);
     const Scratch turned(kGroup * stride);  // [width][features]
-    pack_lanes<false>(Dtype::f32, products, kGroup, features, width, turned.data(), stride);
+    pack_lanes(false, Dtype::f32, products, kGroup, features, width, turned.data(), stride);
     for (int64_t c = 0; c < width; ++c) {
       const int64_t column = source.column + first + c;
       const T* down = weight + (first + c) * term.weight.stride;

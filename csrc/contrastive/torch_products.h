@@ -22,15 +22,28 @@
 
 namespace mmk {
 
+// Whether x and y are two sides of pairs with scalars, as a call that nobody has checked may have them.
+inline bool are_pairs(const std::vector<c10::IValue>& arguments, size_t scalars) {
+  const at::Tensor &x = arguments[0].toTensor(), &y = arguments[1].toTensor();
+  if (x.dim() != 2 || y.sizes() != x.sizes() || !x.is_floating_point() || y.scalar_type() != x.scalar_type()) {
+    return false;
+  }
+  for (size_t i = 2; i < 2 + scalars; ++i) {
+    const at::Tensor& scalar = arguments[i].toTensor();
+    if (scalar.dim() != 0 || scalar.scalar_type() != at::kFloat) return false;
+  }
+  return true;
+}
+
 class PairProducts {
  public:
   PairProducts(const char* op, const at::Tensor& x, const at::Tensor& y, double scale)
       : rows_(x.size(0)),
         columns_(y.size(0)),
         features_(x.size(1)),
-        dtype_(floating_dtype_of(op, x)),
         x_(even(x.detach())),
         y_(even(y.detach())),
+        dtype_(floating_dtype_of(op, x_)),
         negated_(scale < 0.),
         scale_(std::max(static_cast<float>(std::abs(scale)), std::numeric_limits<float>::min())),
         tile_rows_(columns_ > kWide ? 128 : 256) {}
@@ -96,21 +109,30 @@ class PairProducts {
   }
 
  private:
+  static bool multiplies_float16() {
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx512fp16");
+#else
+    return true;
+#endif
+  }
   static constexpr int64_t kGroups = 4;
   static constexpr int64_t kWide = 8192;  // columns from which a tile has fewer rows, to stay small beside x and y
 
   int64_t tiles() const { return (rows_ + tile_rows_ - 1) / tile_rows_; }
   at::Tensor rows_of_x(const PairTile& tile) const { return x_.narrow(0, tile.first_row, tile.end_row); }
-  // In half precision with even sizes: a product's last pair then ends where its row does.
+  // In half precision with even sizes: a product's last pair then ends where its row does. Float16 as float32 where
+  // there are no instructions for its products: torch's take many times as long.
   static at::Tensor even(const at::Tensor& t) {
+    if (t.scalar_type() == at::kHalf && !multiplies_float16()) return t.to(at::kFloat);
     const int64_t more_rows = t.size(0) % 2, more_features = t.size(1) % 2;
     if (t.scalar_type() == at::kFloat || more_rows + more_features == 0) return t;
     return at::constant_pad_nd(t, {0, more_features, 0, more_rows});
   }
 
   int64_t rows_, columns_, features_;
-  Dtype dtype_;
   at::Tensor x_, y_;
+  Dtype dtype_;
   bool negated_;
   float scale_;
   int64_t tile_rows_;

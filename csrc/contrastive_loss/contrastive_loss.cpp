@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "csrc/contrastive/torch_products.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -220,6 +221,16 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
       needed[2] ? at::scalar_tensor(total_of(of_scale) * mean * products.sign(), logit_scale.options()) : none();
   return {dx, needed[1] ? products.of_y(sums, factor, y.scalar_type()) : none(), dscale, none(), none()};
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const double smoothing = arguments[5].toDouble();
+  if (!are_pairs(arguments, 1) || !(smoothing >= 0. && smoothing <= 1.)) return false;
+  if (arguments[3].isNone()) return true;
+  const Tensor& labels = arguments[3].toTensor();
+  return at::isIntegralType(labels.scalar_type(), false) && labels.sizes() == at::IntArrayRef{arguments[8].toInt()};
+}
+
+const DoorCheck door_check("contrastive_loss", fits, DoorCheck::Dtypes::any);
 
 }  // namespace
 

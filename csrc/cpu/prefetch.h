@@ -5,6 +5,13 @@
 
 namespace mmk {
 namespace MMK_ISA {
+
+// Rows that are needed next, and within how many calls of step() they are to come.
+struct RowsAhead {
+  const void* first = nullptr;
+  int64_t row_bytes = 0, stride_bytes = 0, rows = 0, steps = 1;
+};
+
 namespace {
 
 class RowPrefetch {
@@ -17,6 +24,7 @@ class RowPrefetch {
         stride_(stride_bytes),
         left_(max(0, rows)),
         per_step_(ceil_div(left_, max(1, steps))) {}
+  explicit RowPrefetch(const RowsAhead& x) : RowPrefetch(x.first, x.row_bytes, x.stride_bytes, x.rows, x.steps) {}
 
   template <bool kForWriting>
   MMK_INLINE void step() {

@@ -14,6 +14,27 @@
 
 namespace mmk {
 namespace MMK_ISA {
+
+// What becomes of a tile: C = tile; C = C + tile; C = C · tile; or sum = sum + factor · C · tile.
+enum class Combine { store, add, multiply, add_product };
+
+struct Result {
+  Combine how;
+  float* data;  // C
+  int64_t stride;
+  float* sum = nullptr;  // add_product alone, of C's stride
+  float factor = 1.f;
+};
+
+// A[rows][depth] · B[depth][columns]; one of A's strides is 1. B and C are read and written in whole vectors, up to a
+// multiple of VW columns.
+void multiply(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, const float* b,
+              int64_t ldb, int64_t depth, int64_t columns, const Result& c);
+
+// partial [rows][ldp][VW] += A[rows][depth] · B[others][depth]ᵀ, one sum per lane; `finish_dots` adds the lanes up.
+void dot_rows(bool pairs, const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t others,
+              int64_t depth, float* partial, int64_t ldp);
+
 namespace {
 
 // A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
@@ -76,110 +97,9 @@ inline void sum_columns(const float* from, int64_t from_stride, int64_t rows, in
   });
 }
 
-// --- C = A · B
-// --------------------------------------------------------------------------------------------------------
-
-// What becomes of a tile: C = tile; C = C + tile; C = C · tile; or sum = sum + factor · C · tile.
-enum class Combine { store, add, multiply, add_product };
-
-struct Result {
-  Combine how;
-  float* data;  // C
-  int64_t stride;
-  float* sum = nullptr;  // add_product alone, of C's stride
-  float factor = 1.f;
-};
-
-template <bool kPairs, int MR, int NR, class RowStride, class KStride>
-MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_stride, const float* b, int64_t ldb,
-                               int64_t depth, const Result& c, int64_t row, int64_t column) {
-  vf acc[MR][NR];
-  clear(acc);
-  accumulate<kPairs>(acc, a, row_stride, k_stride, b, ldb, depth);
-  const auto each = [&](auto f) {
-    MMK_UNROLL for (int i = 0; i < MR; ++i) {
-      MMK_UNROLL for (int j = 0; j < NR; ++j) f(acc[i][j], (row + i) * c.stride + column + j * VW);
-    }
-  };
-  switch (c.how) {
-    case Combine::store:
-      return each([&](vf x, int64_t at) { store(c.data + at, x); });
-    case Combine::add:
-      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) + x); });
-    case Combine::multiply:
-      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
-    case Combine::add_product:
-      return each(
-          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
-  }
-}
-
-// A[rows][depth] · B[depth][columns]. B and C are read and written in whole vectors, up to a multiple of VW columns.
-template <bool kPairs = false, class RowStride, class KStride>
-void multiply(const float* a, RowStride row_stride, KStride k_stride, int64_t rows, const float* b, int64_t ldb,
-              int64_t depth, int64_t columns, const Result& c) {
-  const int64_t vectors = ceil_div(columns, VW);
-  const auto run = [&](auto most_rows, auto most_vectors) {
-    for_runs<static_cast<int>(most_vectors)>(vectors, [&](auto width, int64_t v) {
-      for_runs<static_cast<int>(most_rows)>(rows, [&](auto height, int64_t i) {
-        product_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
-            a + i * row_stride, row_stride, k_stride, b + v * VW, ldb, depth, c, i, v * VW);
-      });
-    });
-  };
-  // Few rows leave registers free: a wider tile then hides the latency of the sums.
-  if (rows == 1) return run(Constant<1>{}, Constant<8>{});
-  if (rows == 2) return run(Constant<2>{}, Constant<4>{});
-  run(Constant<kFeatureRows>{}, Constant<kFeatureVectors>{});
-}
-
-// --- C = A · Bᵀ
-// -------------------------------------------------------------------------------------------------------
-
 // Rows of A and of B of a tile: their products fill the registers beside the rows of A and one of B.
 constexpr int kDotRows = kRegisters == 32 ? 4 : kFma ? 3 : 2;
 constexpr int kDotOthers = kRegisters == 32 ? 6 : 4;
-
-// partial[i][j] += Σ_k a[i][k] · b[j][k], one sum per lane.
-template <bool kPairs, int MR, int NR>
-MMK_NOINLINE void dot_tile(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* partial,
-                           int64_t ldp) {
-  vf acc[MR][NR];
-  clear(acc);
-  const auto step = [&](auto load_row) {
-    vf x[MR];
-    MMK_UNROLL for (int i = 0; i < MR; ++i) x[i] = load_row(a + i * lda);
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      const vf y = load_row(b + j * ldb);
-      MMK_UNROLL for (int i = 0; i < MR; ++i) acc[i][j] = multiply_add<kPairs>(acc[i][j], x[i], y);
-    }
-  };
-  int64_t k = 0;
-  for (; k + VW <= depth; k += VW) step([&](const float* p) { return load(p + k); });
-  if (k < depth) step([&](const float* p) { return load_partial(p + k, depth - k); });
-  MMK_UNROLL for (int i = 0; i < MR; ++i) {
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      float* to = partial + (i * ldp + j) * VW;
-      store(to, load(to) + acc[i][j]);
-    }
-  }
-}
-
-// partial [rows][ldp][VW] += A[rows][depth] · B[others][depth]ᵀ, one sum per lane; `finish_dots` adds the lanes up.
-template <bool kPairs>
-void dot_rows(const float* a, int64_t lda, int64_t rows, const float* b, int64_t ldb, int64_t others, int64_t depth,
-              float* partial, int64_t ldp) {
-  constexpr int64_t kRowsInCache = 4 * kDotRows;  // rows of A that stay in the first cache while B passes by
-  for (int64_t first = 0; first < rows; first += kRowsInCache) {
-    for_runs<kDotOthers>(others, [&](auto width, int64_t j) {
-      for_runs<kDotRows>(min(kRowsInCache, rows - first), [&](auto height, int64_t x) {
-        const int64_t i = first + x;
-        dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(a + i * lda, lda, b + j * ldb, ldb, depth,
-                                                                            partial + (i * ldp + j) * VW, ldp);
-      });
-    });
-  }
-}
 
 // The VW products others j … j + VW - 1 of a row of partial sums.
 MMK_INLINE vf finish_dots(const float* partial_row, int64_t j) {
@@ -201,9 +121,8 @@ class WeightOperand {
             : operand_of_rows<kPairs>(dtype, weight.data, weight.stride, rows, width, copy, row_copy_stride);
   }
   void multiply_into(const Result& c, const float* b, int64_t ldb, int64_t depth, int64_t columns) const {
-    if (by_columns_)
-      return multiply<kPairs>(operand_.data, Constant<1>{}, operand_.stride, rows_, b, ldb, depth, columns, c);
-    multiply<kPairs>(operand_.data, operand_.stride, Constant<1>{}, rows_, b, ldb, depth, columns, c);
+    const int64_t row_stride = by_columns_ ? 1 : operand_.stride, k_stride = by_columns_ ? operand_.stride : 1;
+    multiply(kPairs, operand_.data, row_stride, k_stride, rows_, b, ldb, depth, columns, c);
   }
 
  private:

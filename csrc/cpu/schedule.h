@@ -19,24 +19,23 @@ namespace {
 template <class Function>
 inline void for_each_claim(const Workers& workers, int64_t count, int64_t grain, Function f) {
   if (count <= 0) return;
-  if (workers.count == 1 || count <= grain) return f(0, int64_t{0}, count);
   struct Context {
     Function* f;
     int64_t next, count, grain;
   } context{&f, 0, count, grain};
-  const int64_t claims = ceil_div(count, grain);
-  const int used = static_cast<int>(min(workers.count, claims));
-  workers.run(
-      used,
-      [](void* opaque, int worker) {
-        auto& c = *static_cast<Context*>(opaque);
-        for (;;) {
-          const int64_t first = __atomic_fetch_add(&c.next, c.grain, __ATOMIC_RELAXED);
-          if (first >= c.count) return;
-          (*c.f)(worker, first, min(first + c.grain, c.count));
-        }
-      },
-      &context);
+  const auto claim = [](void* opaque, int worker) {
+    auto& c = *static_cast<Context*>(opaque);
+    for (;;) {
+      const int64_t first = __atomic_fetch_add(&c.next, c.grain, __ATOMIC_RELAXED);
+      if (first >= c.count) return;
+      (*c.f)(worker, first, min(first + c.grain, c.count));
+    }
+  };
+  if (workers.count == 1 || count <= grain) {  // claimed at once; f is compiled at one place, once
+    context.grain = count;
+    return claim(&context, 0);
+  }
+  workers.run(static_cast<int>(min(workers.count, ceil_div(count, grain))), claim, &context);
 }
 
 // A sum whose terms come in the order of their rank: wait_turn, add, end_turn. The counter starts at 0.

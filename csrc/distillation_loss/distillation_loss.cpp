@@ -99,6 +99,24 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& student, const 
   return results;
 }
 
+// The losses [N] of rows, 0 where they are ignored; the logits become the gradients of these losses, those of the
+// student where `of_student`, those of the teacher where `of_teacher`.
+void rows_in_place(const Tensor& student, const Tensor& teacher, const OptionalTensor& ignored, double temperature,
+                   std::string_view kind, double beta, bool of_student, bool of_teacher, const Tensor& losses) {
+  TORCH_CHECK(student.dim() == 2 && student.is_contiguous() && teacher.is_contiguous() && losses.is_contiguous(),
+              "dense rows of logits");
+  Call call(student, teacher, ignored, temperature, kind, beta, 1);
+  DistillationParams& p = call.params;
+  const Tensor statistics = at::empty({p.rows, kStatistics}, losses.options());
+  p.losses = losses.data_ptr<float>();
+  p.statistics = static_cast<DistillationRow*>(statistics.data_ptr());
+  if (of_student) p.grad_student = student.data_ptr();
+  if (of_teacher) p.grad_teacher = teacher.data_ptr();
+  p.grad = static_cast<float>(temperature);
+  MMK_DISPATCH(distillation_loss_forward)(p);
+  losses.mul_(temperature * temperature);
+}
+
 bool fits(const std::vector<c10::IValue>& arguments) {
   const Tensor &student = arguments[0].toTensor(), &teacher = arguments[1].toTensor();
   if (student.dim() != 2 || teacher.sizes() != student.sizes() || !teacher.is_floating_point()) return false;
@@ -117,11 +135,15 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(
       "_distillation_loss_bwd(Tensor[] grads, Tensor student, Tensor teacher, Tensor? labels, float temperature, "
       "str kind, float beta, int ignore_index, Tensor[] saved, bool[] needed) -> Tensor[]");
+  m.def(
+      "_distillation_rows(Tensor(a!) student, Tensor(b!) teacher, Tensor? ignored, float temperature, str kind, "
+      "float beta, bool of_student, bool of_teacher, Tensor(c!) losses) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_distillation_loss_fwd", forward);
   m.impl("_distillation_loss_bwd", backward);
+  m.impl("_distillation_rows", rows_in_place);
 }
 
 }  // namespace

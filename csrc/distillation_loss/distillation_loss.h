@@ -29,11 +29,14 @@ struct DistillationParams {
   float* losses = nullptr;                // [N], without T²; 0 where ignored
   DistillationRow* statistics = nullptr;  // [N]
 
-  void *grad_student = nullptr, *grad_teacher = nullptr;  // [N][V], dense, or null
-  float grad = 0.f;                                       // of every row's loss, over T
+  // [N][V], dense, or null; where the logits are, if those are dense.
+  void *grad_student = nullptr, *grad_teacher = nullptr;
+  float grad = 0.f;  // of every row's loss, over T
 };
 
+// Losses and statistics, and the gradients where they are set.
 MMK_KERNEL(void, distillation_loss_forward, const DistillationParams&);
+// Gradients from the statistics.
 MMK_KERNEL(void, distillation_loss_backward, const DistillationParams&);
 
 }  // namespace mmk

@@ -5,7 +5,8 @@
 //
 // Tiling     a row at a time. Forward: one pass over each of both rows for its softmax, one over both for the
 // divergence,
-//            from cache. Backward: one pass, from the numbers of the row that the forward kept.
+//            from cache. Backward: one pass, from the numbers of the row that the forward kept, which may write the
+//            gradients where the logits are.
 // Threads    no sum is shared by two rows.
 // Precision  float32. log(a/b) is the difference of the distances from the maxima; log(·/m) is taken of a number
 // between
@@ -158,16 +159,13 @@ class Rows {
     if (p_.kind == Divergence::jsd) {
       if (s.total == 0.f || t.total == 0.f) return clear(ds, dt);
       const Pair<T> pair(teacher(row), t, student(row), s, p_.classes, p_.scale);
-      if (ds != nullptr) pull_mixture<false>(pair, kept, ds);
-      if (dt != nullptr) pull_mixture<true>(pair, kept, dt);
-      return;
+      return pull_mixture(pair, kept, dt, ds);
     }
     const bool forward = p_.kind == Divergence::forward_kl;
     if ((forward ? t : s).total == 0.f) return clear(ds, dt);
     const Pair<T> pair(forward ? teacher(row) : student(row), forward ? t : s, forward ? student(row) : teacher(row),
                        forward ? s : t, p_.classes, p_.scale);
-    if (T* const da = forward ? dt : ds; da != nullptr) pull_first(pair, kept, da);
-    if (T* const db = forward ? ds : dt; db != nullptr) pull_second(pair, db);
+    pull(pair, kept.first, forward ? dt : ds, forward ? ds : dt);
   }
 
  private:
@@ -200,39 +198,47 @@ class Rows {
     kept.second = total_of(of_b);
   }
 
-  template <class Value>
-  MMK_INLINE void write(T* out, Value value) const {
-    for_vectors(p_.classes, [&](int64_t c, int) MMK_LAMBDA { store_from_float(out + c, value(c), p_.classes - c); });
+  // value_a(vectors) where da is not null, and value_b where db is not. A vector of both rows is read before one is
+  // written.
+  template <class ValueA, class ValueB>
+  MMK_INLINE void write(const Pair<T>& pair, T* da, ValueA value_a, T* db, ValueB value_b) const {
+    const auto write_those = [&](auto of_a, auto of_b) MMK_LAMBDA {
+      for_vectors(p_.classes, [&](int64_t c, int) MMK_LAMBDA {
+        const Vectors v = pair.load(c);
+        if constexpr (decltype(of_a)::value) store_from_float(da + c, value_a(v), p_.classes - c);
+        if constexpr (decltype(of_b)::value) store_from_float(db + c, value_b(v), p_.classes - c);
+      });
+    };
+    constexpr std::true_type yes;
+    constexpr std::false_type no;
+    if (da != nullptr && db != nullptr) return write_those(yes, yes);
+    if (da != nullptr) return write_those(yes, no);
+    write_those(no, yes);
   }
 
-  // Of the logits of a: a (log(a/b) − KL).
-  void pull_first(const Pair<T>& pair, const DistillationRow& kept, T* out) const {
-    const vf grad = set1(p_.grad), mean = set1(kept.first);
-    write(out, [&](int64_t c) MMK_LAMBDA {
-      const Vectors v = pair.load(c);
-      return weighed(v.a_excluded(), pair.a(v) * grad, pair.log_ratio(v) - mean);
-    });
+  // Of the logits of a, a (log(a/b) − KL), and of those of b, b − a.
+  void pull(const Pair<T>& pair, float kl, T* da, T* db) const {
+    const vf grad = set1(p_.grad), mean = set1(kl);
+    write(
+        pair, da,
+        [&](const Vectors& v)
+            MMK_LAMBDA { return weighed(v.a_excluded(), pair.a(v) * grad, pair.log_ratio(v) - mean); },
+        db, [&](const Vectors& v) MMK_LAMBDA { return weighed(v.b_excluded(), grad, pair.b(v) - pair.a(v)); });
   }
 
-  // Of those of b: b − a.
-  void pull_second(const Pair<T>& pair, T* out) const {
-    const vf grad = set1(p_.grad);
-    write(out, [&](int64_t c) MMK_LAMBDA {
-      const Vectors v = pair.load(c);
-      return weighed(v.b_excluded(), grad, pair.b(v) - pair.a(v));
-    });
-  }
-
-  template <bool kTeacher>
-  void pull_mixture(const Pair<T>& pair, const DistillationRow& kept, T* out) const {
-    const vf beta = set1(p_.beta), rest = set1(1.f - p_.beta), mean = set1(kTeacher ? kept.first : kept.second);
-    const vf grad = set1(p_.grad * (kTeacher ? p_.beta : 1.f - p_.beta));
-    write(out, [&](int64_t c) MMK_LAMBDA {
-      const Vectors v = pair.load(c);
-      const MixtureRatios log_over_m(pair.log_ratio(v), beta, rest);
-      if constexpr (kTeacher) return weighed(v.a_excluded(), pair.a(v) * grad, log_over_m.a - mean);
-      return weighed(v.b_excluded(), pair.b(v) * grad, log_over_m.b - mean);
-    });
+  // The same of the jsd, a being the teacher.
+  void pull_mixture(const Pair<T>& pair, const DistillationRow& kept, T* dt, T* ds) const {
+    const vf beta = set1(p_.beta), rest = set1(1.f - p_.beta);
+    const vf grad_t = set1(p_.grad * p_.beta), grad_s = set1(p_.grad * (1.f - p_.beta));
+    const vf mean_t = set1(kept.first), mean_s = set1(kept.second);
+    const auto over_mixture = [&](const Vectors& v) MMK_LAMBDA { return MixtureRatios(pair.log_ratio(v), beta, rest); };
+    write(
+        pair, dt,
+        [&](const Vectors& v)
+            MMK_LAMBDA { return weighed(v.a_excluded(), pair.a(v) * grad_t, over_mixture(v).a - mean_t); },
+        ds,
+        [&](const Vectors& v)
+            MMK_LAMBDA { return weighed(v.b_excluded(), pair.b(v) * grad_s, over_mixture(v).b - mean_s); });
   }
 
   const DistillationParams& p_;
@@ -252,7 +258,11 @@ void for_each_row(const DistillationParams& p, Function f) {
 }  // namespace
 
 void distillation_loss_forward(const DistillationParams& p) {
-  for_each_row(p, [](const auto& rows, int64_t row) { rows.forward(row); });
+  const bool gradients = p.grad_student != nullptr || p.grad_teacher != nullptr;
+  for_each_row(p, [&](const auto& rows, int64_t row) {
+    rows.forward(row);
+    if (gradients) rows.backward(row);
+  });
 }
 
 void distillation_loss_backward(const DistillationParams& p) {

@@ -134,8 +134,8 @@ void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t 
       const LowRankModality& m = p.modalities[i];
       const Operand f = factor<kPairs>(p, m, r, first, outputs, in_place, t.factor, stride);
       const Combine how = i + 1 == p.count ? Combine::add_product : i == 0 ? Combine::store : Combine::multiply;
-      multiply<kPairs>(x, t.x.stride(), Constant<1>{}, rows, f.data, f.stride, units<kPairs>(m.width + 1), outputs,
-                       {how, t.product, stride, t.sum, weight});
+      multiply(kPairs, x, t.x.stride(), 1, rows, f.data, f.stride, units<kPairs>(m.width + 1), outputs,
+               {how, t.product, stride, t.sum, weight});
     });
   }
   write_rows(t.sum, stride, rows, outputs, p.dtype, element(p.out, p.dtype, first_row * p.outputs + first), p.outputs);
@@ -243,8 +243,8 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     factor<kPairs>(p, m, r, 0, p.outputs, false, copies, ldn);
     copies += units<kPairs>(m.width + 1) * ldn;
     if (m.grad_x != nullptr) {
-      pack_lanes<kPairs>(p.dtype, from_element(rank_of(p, m, r), p.dtype, 1, 0), m.width, p.outputs, transposed,
-                         spread_stride(m.width));
+      pack_lanes(kPairs, p.dtype, from_element(rank_of(p, m, r), p.dtype, 1, 0), m.width, p.outputs, transposed,
+                 spread_stride(m.width));
     }
     transposed += units<kPairs>(p.outputs) * spread_stride(m.width);
   }
@@ -256,8 +256,8 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     const float* f = t.factors;
     t.x.for_each([&](int64_t i, const float* x) {
       const int64_t depth = units<kPairs>(p.modalities[i].width + 1);
-      multiply<kPairs>(x, t.x.stride(), Constant<1>{}, rows, f, ldn, depth, p.outputs,
-                       {Combine::store, t.projections + i * block * ldn, ldn});
+      multiply(kPairs, x, t.x.stride(), 1, rows, f, ldn, depth, p.outputs,
+               {Combine::store, t.projections + i * block * ldn, ldn});
       f += depth * ldn;
     });
     if (p.grad_rank_weights != nullptr) grad_weight += sum_products(p, t, dy, rows, block, ldn);
@@ -276,12 +276,12 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
           pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(x), 2 * t.x.stride(), rows, m.width + 1, t.columns,
                                 entries.stride);
         }
-        multiply<kPairs>(entries.data, Constant<1>{}, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows),
-                         p.outputs, {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
+        multiply(kPairs, entries.data, 1, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows), p.outputs,
+                 {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
       }
       if (m.grad_x != nullptr) {
-        multiply<kPairs>(
-            t.by_outputs, ldn, Constant<1>{}, rows, columns, spread_stride(m.width), units<kPairs>(p.outputs), m.width,
+        multiply(
+            kPairs, t.by_outputs, ldn, 1, rows, columns, spread_stride(m.width), units<kPairs>(p.outputs), m.width,
             {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
       }
       grad_factor += (m.width + 1) * ldn;

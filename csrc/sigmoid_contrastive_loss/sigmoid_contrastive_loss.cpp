@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "csrc/contrastive/torch_products.h"
+#include "csrc/door.h"
 
 namespace mmk {
 namespace {
@@ -63,6 +64,10 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   return {times(0, saved[0], x), times(1, saved[1], y), times(2, of_scalars[0], logit_scale),
           times(3, of_scalars[1], logit_bias)};
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) { return are_pairs(arguments, 2); }
+
+const DoorCheck door_check("sigmoid_contrastive_loss", fits, DoorCheck::Dtypes::any);
 
 }  // namespace
 

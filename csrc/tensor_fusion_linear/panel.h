@@ -57,13 +57,13 @@ class Panel {
     for (int64_t i = 0; i < p_->count; ++i) {
       const FusedModality& m = p_->modalities[i];
       for (int64_t b = 0; b < lanes_; ++b) factor(i, 0)[b] = 1.f;
-      pack_lanes<false>(p_->dtype, rows_of(m.data, m.stride), m.stride, rows, m.width, factor(i, 1), lanes_);
+      pack_lanes(false, p_->dtype, rows_of(m.data, m.stride), m.stride, rows, m.width, factor(i, 1), lanes_);
     }
     for (int64_t b = 0; b < lanes_; ++b) prefix(0)[b] = 1.f;
     if (!with_gradients_) return;
     with_pairs(p_->dtype, [&](auto pairs) {
-      pack_lanes<pairs>(p_->dtype, rows_of(p_->grad_out, p_->grad_out_stride), p_->grad_out_stride, rows, p_->outputs,
-                        grad_out_, lanes_);
+      pack_lanes(pairs, p_->dtype, rows_of(p_->grad_out, p_->grad_out_stride), p_->grad_out_stride, rows, p_->outputs,
+                 grad_out_, lanes_);
     });
   }
 
@@ -73,7 +73,7 @@ class Panel {
       const FusedModality& m = p_->modalities[i];
       if (m.grad == nullptr) continue;
       const int64_t stride = spread_stride(m.width);
-      pack_lanes<false>(Dtype::f32, gradient(i, 1), lanes_, m.width, lanes_, rows, stride);
+      pack_lanes(false, Dtype::f32, gradient(i, 1), lanes_, m.width, lanes_, rows, stride);
       write_rows(rows, stride, count, m.width, p_->dtype,
                  static_cast<char*>(m.grad) + first * m.width * element_size(p_->dtype), m.width);
     }

@@ -61,8 +61,8 @@ void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_ou
         const Operand weight = operand_of_columns<kPairs>(
             p.dtype, transposed(from_element(p.weight, p.dtype, first_output, k + j)), width, outputs,
             rows <= 2 * kFeatureRows && outputs % VW == 0, t.weight, spread_stride(outputs));
-        multiply<kPairs>(t.expanded + units<kPairs>(j), lda, Constant<1>{}, rows, weight.data, weight.stride,
-                         units<kPairs>(width), outputs, {Combine::add, t.partial, ldp});
+        multiply(kPairs, t.expanded + units<kPairs>(j), lda, Constant<1>{}, rows, weight.data, weight.stride,
+                 units<kPairs>(width), outputs, {Combine::add, t.partial, ldp});
       }
       continue;
     }
@@ -73,8 +73,8 @@ void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_ou
       const int64_t some = min(step, outputs - n);
       const Operand weight =
           operand_of_rows<kPairs>(p.dtype, weight_from(n), p.weight.stride, some, count, t.weight, ldw);
-      dot_rows<kPairs>(t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
-                       t.partial + n * VW, ldp);
+      dot_rows(kPairs, t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
+               t.partial + n * VW, ldp);
     }
   }
   with_element_type(p.dtype, p.out, [&](auto* out) {
@@ -179,7 +179,7 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
   with_element_type(p.dtype, p.out, [&](auto* out) {
     const auto* bias = static_cast<decltype(out)>(const_cast<void*>(p.bias));
     for (int64_t i = 0; i < panels; ++i) {
-      pack_lanes<false>(Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
+      pack_lanes(false, Dtype::f32, sums_of(i), lanes, outputs, lanes, t.rows, stride);
       for (int64_t b = i * lanes; b < min(rows, (i + 1) * lanes); ++b) {
         for (int64_t n = 0; n < outputs; n += VW) {
           vf y = load(t.rows + (b - i * lanes) * stride + n);
@@ -252,8 +252,8 @@ void tensor_fusion_grad_weight(const TensorFusionParams& p) {
           if (task == begin || p.batch > kBatch) t.x.fill(b, rows);
           for (int64_t i = 0; i < rows; ++i) expand_row(t.x, i, t.at, count, t.expanded + i * lda);
           if constexpr (pairs) pair_rows_in_place(t.expanded, lda, rows, count);
-          multiply<pairs>(grad_out.data() + units<pairs>(b) * ldy, Constant<1>{}, ldy, p.outputs, t.expanded, lda,
-                          units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
+          multiply(pairs, grad_out.data() + units<pairs>(b) * ldy, 1, ldy, p.outputs, t.expanded, lda,
+                   units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
         }
         if (p.weight.by_columns) {
           write_transposed(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k * p.outputs),

@@ -98,8 +98,8 @@ void grad_features_few_rows(const TensorFusionParams& p) {
     const int64_t count = min(kFewRowsDepth, p.features - k);
     const Operand weight = operand_of_columns<kPairs>(p.dtype, from_element(p.weight, p.dtype, 0, k), p.outputs, count,
                                                       count % VW == 0, t.weight, ld);
-    multiply<kPairs>(grad_out.data, grad_out.stride, Constant<1>{}, p.batch, weight.data, weight.stride,
-                     units<kPairs>(p.outputs), count, {Combine::store, t.grad, ld});
+    multiply(kPairs, grad_out.data, grad_out.stride, 1, p.batch, weight.data, weight.stride, units<kPairs>(p.outputs),
+             count, {Combine::store, t.grad, ld});
     t.at.start_at(k);
     for (int64_t b = 0; b < p.batch; ++b) {
       contract_row(t.x, t.gradients, b, t.at, count, t.grad + b * ld, t.up + b * p.count);
@@ -161,8 +161,8 @@ void tensor_fusion_grad_features(const TensorFusionParams& p) {
                                     ldw);
           for (int64_t i = 0; i < panels && rows_of(i) > 0; ++i) {
             const Panel t = panel(i);
-            multiply<pairs>(s.weight, Constant<1>{}, ldw, count, t.grad_out(), lanes, units<pairs>(p.outputs), lanes,
-                            {Combine::store, s.grad, lanes});
+            multiply(pairs, s.weight, 1, ldw, count, t.grad_out(), lanes, units<pairs>(p.outputs), lanes,
+                     {Combine::store, s.grad, lanes});
             with_constant<kFeatureVectors>(
                 plan.vectors, [&](auto width) { contract<static_cast<int>(width)>(t, s.at, count, s.grad); });
           }

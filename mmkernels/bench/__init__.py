@@ -1,9 +1,10 @@
 """The benchmark engine behind ``python -m mmkernels bench``.
 
-A file ``benchmarks/<op>.py`` says what to measure (shapes, operations, bytes, baselines); everything else is here:
-``case`` (what such a file provides), ``engine`` (check, then time), ``timing``, ``machine``, ``report`` and ``plot``.
+A file ``benchmarks/<op>.py`` says what to measure (shapes, operations, plain torch); everything else is here: ``suite``
+(what such a file declares), ``plain`` (torch code that several share), ``case`` and ``engine`` (check, then time),
+``timing``, ``machine``, ``report`` and ``plot``.
 """
 
-from .case import Case, Problem
+from .suite import Suite, Workload
 
-__all__ = ["Case", "Problem"]
+__all__ = ["Suite", "Workload"]

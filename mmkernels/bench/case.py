@@ -1,17 +1,9 @@
-"""What a file ``benchmarks/<op>.py`` provides.
-
-BASELINE = "torch SDPA"                  # what the `torch` function of its problems calls
-def cases() -> list[Case]: ...           # one per row of the table, dtype apart
-"""
+"""What the engine measures: a case is a row of a table, dtype apart, and a problem what competes in it."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -48,27 +40,3 @@ class Case:
     training: bool = False  # forward and backward, otherwise forward under no_grad
     quick: bool = False  # part of a --quick run
     gpu: bool = False  # too large for a CPU's run
-
-
-def benchmarks_dir() -> Path:
-    """The ``benchmarks`` folder of the checkout that this package runs from, or else of the current directory."""
-    for root in (Path(__file__).resolve().parents[2], Path.cwd()):
-        if (root / "benchmarks").is_dir():
-            return root / "benchmarks"
-    raise FileNotFoundError("no benchmarks/ folder: run from a checkout of the project")
-
-
-def available_ops(folder: Path) -> list[str]:
-    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
-
-
-def load(folder: Path, op: str) -> ModuleType:
-    """Import ``<folder>/<op>.py``."""
-    name = f"_mmkernels_benchmark_{op}"
-    spec = importlib.util.spec_from_file_location(name, folder / f"{op}.py")
-    if spec is None or spec.loader is None or not (folder / f"{op}.py").is_file():
-        raise ValueError(f"bench: no benchmark named {op!r}; available: {', '.join(available_ops(folder))}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up while it is executed
-    spec.loader.exec_module(module)
-    return module

@@ -15,9 +15,10 @@ import torch
 from mmkernels._info import collect
 
 from . import report
-from .case import Case, available_ops, benchmarks_dir, load
+from .case import Case
 from .engine import Engine, Row
 from .machine import Ceilings, caption, measure_ceilings
+from .suite import available_ops, benchmarks_dir, load
 from .timing import clock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -70,14 +71,14 @@ def measure(args: argparse.Namespace, start: float) -> tuple[list[Row], dict[str
     from tqdm import tqdm
 
     folder = benchmarks_dir()
-    modules = {op: load(folder, op) for op in args.ops or available_ops(folder)}
+    suites = {op: load(folder, op) for op in args.ops or available_ops(folder)}
     work = in_turn(
         in_turn(
-            [(op, case, DTYPES[name]) for case in chosen(module.cases(), args) if case.training is training]
+            [(op, case, DTYPES[name]) for case in chosen(suite.cases(), args) if case.training is training]
             for name in args.dtypes
             for training in (False, True)
         )
-        for op, module in modules.items()
+        for op, suite in suites.items()
     )
     if not work:
         raise SystemExit(f"bench: no row matches --shapes {args.shapes!r}")
@@ -102,9 +103,9 @@ def measure(args: argparse.Namespace, start: float) -> tuple[list[Row], dict[str
                 bar.update()
         except KeyboardInterrupt:
             print(f"Interrupted: {len(rows)} of {len(work)} rows.")
-    order = {key: i for i, key in enumerate((op, name) for op in modules for name in args.dtypes)}
+    order = {key: i for i, key in enumerate((op, name) for op in suites for name in args.dtypes)}
     rows.sort(key=lambda row: order[row.op, row.dtype])
-    return rows, {op: module.BASELINE for op, module in modules.items()}, ceilings
+    return rows, {op: suite.baseline for op, suite in suites.items()}, ceilings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

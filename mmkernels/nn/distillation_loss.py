@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -41,13 +42,21 @@ class DistillationLoss(nn.Module):
         self.ignore_index = ignore_index
 
     @leaf_of_traces
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor | None = None,
+        *,
+        linear: Sequence[tuple[Tensor, Tensor | None]] | None = None,
+    ) -> Tensor:
         """The loss, a scalar.
 
         Args:
-            student: logits (…, V).
-            teacher: logits (…, V).
+            student: logits (…, V); with ``linear`` hidden states (…, D_s).
+            teacher: logits (…, V); with ``linear`` hidden states (…, D_t).
             labels: (…) integers; rows whose label is ignore_index do not count.
+            linear: two heads (weight, bias or None), as in `distillation_loss`.
 
         Raises:
             ValueError, TypeError, RuntimeError: as `distillation_loss`.
@@ -60,6 +69,7 @@ class DistillationLoss(nn.Module):
             beta=self.beta,
             labels=labels,
             ignore_index=self.ignore_index,
+            linear=linear,
         )
 
     def extra_repr(self) -> str:

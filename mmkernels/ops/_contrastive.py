@@ -50,6 +50,26 @@ def scalar(op: str, argument: str, value: Any, x: Tensor, *, is_log: bool = Fals
     return value.exp() if is_log else value
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+_SCALARS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_LOG = 80.0  # whose exponential is a float32
+
+
+def plain_scalar(value: Any, *, is_log: Any = False) -> Tensor | None:
+    """As `scalar`, of what nobody has checked; None of what the door would not take."""
+    if type(value) in PLAIN:
+        if value.dtype not in _SCALARS or value.dim() > 1 or value.numel() != 1:
+            return None
+        if value.dim() == 1:
+            value = value.reshape(())
+        if value.dtype is not torch.float32:
+            value = value.float()
+        return value.exp() if is_log is True else value
+    if type(value) is not float or (is_log is True and not value < _LARGEST_LOG):
+        return None
+    return torch.scalar_tensor(math.exp(value) if is_log is True else value, dtype=torch.float32, device="cpu")
+
+
 def check_flag(op: str, argument: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise checks.type_error(op, argument, "a bool", type(value).__name__)

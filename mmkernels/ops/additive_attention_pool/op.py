@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 
@@ -23,8 +24,9 @@ additive_attention_pool_op = DifferentiableOp(
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor activations",  # tanh(…), [B, M·A]
     reference=reference.additive_attention_pool,
+    reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
     cpu=native_backend("additive_attention_pool", weights=("weight", "query_weight")),
     triton=TritonKernels(too_many_modalities),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

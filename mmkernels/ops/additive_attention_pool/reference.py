@@ -27,14 +27,37 @@ def additive_attention_pool(
 ) -> tuple[Tensor, Tensor]:
     """Pooled [B, D] and weights a [B, M]; zeros where every modality is absent."""
     x, absent = stacked(xs, presence)
-    u = linear(x, weight)  # [B, M, A]
+    activations = _activations(x, weight, bias, query, query_weight)
+    energies = matmul(activations, vector.unsqueeze(-1)).squeeze(-1)  # [B, M]
+    weights = softmax_over_present(energies.unsqueeze(-1), absent)  # [B, M, 1]
+    return (weights * x).sum(1), weights.squeeze(-1)
+
+
+def _activations(
+    x: Tensor, weight: Tensor, bias: Tensor | None, query: Tensor | None, query_weight: Tensor | None
+) -> Tensor:
+    """tanh(W x_i + W_q q + b), [B, M, A]."""
+    u = linear(x, weight)
     if bias is not None:
         u = u + bias
     if query is not None and query_weight is not None:
         u = u + linear(query, query_weight).unsqueeze(1)
-    energies = matmul(torch.tanh(u), vector.unsqueeze(-1)).squeeze(-1)  # [B, M]
-    weights = softmax_over_present(energies.unsqueeze(-1), absent)  # [B, M, 1]
-    return (weights * x).sum(1), weights.squeeze(-1)
+    return torch.tanh(u)
+
+
+def saved_activations(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    vector: Tensor,
+    bias: Tensor | None,
+    query: Tensor | None,
+    query_weight: Tensor | None,
+    presence: Tensor | None,
+) -> tuple[Tensor]:
+    """[B, M·A], 0 where a modality is absent."""
+    x, absent = stacked(xs, presence)
+    activations = _activations(x, weight, bias, query, query_weight)
+    return ((activations if absent is None else activations.masked_fill(absent, 0)).flatten(1),)
 
 
 def example_inputs(

@@ -217,8 +217,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     width = x_value.shape[3]
     outs = [empty_in_order_of(side, (*side.shape[:3], width)) for side in (x_query, y_key)]
-    size = [(2, *side.shape[:3]) if training else (0,) for side in (x_query, y_key)]
-    stats = [x_query.new_empty(s, dtype=torch.float32) for s in size]
+    size = [(3, *side.shape[:3]) if training else (0,) for side in (x_query, y_key)]
+    stats = [x_query.new_zeros(s, dtype=torch.float32) for s in size]  # nothing rounds row_max here
     if scale is None:
         scale = max(x_query.shape[3], 1) ** -0.5
     sides = [

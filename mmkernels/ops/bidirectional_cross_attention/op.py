@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 
@@ -17,7 +18,7 @@ def _bidirectional_cross_attention_fake(
     wide = torch.float64 if x_query.dtype == torch.float64 else torch.float32
     sides = (x_query, y_key)
     outs = [empty_in_order_of(side, (*side.shape[:3], width)) for side in sides]
-    return (*outs, *(side.new_empty((2, *side.shape[:3]), dtype=wide) for side in sides))
+    return (*outs, *(side.new_empty((3, *side.shape[:3]), dtype=wide) for side in sides))
 
 
 def _gradient(leaf: Tensor, _: str) -> Tensor:
@@ -34,11 +35,12 @@ bidirectional_cross_attention_op = DifferentiableOp(
     "Tensor x_query, Tensor y_key, Tensor x_value, Tensor y_value, Tensor? x_mask, Tensor? y_mask, float? scale, "
     "float? clamp",
     outputs="Tensor x_out, Tensor y_out",
-    saved="Tensor x_stats, Tensor y_stats",  # [2, B, H, L]: the shift of exponents and the logarithm of their sum
+    saved="Tensor x_stats, Tensor y_stats",  # [3, B, H, L]: row_max, a constant shift, log_sum, what rounds row_max
     reference=reference.bidirectional_cross_attention,
+    reference_saved=reference.softmax_stats,
     fake=_bidirectional_cross_attention_fake,
     cpu=native_backend("bidirectional_cross_attention"),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,
 )

@@ -8,6 +8,8 @@ torch code would; what is between them in float32, or float64 for float64 inputs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,45 @@ def bidirectional_cross_attention(
     What is not finite in a padded token counts as zero. Where all tokens of the other side are padding, the output and
     its gradients are zero.
     """
-    x_query, x_value = _clean(x_query, x_mask), _clean(x_value, x_mask)
-    y_key, y_value = _clean(y_key, y_mask), _clean(y_value, y_mask)
+    scores = _scores(x_query, y_key, x_mask, y_mask, scale, clamp)
+    x_value, y_value = _clean(x_value, x_mask), _clean(y_value, y_mask)
+    return _attend(scores, y_mask, y_value), _attend(scores.mT, x_mask, x_value)
+
+
+def softmax_stats(
+    x_query: Tensor, y_key: Tensor, x_value: Tensor, y_value: Tensor, x_mask: Any, y_mask: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """Of x [3, B, H, Lx] and of y [3, B, H, Ly]: row_max, log_sum and 0, −inf where there is nothing to attend to."""
+    scores = _scores(x_query, y_key, x_mask, y_mask, *options)
+    return _stats(scores, y_mask), _stats(scores.mT, x_mask)
+
+
+def _stats(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if scores.shape[-1] == 0:
+        return scores.new_full((3, *scores.shape[:-1]), -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)
+    row_max = scores.amax(-1)
+    idle = row_max == -torch.inf
+    log_sum = (scores - row_max.masked_fill(idle, 0).unsqueeze(-1)).exp().sum(-1).log()
+    return torch.stack([row_max, log_sum, torch.zeros_like(row_max)])
+
+
+def _scores(
+    x_query: Tensor,
+    y_key: Tensor,
+    x_mask: Tensor | None,
+    y_mask: Tensor | None,
+    scale: float | None,
+    clamp: float | None,
+) -> Tensor:
+    """[B, H, Lx, Ly], float32 or float64."""
+    x_query, y_key = _clean(x_query, x_mask), _clean(y_key, y_mask)
     wide = torch.float64 if x_query.dtype == torch.float64 else torch.float32
     if scale is None:
         scale = max(x_query.shape[-1], 1) ** -0.5
-    scores = (matmul(x_query, y_key.mT) * scale).to(wide)  # [B, H, Lx, Ly]
-    if clamp is not None:
-        scores = scores.clamp(-clamp, clamp)
-    return _attend(scores, y_mask, y_value), _attend(scores.mT, x_mask, x_value)
+    scores = (matmul(x_query, y_key.mT) * scale).to(wide)
+    return scores if clamp is None else scores.clamp(-clamp, clamp)
 
 
 def _clean(tokens: Tensor, mask: Tensor | None) -> Tensor:

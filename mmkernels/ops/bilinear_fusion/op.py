@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.bilinear_fusion import reference
 
 
@@ -26,4 +27,12 @@ bilinear_fusion_op = DifferentiableOp(
     fake=_bilinear_fusion_fake,
     cpu=native_backend("bilinear_fusion", weights=("x_weight", "y_weight")),
     triton=TritonKernels(),
+    keeps=Kept(
+        {
+            "x": "x_weight y y_weight presence",
+            "x_weight": "x y y_weight presence",
+            "y": "x x_weight y_weight presence",
+            "y_weight": "x x_weight y presence",
+        }
+    ),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.concat_linear import reference
 
 
@@ -28,6 +29,19 @@ def keeps_output(
 def needs_preactivation(*args: Any) -> bool:
     _, _, _, activation, _, _, gate = args
     return (activation is not None or gate is not None) and not keeps_output(*args)
+
+
+_KEPT = (
+    Kept({"xs": "xs weight presence", "weight": "xs presence", "bias": "", "residual": ""}),  # the product alone
+    Kept({"residual": ""}, never="residual"),
+    Kept({"residual": ""}, never="residual", outputs=True),
+)
+
+
+def _kept_kind(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *options: Any) -> int:
+    if keeps_output(xs, weight, bias, *options):
+        return 2
+    return int(needs_preactivation(xs, weight, bias, *options))
 
 
 def _concat_linear_fake(xs: Sequence[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -83,5 +97,5 @@ concat_linear_op = DifferentiableOp(
     cpu=native_backend("concat_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=cuda_loses),
     triton=TritonKernels(),
-    keeps_outputs=keeps_output,
+    keeps=(_KEPT, _kept_kind),
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING, EVERYTHING_AND_OUTPUTS
 from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
 
@@ -78,5 +79,5 @@ concat_norm_linear_op = DifferentiableOp(
     cpu=native_backend("concat_norm_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
-    keeps_outputs=lambda *args: args[-1] is None,  # the output is z then
+    keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda *args: args[-1] is None),  # without activation the output is z
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmkernels._cuda import misaligned, rows_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.concat_tokens import reference
 
 
@@ -51,6 +52,11 @@ def _triton_supports(xs: Sequence[Tensor], *rest: Any) -> str | None:
     return f"{len(xs)} sources, more than 32" if len(xs) > 32 else _native_supports(*rest)
 
 
+_KEPT = (
+    Kept({"xs": "", "type_embedding": "", "position_embeddings": ""}),  # without a norm
+    Kept({"norm_bias": ""}, never="norm_bias"),
+)
+
 concat_tokens_op = DifferentiableOp(
     "concat_tokens",
     "Tensor[] xs, Tensor? type_embedding, Tensor[] position_embeddings, int[] position_sources, str? norm, "
@@ -61,4 +67,5 @@ concat_tokens_op = DifferentiableOp(
     cpu=native_backend("concat_tokens", supports=_native_supports),
     cuda=CudaKernels(_cuda_supports, loses=lambda xs, *_: rows_lose(sum(x.numel() for x in xs))),
     triton=TritonKernels(_triton_supports),
+    keeps=(_KEPT, lambda *args: args[4] is not None),
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _contrastive as contrastive
@@ -65,6 +66,18 @@ def contrastive_loss(
         >>> contrastive_loss(image, text, 100.0).shape
         torch.Size([])
     """
+    if (
+        group is None
+        and type(is_log_scale) is bool
+        and type(label_smoothing) is float
+        and type(x) in contrastive.PLAIN
+        and may_use_door()
+        and (scale := contrastive.plain_scalar(logit_scale, is_log=is_log_scale)) is not None
+    ):
+        rows = x.shape[0] if x.dim() else 0
+        out = contrastive_loss_op.unchecked(x, y, scale, labels, labels, label_smoothing, True, 0, rows)
+        if out is not None:
+            return out if x.dtype is torch.float32 else out.to(x.dtype)
     if is_overridden(x, y, logit_scale, labels):
         return overridden_call(contrastive_loss, locals())
     x, y = contrastive.check_pairs(_NAME, x, y)

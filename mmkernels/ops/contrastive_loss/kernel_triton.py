@@ -21,8 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.triton.attention import LOG2_E
 from mmkernels.triton.contrastive import SLOPE_PAIRS, Gradients, config, cosines, gain, slope_stride, strips
 from mmkernels.triton.launch import ceil_div, dot_precision, launch, tiles
+
+
+@triton.jit
+def _sign_and_exponents(scale):
+    """The sign of s, which the products take so that their maximum is the logits', and |s| as exponents of 2."""
+    s = tl.load(scale).to(tl.float32)
+    return tl.where(s < 0.0, -1.0, 1.0), tl.abs(s) * LOG2_E
 
 
 @triton.jit
@@ -39,11 +47,12 @@ def _positives(row_labels, column_labels, i, j, rows, columns, first_target):
 
 @triton.jit
 def _store_parts(
-    parts,  # maximum m, Σ e^{z − m}, Σ q and Σ q (z − m) of each row (or column) over each tile
+    parts,  # maximum m of the products p, Σ e^{s (p − m)}, Σ q and Σ q (p − m) of each row (or column) over each tile
     size,  # of each of the four
     at,
     stored,
-    z,
+    p,
+    exponents,
     inside,
     positive,
     weight,
@@ -51,10 +60,10 @@ def _store_parts(
     SMOOTHED: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    top = tl.max(tl.where(inside, z, -float("inf")), AXIS)
+    top = tl.max(tl.where(inside, p, -float("inf")), AXIS)
     top = tl.where(stored, top, 0.0)
-    lower = z - tl.expand_dims(top, AXIS)
-    total = tl.sum(tl.where(inside, tl.exp(lower), 0.0), AXIS)
+    lower = p - tl.expand_dims(top, AXIS)
+    total = tl.sum(tl.where(inside, tl.exp2(lower * exponents), 0.0), AXIS)
     share = weight * tl.sum(positive.to(tl.float32), AXIS)
     target = weight * tl.sum(tl.where(positive, lower, 0.0), AXIS)
     if SMOOTHED:
@@ -95,8 +104,9 @@ def _statistics(
     row_tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     i = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     j = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    z = cosines(x, y, i, j, rows, columns, features, x_stride, y_stride, BLOCK_K, PRECISION)
-    z *= tl.load(scale).to(tl.float32)
+    p = cosines(x, y, i, j, rows, columns, features, x_stride, y_stride, BLOCK_K, PRECISION)
+    sign, exponents = _sign_and_exponents(scale)
+    p *= sign
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     positive = inside & _positives(row_labels, column_labels, i, j, rows, columns, first_target)
     weight = confidence
@@ -108,7 +118,8 @@ def _statistics(
         tl.cast(column_tiles, tl.int64) * rows,
         at,
         i < rows,
-        z,
+        p,
+        exponents,
         inside,
         positive,
         weight,
@@ -121,15 +132,15 @@ def _statistics(
         if column_weights is not None:
             weight = tl.load(column_weights + j, mask=j < columns, other=0.0)
         size, at = tl.cdiv(rows, BLOCK_M).to(tl.int64) * columns, row_tile.to(tl.int64) * columns + j
-        _store_parts(column_parts, size, at, j < columns, z, inside, positive, weight, uniform, SMOOTHED, 0)
+        _store_parts(column_parts, size, at, j < columns, p, exponents, inside, positive, weight, uniform, SMOOTHED, 0)
 
 
 @triton.jit
-def _probabilities(z, statistics, log_sums, at, length, AXIS: tl.constexpr):
-    """e^{z − max − log sum}, the maximum first, so that large logits lose nothing."""
+def _probabilities(p, exponents, statistics, totals, at, length, AXIS: tl.constexpr):
+    """e^{s (p − max)} / Σ, the maximum first, so that large logits lose nothing."""
     top = tl.load(statistics + at, mask=at < length, other=0.0)
-    log_sum = tl.load(statistics + log_sums + at, mask=at < length, other=0.0)
-    return tl.exp((z - tl.expand_dims(top, AXIS)) - tl.expand_dims(log_sum, AXIS))
+    total = tl.load(statistics + totals + at, mask=at < length, other=1.0)
+    return tl.exp2((p - tl.expand_dims(top, AXIS)) * exponents) * tl.expand_dims(1.0 / total, AXIS)
 
 
 @triton.jit(do_not_specialize=["all_rows", "rows", "columns", "first_target"])
@@ -141,7 +152,7 @@ def _slopes(
     column_labels,  # [columns] or None
     row_weights,  # [rows] float32 or None
     column_weights,  # [columns] float32 or None
-    row_statistics,  # [2, all rows] float32, from the strip's first row on
+    row_statistics,  # [2, all rows] float32: m and Σ e^{s (p − m)}, from the strip's first row on
     column_statistics,  # [2, columns] float32, or None where only the rows count
     slopes,  # [rows, columns] or None
     dscale,  # [tiles] float32 or None
@@ -164,23 +175,24 @@ def _slopes(
     column_tiles = tl.cdiv(columns, BLOCK_N)
     i = tl.program_id(0) // column_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(0) % column_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    cosine = cosines(x, y, i, j, rows, columns, features, x_stride, y_stride, BLOCK_K, PRECISION)
-    z = cosine * tl.load(scale).to(tl.float32)
+    p = cosines(x, y, i, j, rows, columns, features, x_stride, y_stride, BLOCK_K, PRECISION)
+    sign, exponents = _sign_and_exponents(scale)
+    p *= sign
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     positive = _positives(row_labels, column_labels, i, j, rows, columns, first_target)
-    weight = z * 0.0 + confidence
+    weight = p * 0.0 + confidence
     if row_weights is not None:
-        weight = z * 0.0 + tl.load(row_weights + i, mask=i < rows, other=0.0)[:, None]
-    d = _probabilities(z, row_statistics, all_rows, i, rows, 1) - uniform
+        weight = p * 0.0 + tl.load(row_weights + i, mask=i < rows, other=0.0)[:, None]
+    d = _probabilities(p, exponents, row_statistics, all_rows, i, rows, 1) - uniform
     if column_statistics is not None:
-        d += _probabilities(z, column_statistics, columns, j, columns, 0) - uniform
+        d += _probabilities(p, exponents, column_statistics, columns, j, columns, 0) - uniform
         if column_weights is not None:
             weight += tl.load(column_weights + j, mask=j < columns, other=0.0)[None, :]
         else:
             weight += confidence
     d = tl.where(inside, tl.where(positive, d - weight, d), 0.0)
     if dscale is not None:
-        tl.store(dscale + tl.program_id(0), tl.sum(d * cosine))
+        tl.store(dscale + tl.program_id(0), tl.sum(d * p) * sign)
     if slopes is not None:
         at = i.to(tl.int64)[:, None] * slope_stride + j[None, :]
         tl.store(slopes + at, (d * gain).to(slopes.dtype.element_ty), mask=inside)
@@ -200,20 +212,19 @@ def _target_weights(labels: Tensor | None, others: Tensor | None, confidence: fl
     return confidence / count.clamp(min=1).float()
 
 
-def _merged(parts: Tensor) -> Tensor:
-    """Maximum, Σ e^{z − m}, Σ q and Σ q (z − m) over parts of the pairs, [4, parts, n], merged to [4, n]."""
+def _merged(parts: Tensor, scale: Tensor) -> Tensor:
+    """Maximum m, Σ e^{s (p − m)}, Σ q and Σ q (p − m) over parts of the pairs, [4, parts, n], merged to [4, n]."""
     tops, totals, shares, targets = parts
     top = tops.amax(0)
     below = tops - top
     share = below.masked_fill(shares == 0, 0.0) * shares  # without 0 · ∞
-    return torch.stack([top, (totals * below.exp()).sum(0), shares.sum(0), (targets + share).sum(0)])
+    return torch.stack([top, (totals * (below * scale).exp()).sum(0), shares.sum(0), (targets + share).sum(0)])
 
 
-def _loss(merged: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ −Σ_j q_ij log p_ij of rows (or columns), and their maxima and log-sums, [2, n]."""
-    top, total, share, target = merged
-    log_sum = total.log()
-    return (share * log_sum - target).sum(), torch.stack([top, log_sum])
+def _loss(merged: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ −Σ_j q_ij log p_ij of rows (or columns), and what the backward wants of them, [2, n]."""
+    _, total, share, target = merged
+    return (share * total.log() - target * scale).sum(), merged[:2].clone()
 
 
 def forward(
@@ -236,6 +247,7 @@ def forward(
     confidence = 1.0 - label_smoothing
     row_weights = _target_weights(row_labels, column_labels, confidence)
     column_weights = _target_weights(column_labels, row_labels, confidence) if symmetric else None
+    size = logit_scale.abs()
     of_rows: list[Tensor] = []
     of_columns: list[Tensor] = []
     for strip in strips(rows, columns, features, _STATISTICS_PAIRS):
@@ -256,13 +268,13 @@ def forward(
             PRECISION=dot_precision(x),
             config=chosen,
         )
-        of_rows.append(_merged(row_parts))
+        of_rows.append(_merged(row_parts, size))
         if column_parts is not None:
-            of_columns.append(_merged(column_parts))
-    loss, row_statistics = _loss(torch.cat(of_rows, 1))
+            of_columns.append(_merged(column_parts, size))
+    loss, row_statistics = _loss(torch.cat(of_rows, 1), size)
     column_statistics = nothing.new_empty(0)
     if symmetric:
-        of_column, column_statistics = _loss(_merged(torch.stack(of_columns, 1)))
+        of_column, column_statistics = _loss(_merged(torch.stack(of_columns, 1), size), size)
         loss += of_column
     loss *= 0.5 / max(total, 1)
     return (loss, *((row_statistics, column_statistics) if training else (nothing.new_empty(0),) * 2))

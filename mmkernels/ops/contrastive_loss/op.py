@@ -32,8 +32,8 @@ contrastive_loss_op = DifferentiableOp(
     "Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, float label_smoothing, "
     "bool symmetric, SymInt first_target, SymInt total",
     outputs="Tensor loss",
-    # [2, rows]: the maximum of z, and the logarithm of the sum of e^(z − it); on the CPU the maximum of the products,
-    # which is exact, and the sum itself.
+    # [2, rows]: the maximum of the products, negated where the scale is below 0, and Σ e^(z − its logit). Not that
+    # of z: distances are taken before anything is rounded, so that no contraction can spoil them.
     saved="Tensor row_stats, Tensor column_stats",
     reference=reference.contrastive_loss,
     reference_saved=reference.softmax_stats,

@@ -66,16 +66,18 @@ def softmax_stats(
     symmetric: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Of rows and, symmetric, of columns, [2, n] and [2, N]: maximum, and logarithm of the sum of e^(z − it)."""
-    logits = matmul(x, y.mT).to(accumulation_dtype(x)) * logit_scale
+    """Of rows and, symmetric, of columns, [2, n] and [2, N]: the maximum of the products p, which is not rounded, of −p
+    where the scale s is below 0, and Σ e^(|s| (p − it))."""
+    products = matmul(x, y.mT).to(accumulation_dtype(x))
+    products = torch.where(logit_scale < 0, -products, products)
 
-    def stats(z: Tensor) -> Tensor:
-        if z.shape[1] == 0:
-            return z.new_zeros((2, z.shape[0]))
-        top = z.amax(1)
-        return torch.stack([top, (z - top.unsqueeze(1)).logsumexp(1)])
+    def stats(p: Tensor) -> Tensor:
+        if p.shape[1] == 0:
+            return p.new_zeros((2, p.shape[0]))
+        top = p.amax(1)
+        return torch.stack([top, ((p - top.unsqueeze(1)) * logit_scale.abs()).exp().sum(1)])
 
-    return stats(logits), stats(logits.mT) if symmetric else logits.new_empty(0)
+    return stats(products), stats(products.mT) if symmetric else products.new_empty(0)
 
 
 def example_inputs(

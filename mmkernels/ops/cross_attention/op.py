@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, NativeKernels, TritonKernels
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention import batching, reference
@@ -108,7 +109,7 @@ cross_attention_op = DifferentiableOp(
     cpu=NativeKernels("cross_attention", any_strides=True),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports, _triton_supports_backward, any_strides=True),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,
     batching=(batching.forward, batching.backward),
 )

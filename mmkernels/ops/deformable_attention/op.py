@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.deformable_attention import reference
 
 
@@ -28,4 +29,5 @@ deformable_attention_op = DifferentiableOp(
     reference=reference.deformable_attention,
     fake=_deformable_attention_fake,
     cpu=native_backend("deformable_attention", _rows_have_32_bits),
+    keeps=Kept({"values": "locations weights presence", "weights": "values locations presence"}),
 )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mmkernels._dispatch import may_use_door
+from mmkernels._dispatch import may_use_door, needs_grad
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
+from mmkernels.ops import _linear_loss as linear_loss
 from mmkernels.ops._rows import as_rows
+from mmkernels.ops.distillation_loss.linear import linear_op
 from mmkernels.ops.distillation_loss.op import distillation_loss_op
 
 __all__ = ["distillation_loss"]
@@ -32,6 +35,7 @@ def distillation_loss(
     beta: float = 0.5,
     labels: Tensor | None = None,
     ignore_index: int = -100,
+    linear: Sequence[tuple[Tensor, Tensor | None]] | None = None,
 ) -> Tensor:
     """The divergence between the softened predictions of a teacher and of a student, from the logits of both.
 
@@ -55,10 +59,14 @@ def distillation_loss(
         labels: (…) integers. A row whose label is ``ignore_index`` is not read and does not count; other labels have no
             meaning here.
         ignore_index: see labels.
+        linear: two heads (weight (V, D), bias (V,) or None), the student's and the teacher's. In the place of logits
+            come hidden states then, student (…, D_s) and teacher (…, D_t), and the logits hidden @ weight.T + bias are
+            made chunk by chunk and never held: for vocabularies of 32 000 classes and more. Gradients of all six, for
+            what requires one.
 
     A class whose logit is −inf has probability 0 and gradient 0, and 0 log 0 = 0: forward_kl is +inf where the teacher
-    allows what the student excludes, reverse_kl where it is the other way about. Under autocast both are cast to
-    float32, as torch does for losses.
+    allows what the student excludes, reverse_kl where it is the other way about. Under autocast logits are cast to
+    float32, as torch does for losses; hidden states and heads to autocast's dtype, and the loss is float32.
 
     Returns:
         A scalar in the dtype of the logits, made in float32; 0, with gradient 0, where no row counts. For the backward
@@ -76,7 +84,8 @@ def distillation_loss(
         torch.Size([])
     """
     if (
-        may_use_door()
+        linear is None
+        and may_use_door()
         and type(temperature) is float
         and 0 < temperature < math.inf
         and type(beta) is float
@@ -85,18 +94,31 @@ def distillation_loss(
         out = distillation_loss_op.unchecked(student, teacher, labels, temperature, kind, beta, ignore_index)
         if out is not None:
             return out
-    if is_overridden(student, teacher, labels):
+    if is_overridden(student, teacher, labels, linear):
         return overridden_call(distillation_loss, locals())
     checks.check_tensor(_NAME, "student", student)
     checks.check_tensor(_NAME, "teacher", teacher)
-    if checks.autocast_is_on(student.device):
-        student, teacher = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (student, teacher))
-    _check_tensors(student, teacher, labels)
+    heads = None if linear is None else linear_loss.heads_in(_NAME, linear, 2, "each of student and teacher")
+    if wide := checks.autocast_is_on(student.device):
+        if heads is None:
+            halves = (torch.bfloat16, torch.float16)
+            student, teacher = (x.float() if x.dtype in halves else x for x in (student, teacher))
+        else:
+            student, teacher, heads = fusion.autocast(student.device, student, teacher, heads)
+    _check_tensors(student, teacher, labels, heads)
     temperature, beta = check_options(_NAME, temperature, kind, beta)
     ignore_index = checks.check_index(_NAME, "ignore_index", ignore_index)
     if labels is not None:
         labels = labels.reshape(-1)
-    return distillation_loss_op(as_rows(student), as_rows(teacher), labels, temperature, kind, beta, ignore_index)[0]
+    if heads is None:
+        return distillation_loss_op(as_rows(student), as_rows(teacher), labels, temperature, kind, beta, ignore_index)[
+            0
+        ]
+    valid = None if labels is None else labels != ignore_index
+    leaves = (as_rows(student), *heads[0], as_rows(teacher), *heads[1])
+    wanted = [needs_grad(x) for x in leaves]
+    loss = linear_op(*leaves, valid, temperature, kind, beta, wanted)[0]
+    return loss if wide else loss.to(student.dtype)
 
 
 def check_options(op: str, temperature: Any, kind: Any, beta: Any) -> tuple[float, float]:
@@ -114,12 +136,17 @@ def check_options(op: str, temperature: Any, kind: Any, beta: Any) -> tuple[floa
     return temperature, beta
 
 
-def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None) -> None:
+def _check_tensors(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, heads: Sequence[linear_loss.Head] | None
+) -> None:
     if student.dtype not in checks.FLOATING:
         raise checks.type_error(_NAME, "student", "dtype float32, bfloat16, float16 or float64", student.dtype)
     if student.dim() == 0:
-        raise checks.value_error(_NAME, "student", "at least 1 dim (…, V)", "a scalar")
-    fusion.check_shaped(_NAME, "teacher", teacher, tuple(student.shape), student, "student")
+        raise checks.value_error(_NAME, "student", f"at least 1 dim (…, {'D' if heads else 'V'})", "a scalar")
+    if heads is None:
+        fusion.check_shaped(_NAME, "teacher", teacher, tuple(student.shape), student, "student")
+    else:
+        _check_hidden(student, teacher, heads)
     if labels is None:
         return
     checks.check_tensor(_NAME, "labels", labels)
@@ -128,3 +155,15 @@ def _check_tensors(student: Tensor, teacher: Tensor, labels: Tensor | None) -> N
     checks.check_same_device(_NAME, "labels", labels, "student", student.device)
     if not fusion.has_shape(labels, student.shape[:-1]):
         raise checks.value_error(_NAME, "labels", f"shape {tuple(student.shape[:-1])}", tuple(labels.shape))
+
+
+def _check_hidden(student: Tensor, teacher: Tensor, heads: Sequence[linear_loss.Head]) -> None:
+    """Hidden states of the same rows, and heads of the same classes."""
+    checks.check_same_kind(_NAME, student, "student", teacher=teacher)
+    lead = tuple(student.shape[:-1])
+    if teacher.dim() != student.dim() or teacher.shape[:-1] != lead:
+        expected = f"shape {fusion.shape_text((*lead, 'D'))}, the leading dims of student"
+        raise checks.value_error(_NAME, "teacher", expected, tuple(teacher.shape))
+    classes, of_teacher = linear_loss.check_heads(_NAME, heads, [student, teacher], "student")
+    if classes != of_teacher:
+        raise checks.value_error(_NAME, "linear[1][0]", f"{classes} classes, as many as linear[0][0]", of_teacher)

@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.distillation_loss import linear
 from mmkernels.triton.launch import Config, launch, next_power_of_2
-
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of −inf, whose distance from itself is no number
+from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
 
 @triton.jit
@@ -72,19 +72,6 @@ def _pair(student, teacher, c, classes):
 
 
 @triton.jit
-def _raised(top, total, x, scale):
-    """Maximum and sum of exponentials of every lane with another element."""
-    most = tl.maximum(top, x)
-    return most, total * tl.exp((top - most) * scale) + tl.exp((x - most) * scale)
-
-
-@triton.jit
-def _of_lanes(top, total, scale):
-    most = tl.max(top, 0)
-    return most, tl.sum(total * tl.exp((top - most) * scale), 0)
-
-
-@triton.jit
 def _probabilities(s, t, s_top, s_total, t_top, t_total, scale):
     """Of both, and log(t/s), where both have classes."""
     s_distance, t_distance = (s - s_top) * scale, (t - t_top) * scale
@@ -117,16 +104,14 @@ def _forward(
     statistics += row * 6
     end = tl.where(tl.load(ignored + row) != 0, 0, classes) if ignored is not None else classes
     lanes = tl.arange(0, BLOCK)
-    s_top = tl.full([BLOCK], _LOWEST, tl.float32)
-    t_top = tl.full([BLOCK], _LOWEST, tl.float32)
-    s_total = tl.zeros([BLOCK], tl.float32)
-    t_total = tl.zeros([BLOCK], tl.float32)
+    s_top, s_total = no_logits(BLOCK)
+    t_top, t_total = no_logits(BLOCK)
     for start in range(0, end, BLOCK):
         s, t = _pair(student, teacher, start + lanes, classes)
-        s_top, s_total = _raised(s_top, s_total, s, scale)
-        t_top, t_total = _raised(t_top, t_total, t, scale)
-    s_most, s_sum = _of_lanes(s_top, s_total, scale)
-    t_most, t_sum = _of_lanes(t_top, t_total, scale)
+        s_top, s_total = with_logits(s_top, s_total, s, scale)
+        t_top, t_total = with_logits(t_top, t_total, t, scale)
+    s_most, s_sum = of_lanes(s_top, s_total, scale)
+    t_most, t_sum = of_lanes(t_top, t_total, scale)
     first = tl.zeros([BLOCK], tl.float32)
     second = tl.zeros([BLOCK], tl.float32)
     for start in range(0, end, BLOCK):
@@ -302,8 +287,47 @@ def backward(
     return [*results, student.new_empty(0)]
 
 
+def rows_in_place(
+    student: Tensor,
+    teacher: Tensor,
+    ignored: Tensor | None,
+    temperature: float,
+    kind: str,
+    beta: float,
+    of_student: bool,
+    of_teacher: bool,
+    losses: Tensor,
+) -> None:
+    """As ``torch.ops.mmkernels._distillation_rows``: the losses of rows, and gradients in the place of the logits."""
+    rows, classes = student.shape
+    flags = (of_student, of_teacher)
+    outputs = [x if of else None for x, of in zip((student, teacher), flags, strict=True)]
+    if _is_constant(kind, beta) or student.numel() == 0:
+        for x in (losses, *outputs):
+            if x is not None:
+                x.zero_()
+        return
+    statistics = losses.new_empty((rows, 6))
+    flags_of_rows = None if ignored is None else ignored.view(torch.uint8)
+    rest = (classes, student.stride(0), teacher.stride(0), 1.0 / temperature, beta)
+    options: dict[str, Any] = dict(config=_config(classes), KIND=kind)
+    launch(_forward, (rows,), student, teacher, flags_of_rows, losses, statistics, *rest, **options)
+    losses.mul_(temperature**2)
+    if any(flags):
+        factor = losses.new_full((), temperature)
+        launch(_backward, (rows,), factor, student, teacher, flags_of_rows, statistics, *outputs, *rest, **options)
+
+
+def linear_forward(*args: Any) -> Any:
+    return linear.forward(rows_in_place, *args)
+
+
+def linear_backward(*args: Any) -> list[Tensor]:
+    return linear.backward(rows_in_place, *args)
+
+
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A vocabulary by every kind, with labels, and few classes."""
+    """A vocabulary by every kind, with labels, and from hidden states; few classes."""
     import mmkernels as mmk
 
     def call(kind: Any, rows: int, classes: int, **options: Any) -> Any:
@@ -313,3 +337,5 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
     yield "reverse_kl 4096x32000, labels", lambda: call("reverse_kl", 4096, 32000, labels=new(4096, dtype=torch.int64))
     yield "jsd 4096x32000", lambda: call("jsd", 4096, 32000)
     yield "forward_kl 256x10", lambda: call("forward_kl", 256, 10)
+    hidden, heads = new(4096, 512), [(new(32000, 512), None) for _ in range(2)]
+    yield "forward_kl 4096x512 to 32000", lambda: mmk.distillation_loss(hidden, new(4096, 512), linear=heads)

@@ -30,6 +30,7 @@ distillation_loss_op = DifferentiableOp(
     outputs="Tensor loss",
     saved="Tensor statistics",
     reference=reference.distillation_loss,
+    reference_saved=reference.row_statistics,
     fake=_distillation_loss_fake,
     cpu=native_backend("distillation_loss"),
     triton=TritonKernels(_triton_supports),

@@ -9,9 +9,12 @@ Runs on every device and dtype, in float32 or wider, differentiable any number o
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmkernels.ops._products import linear
 
 
 def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
@@ -41,6 +44,60 @@ def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
 
 
+def _divergences(s: Tensor, t: Tensor, temperature: float, kind: str, beta: float) -> tuple[Tensor, Tensor]:
+    """Of each row KL(t‖s), or KL(s‖t), or of the jsd KL(t‖m) and KL(s‖m)."""
+    log_s, log_t = log_probabilities(s, temperature), log_probabilities(t, temperature)
+    if kind != "jsd":
+        first = divergence(log_t, log_s) if kind == "forward_kl" else divergence(log_s, log_t)
+        return first, torch.zeros_like(first)
+    if beta in (0, 1):  # m is one of both
+        return 0 * divergence(log_t, log_t), 0 * divergence(log_s, log_s)
+    log_m = log_mixture(log_t, log_s, beta)
+    return divergence(log_t, log_m), divergence(log_s, log_m)
+
+
+def row_statistics(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    kind: str,
+    beta: float,
+    ignore_index: int,
+) -> tuple[Tensor]:
+    """[N, 6] float32: maximum and Σ exp((z − it) / T) of student and of teacher, and the divergences; 0 if ignored."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    columns = []
+    for z in (student.to(dtype), teacher.to(dtype)):
+        top = z.amax(1).clamp_min(torch.finfo(dtype).min) if z.shape[1] else z.new_zeros(z.shape[0])
+        columns += [top, ((z - top.unsqueeze(1)) / temperature).exp().sum(1)]
+    columns += _divergences(student.to(dtype), teacher.to(dtype), temperature, kind, beta)
+    statistics = torch.stack(columns, 1).float()
+    return (statistics if labels is None else statistics.masked_fill((labels == ignore_index).unsqueeze(1), 0),)
+
+
+def mean_divergence(
+    student: Tensor,  # [N, V]
+    teacher: Tensor,  # [N, V]
+    ignored: Tensor | None,  # [N] bool
+    temperature: float,
+    kind: str,
+    beta: float,
+) -> Tensor:
+    """The mean over the rows that are not ignored, in float32 at least; 0 where there are none."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    s, t = student.to(dtype), teacher.to(dtype)
+    count: Tensor | int = max(student.shape[0], 1)
+    if ignored is not None:
+        count = (~ignored).sum().clamp_min(1)
+        s, t = s.masked_fill(ignored[:, None], 0), t.masked_fill(ignored[:, None], 0)
+    first, second = _divergences(s, t, temperature, kind, beta)
+    losses = beta * first + (1 - beta) * second if kind == "jsd" else first
+    if ignored is not None:
+        losses = losses.masked_fill(ignored, 0)
+    return losses.sum() * (temperature**2 / count)
+
+
 def distillation_loss(
     student: Tensor,  # [N, V]
     teacher: Tensor,  # [N, V]
@@ -50,28 +107,31 @@ def distillation_loss(
     beta: float,
     ignore_index: int,
 ) -> Tensor:
-    """The mean over the rows whose label is not ``ignore_index``; 0 where there are none."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    s, t = student.to(dtype), teacher.to(dtype)
-    count: Tensor | int = max(student.shape[0], 1)
-    ignored = None
-    if labels is not None:
-        ignored = labels == ignore_index
-        count = (~ignored).sum().clamp_min(1)
-        s, t = s.masked_fill(ignored[:, None], 0), t.masked_fill(ignored[:, None], 0)
-    log_s, log_t = log_probabilities(s, temperature), log_probabilities(t, temperature)
-    if kind == "forward_kl":
-        losses = divergence(log_t, log_s)
-    elif kind == "reverse_kl":
-        losses = divergence(log_s, log_t)
-    elif beta in (0, 1):  # m is one of both
-        losses = 0 * (divergence(log_t, log_t) + divergence(log_s, log_s))
-    else:
-        log_m = log_mixture(log_t, log_s, beta)
-        losses = beta * divergence(log_t, log_m) + (1 - beta) * divergence(log_s, log_m)
-    if ignored is not None:
-        losses = losses.masked_fill(ignored, 0)
-    return (losses.sum() * (temperature**2 / count)).to(student.dtype)
+    """The mean over the rows whose label is not ``ignore_index``, in the logits' dtype."""
+    ignored = None if labels is None else labels == ignore_index
+    return mean_divergence(student, teacher, ignored, temperature, kind, beta).to(student.dtype)
+
+
+def linear_distillation_loss(
+    student: Tensor,  # [N, D_s]
+    student_weight: Tensor,  # [V, D_s]
+    student_bias: Tensor | None,  # [V]
+    teacher: Tensor,  # [N, D_t]
+    teacher_weight: Tensor,  # [V, D_t]
+    teacher_bias: Tensor | None,  # [V]
+    valid: Tensor | None,  # [N] bool
+    temperature: float,
+    kind: str,
+    beta: float,
+    *_: Any,
+) -> Tensor:
+    """The mean over the valid rows of the logits that two heads make of hidden states, in float32 at least."""
+    ignored = None if valid is None else ~valid
+    logits = []
+    for hidden, weight, bias in ((student, student_weight, student_bias), (teacher, teacher_weight, teacher_bias)):
+        z = linear(hidden if ignored is None else hidden.masked_fill(ignored[:, None], 0), weight)
+        logits.append(z if bias is None else z + bias)
+    return mean_divergence(logits[0], logits[1], ignored, temperature, kind, beta)
 
 
 def example_inputs(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
@@ -77,10 +78,11 @@ joint_attention_op = DifferentiableOp(
     outputs="Tensor[] outs, Tensor[] lses",
     saved="Tensor stats",  # row_max of all query streams, then log_sum, in the memory order of [B, H, L_i] each
     reference=reference.joint_attention,
+    reference_saved=reference.softmax_stats,
     fake=_joint_attention_fake,
     cpu=native_backend("joint_attention", _supports),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,
 )

@@ -10,6 +10,7 @@ along the concatenation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,17 +32,42 @@ def joint_attention(
     return_lse: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs [B, H, L_i, Dv] and, with ``return_lse``, the LSE of each [B, H, L_i]."""
-    query, key, value = (torch.cat(list(streams), 2) for streams in (queries, keys, values))
-    mask = None
-    if stream_bias is not None or key_lengths:
-        mask = _mask(queries, keys, key_lengths, padded_streams, stream_bias)
-    out, row_max, log_sum = reference.cross_attention(
-        query, key, value, mask, None, None, None, -1, -1, False, softcap, scale, dropout_p, rng_state
-    )
+    options = (scale, softcap, dropout_p, rng_state)
+    out, row_max, log_sum = _attend(queries, keys, values, key_lengths, padded_streams, stream_bias, *options)
     sizes = [q.shape[2] for q in queries]
     outs = [o.clone() for o in out.split(sizes, 2)]
     lses = [x.clone() for x in (row_max + log_sum).split(sizes, 2)] if return_lse else []
     return outs, lses
+
+
+def softmax_stats(queries: Sequence[Tensor], *arguments: Any) -> tuple[Tensor]:
+    """row_max of all query streams, [B, H, L_i] one after the other, then log_sum."""
+    *of_attention, _ = arguments
+    _, *stats = _attend(queries, *of_attention)
+    sizes = [q.shape[2] for q in queries]
+    return (torch.cat([part.flatten() for half in stats for part in half.split(sizes, 2)]),)
+
+
+def _attend(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_lengths: Sequence[Tensor],
+    padded_streams: Sequence[int],
+    stream_bias: Tensor | None,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, row_max and log_sum of the concatenated streams."""
+    query, key, value = (torch.cat(list(streams), 2) for streams in (queries, keys, values))
+    mask = None
+    if stream_bias is not None or key_lengths:
+        mask = _mask(queries, keys, key_lengths, padded_streams, stream_bias)
+    return reference.cross_attention(
+        query, key, value, mask, None, None, None, -1, -1, False, softcap, scale, dropout_p, rng_state
+    )
 
 
 def _mask(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.low_rank_fusion import reference
 
 
@@ -28,4 +29,5 @@ low_rank_fusion_op = DifferentiableOp(
     fake=_low_rank_fusion_fake,
     cpu=native_backend("low_rank_fusion", weights=("factors",)),
     triton=TritonKernels(),
+    keeps=Kept({"bias": ""}, never="bias"),
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmkernels._cuda import misaligned
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.merge_embeddings import reference
 
 
@@ -35,4 +36,5 @@ merge_embeddings_op = DifferentiableOp(
     cpu=native_backend("merge_embeddings"),
     cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(),
+    keeps=Kept({"text": "mask", "modals": "mask"}),
 )

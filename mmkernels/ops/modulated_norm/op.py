@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmkernels._cuda import misaligned, rows_lose
 from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.modulated_norm import reference
 
 
@@ -28,6 +29,19 @@ def _triton_supports(x: Tensor, *_: Any) -> str | None:
     return None if x.shape[2] <= 4096 else f"{x.shape[2]} features are more than the 4096 that a program holds"
 
 
+_KEPT = (
+    Kept({"x": "scale", "shift": "", "scale": "x"}),  # without a norm
+    Kept(
+        {
+            "x": "x scale norm_weight",
+            "shift": "",
+            "scale": "x norm_weight norm_bias",
+            "norm_weight": "x scale",
+            "norm_bias": "scale",
+        }
+    ),
+)
+
 modulated_norm_op = DifferentiableOp(
     "modulated_norm",
     "Tensor x, Tensor shift, Tensor scale, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps",
@@ -37,4 +51,5 @@ modulated_norm_op = DifferentiableOp(
     cpu=native_backend("modulated_norm"),
     cuda=CudaKernels(_cuda_supports, loses=lambda x, *_: rows_lose(x.numel())),
     triton=TritonKernels(_triton_supports),
+    keeps=(_KEPT, lambda *args: args[3] is not None),
 )

@@ -12,6 +12,7 @@ from mmkernels._dispatch import may_use_door, needs_grad
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
+from mmkernels.ops import _linear_loss as linear_loss
 from mmkernels.ops.multimodal_cross_entropy.linear import linear_op
 from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_rows
@@ -101,7 +102,7 @@ def multimodal_cross_entropy(
     if is_overridden(logits, labels, *vectors, linear):
         return overridden_call(multimodal_cross_entropy, locals())
     first = fusion.first_source(_NAME, logits, "logits")
-    heads = None if linear is None else _heads(linear, len(logits))
+    heads = None if linear is None else linear_loss.heads_in(_NAME, linear, len(logits), "each modality")
     if wide := checks.autocast_is_on(first.device):
         if heads is None:
             logits = checks.autocast_promoted(*logits)
@@ -110,7 +111,9 @@ def multimodal_cross_entropy(
         first = logits[0]
     logits = list(logits)
     _check_logits(logits)
-    classes = [z.shape[1] for z in logits] if heads is None else _check_heads(heads, logits)
+    classes = [z.shape[1] for z in logits]
+    if heads is not None:
+        classes = linear_loss.check_heads(_NAME, heads, logits, "logits[0]")
     _check_vectors(first, len(logits), weights=weights, log_vars=log_vars, modulation=modulation)
     targets = _check_labels(labels, first, len(logits))
     if presence is not None:
@@ -124,7 +127,7 @@ def multimodal_cross_entropy(
             valid = valid_rows(y, ignore_index, presence, i)
             scale = None if modulation is None else modulation[i]
             wanted = [needs_grad(t) for t in (x, weight, bias)]
-            losses.append(linear_op(x, weight, bias, y, valid, scale, label_smoothing, robust, q, *wanted)[0])
+            losses.append(linear_op(x, weight, bias, y, valid, scale, label_smoothing, robust, q, wanted)[0])
             counts.append(valid.sum())
         total, means = combined(losses, counts, weights, log_vars)
         return (total, means) if wide else (total.to(first.dtype), means.to(first.dtype))
@@ -145,34 +148,6 @@ def _check_logits(logits: Sequence[Tensor]) -> None:
         if z.shape[0] != first.shape[0]:
             expected = f"{first.shape[0]} rows, as many as logits[0]"
             raise checks.value_error(_NAME, f"logits[{i}]", expected, f"shape {tuple(z.shape)}")
-
-
-def _heads(linear: Any, count: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The pairs of weight and bias."""
-    if not isinstance(linear, (list, tuple)):
-        raise checks.type_error(_NAME, "linear", "a list of pairs (weight, bias or None)", type(linear).__name__)
-    if len(linear) != count:
-        raise checks.value_error(_NAME, "linear", f"{count} heads, one for each modality", len(linear))
-    for i, head in enumerate(linear):
-        if not isinstance(head, (list, tuple)) or len(head) != 2:
-            got = type(head).__name__ if not isinstance(head, (list, tuple)) else f"{len(head)} elements"
-            raise checks.type_error(_NAME, f"linear[{i}]", "a pair (weight, bias or None)", got)
-    return [(weight, bias) for weight, bias in linear]
-
-
-def _check_heads(heads: list[tuple[Tensor, Tensor | None]], hidden: Sequence[Tensor]) -> list[int]:
-    """The number of classes of every head."""
-    first = hidden[0]
-    for i, ((weight, bias), x) in enumerate(zip(heads, hidden, strict=True)):
-        name = f"linear[{i}]"
-        checks.check_tensor(_NAME, f"{name}[0]", weight)
-        checks.check_same_kind(_NAME, first, "logits[0]", **{f"{name}[0]": weight})
-        if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-            expected = f"shape {fusion.shape_text(('C', x.shape[1]))}"
-            raise checks.value_error(_NAME, f"{name}[0]", expected, tuple(weight.shape))
-        if bias is not None:
-            fusion.check_shaped(_NAME, f"{name}[1]", bias, (weight.shape[0],), first, "logits[0]")
-    return [weight.shape[0] for weight, _ in heads]
 
 
 def _check_vectors(first: Tensor, count: int, **vectors: Tensor | None) -> None:

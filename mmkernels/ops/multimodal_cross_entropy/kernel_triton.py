@@ -22,11 +22,11 @@ from torch import Tensor
 
 from mmkernels.ops.multimodal_cross_entropy import linear, reference
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
+from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
 # What of these is a multiple of 16 depends on the number of rows.
 _NUMBERS = ["present_stride", "ignore_index", "smoothing", "q"]
 _PER_ROW = ["label_ptr", "present_ptr", "loss_ptr", "statistics_ptr", "factor_ptr", "scale_ptr"]
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # in place of −inf, whose distance from itself is no number
 _REVERSE = tl.constexpr(reference.REVERSE)
 
 
@@ -80,15 +80,11 @@ def _losses(
     count = tl.where(valid, classes, 0)  # a row that is not valid is not read
     z_ptr += row * stride
     lanes = tl.arange(0, BLOCK)
-    tops = tl.full([BLOCK], _LOWEST, tl.float32)
-    totals = tl.zeros([BLOCK], tl.float32)
+    tops, totals = no_logits(BLOCK)
     for start in range(0, count, BLOCK):
         z = tl.load(z_ptr + start + lanes, mask=start + lanes < classes, other=float("-inf")).to(tl.float32)
-        raised = tl.maximum(tops, z)
-        totals = totals * tl.exp(tops - raised) + tl.exp(z - raised)
-        tops = raised
-    top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp(tops - top), 0)
+        tops, totals = with_logits(tops, totals, z, 1.0)
+    top, total = of_lanes(tops, totals, 1.0)
     log_total = tl.where(total == 0.0, 0.0, tl.log(total))
     known = valid & (label >= 0) & (label < classes)
     of_label = tl.load(z_ptr + label, mask=known, other=0.0).to(tl.float32) - top - log_total

@@ -32,6 +32,7 @@ multimodal_cross_entropy_op = DifferentiableOp(
     outputs="Tensor total, Tensor means",
     saved="Tensor statistics, Tensor kept",  # the softmax's top and total of every row, [M, B, 2]; the means
     reference=reference.multimodal_cross_entropy,
+    reference_saved=reference.saved_statistics,
     fake=_multimodal_cross_entropy_fake,
     cpu=native_backend("multimodal_cross_entropy"),
     triton=TritonKernels(_triton_supports),

@@ -105,6 +105,25 @@ def multimodal_cross_entropy(
     return (total, means) if wide else (total.to(logits[0].dtype), means.to(logits[0].dtype))
 
 
+def saved_statistics(
+    logits: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    weights: Tensor | None,
+    log_vars: Tensor | None,
+    presence: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Maximum and Σ exp(z − it) of every row, [M, B, 2], and the means [M], float32 or float64."""
+    *of_loss, _ = options
+    _, means = multimodal_cross_entropy(logits, labels, weights, log_vars, presence, *of_loss, True)  # type: ignore[call-arg]
+    statistics = []
+    for z in logits:
+        z = z.to(means.dtype)
+        top = z.amax(1).clamp_min(torch.finfo(z.dtype).min) if z.shape[1] else z.new_zeros(z.shape[0])
+        statistics.append(torch.stack([top, (z - top.unsqueeze(1)).exp().sum(1)], 1))
+    return torch.stack(statistics), means
+
+
 def linear_cross_entropy(
     hidden: Tensor,  # [B, D]
     weight: Tensor,  # [C, D]

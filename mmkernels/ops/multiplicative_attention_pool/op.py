@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
+from mmkernels.ops._products import matmul
 from mmkernels.ops.multiplicative_attention_pool import reference
 
 
@@ -18,6 +20,12 @@ def _multiplicative_attention_pool_fake(
     pooled, batch, count = pooled_fake(xs)
     projected = pooled.new_empty(0 if weight is None else pooled.shape)
     return pooled, pooled.new_empty((batch, count)), projected
+
+
+def _multiplicative_attention_pool_saved(
+    xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, *_: Any
+) -> tuple[Tensor]:
+    return (query.new_empty(0) if weight is None else matmul(query, weight),)
 
 
 def _triton_supports(xs: Sequence[Tensor], *_: Any) -> str | None:
@@ -33,8 +41,9 @@ multiplicative_attention_pool_op = DifferentiableOp(
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor projected",  # q W, [B, D], where there is a W
     reference=reference.multiplicative_attention_pool,
+    reference_saved=_multiplicative_attention_pool_saved,
     fake=_multiplicative_attention_pool_fake,
     cpu=native_backend("multiplicative_attention_pool", weights=("weight",)),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

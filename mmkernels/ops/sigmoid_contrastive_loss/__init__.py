@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _contrastive as contrastive
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
@@ -60,6 +62,17 @@ def sigmoid_contrastive_loss(
         >>> sigmoid_contrastive_loss(image, text, 10.0, -10.0).shape
         torch.Size([])
     """
+    if (
+        group is None
+        and type(is_log_scale) is bool
+        and type(x) in contrastive.PLAIN
+        and may_use_door()
+        and (scale := contrastive.plain_scalar(logit_scale, is_log=is_log_scale)) is not None
+        and (bias := contrastive.plain_scalar(logit_bias)) is not None
+    ):
+        out = sigmoid_contrastive_loss_op.unchecked(x, y, scale, bias, 0, x.shape[0] if x.dim() else 0)
+        if out is not None:
+            return out if x.dtype is torch.float32 else out.to(x.dtype)
     if is_overridden(x, y, logit_scale, logit_bias):
         return overridden_call(sigmoid_contrastive_loss, locals())
     x, y = contrastive.check_pairs(_NAME, x, y)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
-from mmkernels.ops._pool import pooled_fake, too_many_modalities
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels.ops._pool import pooled_fake, stacked, too_many_modalities
+from mmkernels.ops._products import linear
+from mmkernels.ops.concat_linear.reference import activate
 from mmkernels.ops.split_attention_pool import reference
 
 # Activations whose derivative follows from their value alone.
@@ -30,14 +33,30 @@ def _split_attention_pool_fake(
     return pooled, weights, pooled.new_empty(pooled.shape), hidden, preactivation
 
 
+def _split_attention_pool_saved(
+    xs: Sequence[Tensor],
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str | None,
+    presence: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = stacked(xs, presence)[0].sum(1)
+    preactivation = linear(total, weight1, bias1)
+    hidden = activate(preactivation, activation)
+    return total, hidden, preactivation.new_empty(0) if activation in _FROM_OUTPUT else preactivation
+
+
 split_attention_pool_op = DifferentiableOp(
     "split_attention_pool",
     "Tensor[] xs, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, str? activation, Tensor? presence",
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor sum, Tensor hidden, Tensor preactivation",  # g, z, and W₁ g + b₁ where z's derivative needs it
     reference=reference.split_attention_pool,
+    reference_saved=_split_attention_pool_saved,
     fake=_split_attention_pool_fake,
     cpu=native_backend("split_attention_pool", weights=("weight1", "weight2")),
     triton=TritonKernels(too_many_modalities),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
 )

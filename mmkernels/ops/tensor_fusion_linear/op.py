@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import Kept
 from mmkernels.ops.tensor_fusion_linear import reference
 
 
@@ -24,4 +25,5 @@ tensor_fusion_linear_op = DifferentiableOp(
     fake=_tensor_fusion_linear_fake,
     cpu=native_backend("tensor_fusion_linear", weights=("weight",)),
     triton=TritonKernels(),
+    keeps=Kept({"weight": "xs presence", "bias": ""}, never="bias"),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
@@ -37,9 +38,10 @@ varlen_cross_attention_op = DifferentiableOp(
     outputs="Tensor out, Tensor lse",
     saved="Tensor stats",  # row_max and log_sum
     reference=reference.varlen_cross_attention,
+    reference_saved=reference.softmax_stats,
     fake=_varlen_cross_attention_fake,
     cpu=native_backend("varlen_cross_attention"),
     triton=TritonKernels(_triton_supports),
-    keeps_outputs=lambda *_: True,
+    keeps=EVERYTHING_AND_OUTPUTS,
     gradient=lambda leaf, _: empty_in_order_of(leaf, leaf.shape),
 )

@@ -6,6 +6,7 @@ It is `cross_attention` of one member of the batch after the other.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +31,45 @@ def varlen_cross_attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output [Tq, Hq, Dv] and, with ``return_lse``, the LSE [Tq, Hq]."""
+    options = (window_left, window_right, bottom_right, scale, softcap, sinks)
+    out, row_max, log_sum = _attend(query, key, value, cu_seqlens_q, cu_seqlens_k, *options)
+    return out.transpose(0, 1), (row_max + log_sum).T if return_lse else row_max.new_empty(0)
+
+
+def softmax_stats(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
+) -> tuple[Tensor]:
+    """row_max and log_sum, [2, Hq, Tq]."""
+    _, _, *of_attention, _ = options
+    _, row_max, log_sum = _attend(query, key, value, cu_seqlens_q, cu_seqlens_k, *of_attention)
+    return (torch.stack([row_max, log_sum]),)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    window_left: int,
+    window_right: int,
+    bottom_right: bool,
+    scale: float | None,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [Hq, Tq, Dv], row_max and log_sum [Hq, Tq]."""
     options = (None, None, sinks, None, window_left, window_right, bottom_right, softcap, scale, 0.0, None)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    outs = [query.new_empty(0, query.shape[1], value.shape[2])]
-    lses = [query.new_empty(0, query.shape[1], dtype=wide)]
+    outs = [query.new_empty(query.shape[1], 0, value.shape[2])]
+    row_maxes = [query.new_empty(query.shape[1], 0, dtype=wide)]
+    log_sums = [query.new_empty(query.shape[1], 0, dtype=wide)]
     rows, keys = itertools.pairwise(cu_seqlens_q.tolist()), itertools.pairwise(cu_seqlens_k.tolist())
     for (row, row_end), (first, end) in zip(rows, keys, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (query[row:row_end], key[first:end], value[first:end]))
-        out, row_max, log_sum = reference.cross_attention(q, k, v, *options)
-        outs.append(out[0].transpose(0, 1))
-        lses.append((row_max + log_sum)[0].T)
-    return torch.cat(outs), torch.cat(lses) if return_lse else query.new_empty(0, dtype=wide)
+        for parts, part in zip((outs, row_maxes, log_sums), reference.cross_attention(q, k, v, *options), strict=True):
+            parts.append(part[0])
+    return torch.cat(outs, 1), torch.cat(row_maxes, 1), torch.cat(log_sums, 1)
 
 
 def example_inputs(

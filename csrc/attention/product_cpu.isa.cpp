@@ -1,0 +1,83 @@
+// Attention's products, compiled once for all of its kernels of an instruction set.
+#include "csrc/attention/product.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+template <class T, int MR, int NR>
+MMK_INLINE void store_tile(T* to, int64_t stride, const vf (&acc)[MR][NR]) {
+  MMK_UNROLL for (int r = 0; r < MR; ++r) {
+    MMK_UNROLL for (int j = 0; j + 1 < NR; j += 2) {
+      write_pair<false>(to + r * stride + j * VW, acc[r][j], acc[r][j + 1]);
+    }
+    if constexpr (NR % 2 != 0) store_from_float(to + r * stride + (NR - 1) * VW, acc[r][NR - 1]);
+  }
+}
+
+template <bool kPairs, int MR, int NR, class RowStride, class KStride>
+MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_stride, Panel columns, int64_t depth,
+                               const Epilogue& e, int64_t row, int64_t column) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<kPairs>(acc, a, row_stride, k_stride, columns.data + column, columns.stride, depth);
+  if (e.factor != 1.f) {
+    MMK_UNROLL for (int r = 0; r < MR; ++r) {
+      MMK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = acc[r][j] * set1(e.factor);
+    }
+  }
+  if (e.old_factor != nullptr) {
+    const float* from = e.from + row * e.from_stride + column;
+    MMK_UNROLL for (int r = 0; r < MR; ++r) {
+      const vf factor = set1(e.old_factor[row + r]);
+      MMK_UNROLL for (int j = 0; j < NR; ++j) {
+        acc[r][j] = fma(factor, load(from + r * e.from_stride + j * VW), acc[r][j]);
+      }
+    }
+  }
+  if (e.finish != nullptr) {
+    MMK_UNROLL for (int r = 0; r < MR; ++r) {
+      const vf factor = set1(e.finish[row + r]);
+      MMK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = acc[r][j] * factor;
+    }
+  }
+  const int64_t at = row * e.to_stride + column;
+  if (e.to_dtype == Dtype::f32) {
+    store_tile(static_cast<float*>(e.to) + at, e.to_stride, acc);
+  } else if (e.to_dtype == Dtype::bf16) {
+    store_tile(static_cast<Bf16*>(e.to) + at, e.to_stride, acc);
+  } else {
+    store_tile(static_cast<F16*>(e.to) + at, e.to_stride, acc);
+  }
+}
+
+template <bool kPairs, class RowStride, class KStride>
+void multiply_units(const float* a, RowStride row_stride, KStride k_stride, int64_t rows, Panel columns, int64_t depth,
+                    int64_t features, const Epilogue& e) {
+  for_runs<kFeatureVectors>(ceil_div(features, VW), [&](auto vectors, int64_t v) {
+    for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+      feature_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>(a + i * row_stride, row_stride, k_stride,
+                                                                             columns, depth, e, i, v * VW);
+    });
+  });
+}
+
+// A's rows or its columns are dense: no register holds that stride.
+template <bool kPairs, class... Arguments>
+void multiply_strided(const float* a, int64_t row_stride, int64_t k_stride, Arguments... rest) {
+  if (k_stride == 1) return multiply_units<kPairs>(a, row_stride, Constant<1>{}, rest...);
+  multiply_units<kPairs>(a, Constant<1>{}, k_stride, rest...);
+}
+
+}  // namespace
+
+void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, Panel columns,
+                       int64_t depth, int64_t features, const Epilogue& e) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return multiply_strided<true>(a, row_stride, k_stride, rows, columns, depth, features, e);
+  }
+  multiply_strided<false>(a, row_stride, k_stride, rows, columns, depth, features, e);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

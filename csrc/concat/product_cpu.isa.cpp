@@ -1,0 +1,112 @@
+// The products of concatenation fusion, compiled once for all ops of an instruction set.
+#include "csrc/concat/product.h"
+
+namespace mmk {
+namespace MMK_ISA {
+namespace {
+
+template <bool kPairs, int MR, int NR, class Ldb = Constant<kPanel>>
+MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, const Block& c, int64_t row,
+                               int64_t column, Ldb ldb = {}) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<kPairs>(acc, a.data, a.stride, Constant<1>{}, panel, ldb, depth);
+  const int64_t last = c.columns - column - (NR - 1) * VW;  // columns of the last vector
+  MMK_UNROLL for (int i = 0; i < MR; ++i) {
+    float* to = c.data + (c.map == nullptr ? row + i : c.map[row + i]) * c.stride + column;
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      if (j < NR - 1 || last >= VW) {
+        store(to + j * VW, c.add ? load(to + j * VW) + acc[i][j] : acc[i][j]);
+      } else {
+        store_partial(to + j * VW, c.add ? load_partial(to + j * VW, last) + acc[i][j] : acc[i][j], last);
+      }
+    }
+  }
+}
+
+template <bool kPairs>
+void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
+                    const RowsAhead& rows_ahead) {
+  RowPrefetch ahead(rows_ahead);
+  constexpr int64_t kLineFloats = 16;
+  const int64_t panel_lines = depth * kPanel / kLineFloats;
+  for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
+    RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        next_panel.step<false>();
+        ahead.step<false>();
+        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>({a.data + i * a.stride, a.stride},
+                                                                               panels, depth, c, i, column);
+      });
+    });
+  }
+}
+
+// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
+template <bool kPairs, int R, int F>
+MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
+  vf acc[R][F];
+  clear(acc);
+  const auto step = [&](int64_t k, auto load_units) {
+    vf xs[R];
+    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      const vf wf = load_units(w.data + f * w.stride + k);
+      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
+    }
+  };
+  int64_t k = 0;
+  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
+  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
+  MMK_UNROLL for (int r = 0; r < R; ++r) {
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      float& to = c[r * stride + f];
+      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
+    }
+  }
+}
+
+template <bool kPairs>
+void dot_units(Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c, int64_t stride,
+               bool add) {
+  constexpr int kTileRows = 2, kTileFeatures = 4;
+  for_runs<kTileFeatures>(features, [&](auto width, int64_t f) {
+    for_runs<kTileRows>(rows, [&](auto height, int64_t r) {
+      dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
+          {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, depth, c + r * stride + f, stride, add);
+    });
+  });
+}
+
+}  // namespace
+
+void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
+                     const RowsAhead& ahead) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return multiply_units<true>(a, rows, panels, depth, c, ahead);
+  }
+  multiply_units<false>(a, rows, panels, depth, c, ahead);
+}
+
+void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  for (int64_t column = 0; column < c.columns; column += kPanel) {
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
+            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
+      });
+    });
+  }
+}
+
+void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,
+                   int64_t stride, bool add) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return dot_units<true>(x, rows, w, features, depth, c, stride, add);
+  }
+  dot_units<false>(x, rows, w, features, depth, c, stride, add);
+}
+
+}  // namespace MMK_ISA
+}  // namespace mmk

@@ -1,0 +1,78 @@
+"""What a backward keeps alive: the tensors that a needed gradient depends on, and no others."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from conftest import TRITON_PARAMETER, native_only
+from test_forward_mode import CASES, Case
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+import mmkernels as mmk
+from mmkernels.testing import poisoned_memory, same_bits
+
+WAYS = [
+    pytest.param(contextlib.nullcontext(), marks=native_only, id="short way"),
+    pytest.param(mmk.use_backend("cpu"), marks=native_only, id="cpu"),
+    pytest.param(mmk.use_backend("triton"), marks=TRITON_PARAMETER.marks, id="triton"),
+    pytest.param(mmk.use_backend("reference"), id="reference"),
+]
+
+
+def _gradients(case: Case, leaves: Sequence[Tensor], needed: Sequence[bool], spoil: bool) -> list[Tensor]:
+    """Gradients of the needed leaves; ``spoil`` writes NaN into every leaf that was not kept before the backward."""
+    leaves = [x.clone().requires_grad_(n) for x, n in zip(leaves, needed, strict=True)]
+    kept: list[int] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t.untyped_storage().data_ptr())
+        return t
+
+    with saved_tensors_hooks(keep, lambda t: t):
+        out = case(*leaves)
+    if spoil:
+        for x in leaves:
+            if x.untyped_storage().data_ptr() not in kept:
+                x.detach().fill_(torch.nan)
+    wanted = [x for x in leaves if x.requires_grad]
+    return list(torch.autograd.grad(out, wanted, torch.ones_like(out).cumsum(0)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_gradient_depends_on_what_is_not_kept(name: str, way: AbstractContextManager[None]) -> None:
+    case = CASES[name]
+    leaves = case.leaves(torch.float32)
+    count = len(leaves)
+    alone = [[i == j for j in range(count)] for i in range(count)]
+    for needed in (*alone, *([not n for n in flags] for flags in alone if count > 2)):
+        try:
+            with way, poisoned_memory():
+                expected, got = (_gradients(case, leaves, needed, spoil) for spoil in (False, True))
+        except mmk.UnsupportedError as declined:
+            pytest.skip(str(declined))
+        assert same_bits(got, expected), f"gradients of {needed}"
+        assert all(g.isfinite().all() for g in got), f"gradients of {needed}"
+
+
+def test_what_no_gradient_needs_may_change_before_the_backward() -> None:
+    """As in torch, where the addend of a sum may be changed in place."""
+    x, y, weight, residual = (torch.randn(s, requires_grad=True) for s in ((4, 3), (4, 2), (6, 5), (4, 6)))
+    out = mmk.concat_linear([x, y], weight.detach(), residual=residual, gate=torch.ones(()))
+    with torch.no_grad():
+        residual.zero_()
+    assert torch.autograd.grad(out.sum(), [x, residual])[1].equal(torch.ones_like(residual))
+
+
+def test_embeddings_are_merged_without_being_kept() -> None:
+    text, image = torch.randn(2, 64, 256, requires_grad=True), torch.randn(32, 256, requires_grad=True)
+    mask = torch.arange(128).view(2, 64) % 4 == 0
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda t: (kept.append(t.nbytes), t)[1], lambda t: t):
+        mmk.merge_embeddings(text, image, mask)
+    assert sum(kept) <= mask.nbytes
