@@ -194,15 +194,18 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
 // --- backward
 // ---------------------------------------------------------------------------------------------------------
 
+bool any_by_columns(const BilinearParams& p) { return p.sides[0].weight.by_columns || p.sides[1].weight.by_columns; }
+
 struct BackwardTile {
   // In units, kChunk of the summed dim: [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns]; the tile.
-  float *grad_projection, *operand, *sums;
+  float *grad_projection, *operand, *sums, *turned;  // for a weight by columns, dP with projections in the lanes
   int64_t floats;
 
-  explicit BackwardTile(Carver memory)
+  BackwardTile(const BilinearParams& p, Carver memory)
       : grad_projection(memory.take(spread_stride(kTileRows) * spread_stride(kChunk))),
         operand(memory.take(kChunk * spread_stride(kTileColumns))),
-        sums(memory.take(kTileRows * spread_stride(kTileColumns))),
+        sums(memory.take(spread_stride(kTileRows) * spread_stride(kTileColumns))),
+        turned(memory.take(any_by_columns(p) ? kChunk * spread_stride(kTileRows) : 0)),
         floats(memory.used()) {}
 };
 
@@ -245,7 +248,7 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
   const auto is_in_place = [&](int64_t rows) { return rows <= 2 * kFeatureRows && side.width % VW == 0; };
   if (side.grad_x != nullptr) {
     for_each_claim(p.workers, ceil_div(p.batch, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
-      const BackwardTile tile(Carver(memory + worker * floats));
+      const BackwardTile tile(p, Carver(memory + worker * floats));
       for (; t < end; ++t) {
         const int64_t row = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
         const int64_t rows = min(kTileRows, p.batch - row), columns = min(kTileColumns, side.width - column);
@@ -264,7 +267,7 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
   }
   if (side.grad_weight == nullptr) return;
   for_each_claim(p.workers, ceil_div(all, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
-    const BackwardTile tile(Carver(memory + worker * floats));
+    const BackwardTile tile(p, Carver(memory + worker * floats));
     for (; t < end; ++t) {
       const int64_t c = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
       const int64_t rows = min(kTileRows, all - c), columns = min(kTileColumns, side.width - column);
@@ -274,12 +277,18 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
         const Operand x =
             operand_of_columns<kPairs>(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
                                        some, columns, is_in_place(rows), tile.operand, ldo);
-        multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
-                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        const Combine how = b == 0 ? Combine::store : Combine::add;
+        if (side.weight.by_columns) {
+          pack_lanes(false, Dtype::f32, tile.grad_projection, ldc, rows, units<kPairs>(some), tile.turned, ldr);
+          multiply(kPairs, x.data, 1, x.stride, columns, tile.turned, ldr, units<kPairs>(some), rows,
+                   {how, tile.sums, ldr});
+        } else {
+          multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
+                   {how, tile.sums, ldo});
+        }
       }
       if (side.weight.by_columns) {
-        write_transposed(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, column * all + c),
-                         all);
+        write_rows(tile.sums, ldr, columns, rows, p.dtype, element(side.grad_weight, p.dtype, column * all + c), all);
         continue;
       }
       write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, c * side.width + column),
@@ -306,7 +315,7 @@ void bilinear_forward(const BilinearParams& p) {
 }
 
 void bilinear_backward(const BilinearParams& p) {
-  const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
+  const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(p, Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
   pack_lanes(false, p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
   with_pairs(p.dtype, [&](auto pairs) {

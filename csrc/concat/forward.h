@@ -295,8 +295,8 @@ inline void multiply_columns_in_place(Operand x, int64_t rows, const Matrix& wei
   for (int64_t k = 0; k < depth; k += kRun) {
     const int64_t run = min(kRun, depth - k);
     const Matrix columns = from_element(weight, Dtype::f32, 0, k);
-    multiply_in_place({x.data + k, x.stride}, rows, {static_cast<const float*>(columns.data), weight.stride}, run,
-                      {c.data, c.stride, whole, c.add || k > 0});
+    multiply_in_place(false, {x.data + k, x.stride}, rows, {static_cast<const float*>(columns.data), weight.stride},
+                      run, {c.data, c.stride, whole, c.add || k > 0});
   }
   if (rest == 0) return;
   pack_lanes(false, Dtype::f32, from_element(weight, Dtype::f32, whole, 0), rest, depth, memory, kPanel);

@@ -29,8 +29,8 @@ struct Block {
 void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
                      const RowsAhead& ahead = {});
 
-// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
-void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
+// C (+)= A · B of a B that is read where it lies, in rows of whole vectors.
+void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
 
 // c[r][f] (+)= x[r] · w[f] of rows of units, nothing packed.
 void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,

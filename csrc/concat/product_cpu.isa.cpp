@@ -43,6 +43,18 @@ void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth,
   }
 }
 
+template <bool kPairs>
+void multiply_units_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  for (int64_t column = 0; column < c.columns; column += kPanel) {
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>(
+            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
+      });
+    });
+  }
+}
+
 // c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
 template <bool kPairs, int R, int F>
 MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
@@ -70,7 +82,7 @@ MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_
 template <bool kPairs>
 void dot_units(Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c, int64_t stride,
                bool add) {
-  constexpr int kTileRows = 2, kTileFeatures = 4;
+  constexpr int kTileRows = kRegisters == 32 ? 4 : 2, kTileFeatures = 4;
   for_runs<kTileFeatures>(features, [&](auto width, int64_t f) {
     for_runs<kTileRows>(rows, [&](auto height, int64_t r) {
       dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
@@ -89,15 +101,11 @@ void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, i
   multiply_units<false>(a, rows, panels, depth, c, ahead);
 }
 
-void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
-  for (int64_t column = 0; column < c.columns; column += kPanel) {
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
-            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
-      });
-    });
+void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return multiply_units_in_place<true>(a, rows, b, depth, c);
   }
+  multiply_units_in_place<false>(a, rows, b, depth, c);
 }
 
 void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,

@@ -146,11 +146,12 @@ class NormLinearGradient {
     });
   }
 
-  void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, const float* sums) const {
+  void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, int64_t turned_stride,
+                      const float* sums) const {
     const ConcatSource& source = sources_.items[s];
     const Matrix& matrix = source.terms[0].weight;
     with_element_type(sources_.dtype, matrix.data, [&](const auto* weight) {
-      if (matrix.by_columns) return finish_turned(source, weight, first, width, products, sums);
+      if (matrix.by_columns) return finish_by_columns(source, weight, first, width, products, turned_stride, sums);
       for (int64_t c = 0; c < width; c += kFinished * VW) {
         const int64_t columns = min(kFinished * VW, width - c), last = (columns - 1) % VW + 1;
         with_constant<kFinished>(ceil_div(columns, VW), [&](auto vectors) {
@@ -223,15 +224,17 @@ class NormLinearGradient {
     }
   }
 
-  // As finish_columns, of a weight that lies by columns, as its gradient does: G is turned, and features are in the
-  // lanes.
+  // As finish_columns, of a weight that lies by columns, as its gradient does: features are in the lanes, of Gᵀ, which
+  // is made unless turned_stride says that it is given.
   template <class T>
-  void finish_turned(const ConcatSource& source, const T* weight, int64_t first, int64_t width, const float* products,
-                     const float* sums) const {
+  void finish_by_columns(const ConcatSource& source, const T* weight, int64_t first, int64_t width,
+                         const float* products, int64_t turned_stride, const float* sums) const {
     const ConcatTerm& term = source.terms[0];
-    const int64_t features = sources_.features, stride = round_up(features, VW);
-    const Scratch turned(kGroup * stride);  // [width][features]
-    pack_lanes(false, Dtype::f32, products, kGroup, features, width, turned.data(), stride);
+    const int64_t features = sources_.features;
+    const int64_t stride = turned_stride > 0 ? turned_stride : round_up(features, VW);
+    const Scratch scratch(turned_stride > 0 ? 0 : kGroup * stride);
+    const float* const turned = turned_stride > 0 ? products : scratch.data();
+    if (turned_stride == 0) pack_lanes(false, Dtype::f32, products, kGroup, features, width, scratch.data(), stride);
     for (int64_t c = 0; c < width; ++c) {
       const int64_t column = source.column + first + c;
       const T* down = weight + (first + c) * term.weight.stride;
@@ -239,7 +242,7 @@ class NormLinearGradient {
       const vf gain = set1(gain_[column]), shift = set1(shift_ == nullptr ? 0.f : shift_[column]);
       vf gains = zero(), shifts = zero();
       for_vectors(features, [&](int64_t, int64_t f, int64_t n) {
-        const vf w = load_as_float(down + f, n), product = load(turned.data() + c * stride + f), db = load(sums + f);
+        const vf w = load_as_float(down + f, n), product = load(turned + c * stride + f), db = load(sums + f);
         gains = fma(w, product, gains);
         shifts = fma(w, db, shifts);
         if (term.grad != nullptr) store_from_float(grad + f, fma(shift, db, product * gain), n);

@@ -28,6 +28,10 @@ void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int
 void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features, float* out,
                            int64_t stride);
 
+// Floats [rows][columns] → a dtype; nothing beyond the last column is written.
+void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                int64_t stride);
+
 // Floats [rows][columns] → [columns][stride] of a dtype, the transposed; nothing beyond the last row is written.
 void write_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
                       int64_t stride);

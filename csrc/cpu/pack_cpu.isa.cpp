@@ -91,6 +91,17 @@ void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t c
   }
 }
 
+void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                int64_t stride) {
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        store_from_float(p + i * stride + c, load(from + i * from_stride + c), columns - c);
+      }
+    }
+  });
+}
+
 void write_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
                       int64_t stride) {
   with_element_type(dtype, to, [&](auto* p) {

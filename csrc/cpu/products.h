@@ -43,18 +43,6 @@ constexpr int64_t spread_stride(int64_t n) {
   return 16 * (lines + (lines + 1) % 2);
 }
 
-// Floats [rows][columns] → a dtype; nothing beyond the last column is written.
-inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
-                       int64_t stride) {
-  with_element_type(dtype, to, [&](auto* p) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < columns; c += VW) {
-        store_from_float(p + i * stride + c, load(from + i * from_stride + c), columns - c);
-      }
-    }
-  });
-}
-
 // Floats [rows][columns] → units of two rows [units of rows][columns], in place; whole vectors of columns.
 inline void pair_rows_in_place(float* data, int64_t stride, int64_t rows, int64_t columns) {
   if constexpr (kBf16Dot) {

@@ -144,25 +144,30 @@ void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t 
 // --- backward
 // ---------------------------------------------------------------------------------------------------------
 
+// Of dF_i, [width + 1][N], or its transposed where F_i lies by columns.
+int64_t grad_factor_floats(const LowRankParams& p, const LowRankModality& m, int64_t ldn) {
+  return m.factor.by_columns ? p.outputs * spread_stride(m.width + 1) : (m.width + 1) * ldn;
+}
+
 template <bool kPairs>
 struct BackwardTile {
   Inputs<kPairs> x;
-  float *factors, *transposed, *grad_factors;  // [Σ units of width + 1][N], [units of N][Σ width], [Σ width + 1][N]
+  float *factors, *transposed, *grad_factors;  // [Σ units of width + 1][N], [units of N][Σ width], all dF_i
   float* projections;                          // [M][rows][N]
   float *by_outputs, *by_rows;                 // dP in units of outputs, [rows][N], and of rows: the same for float
   float* columns;                              // pairs alone: [1; x_i] in units of rows, [units of rows][width + 1]
   int64_t floats;
 
   BackwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t ldn) : x(p, memory, rows) {
-    int64_t entries = 0, depth = 0, transposed_width = 0;
+    int64_t gradients = 0, depth = 0, transposed_width = 0;
     for (int64_t i = 0; i < p.count; ++i) {
-      entries += p.modalities[i].width + 1;
+      gradients += grad_factor_floats(p, p.modalities[i], ldn);
       depth += units<kPairs>(p.modalities[i].width + 1);
       transposed_width += spread_stride(p.modalities[i].width);
     }
     factors = memory.take(depth * ldn);
     transposed = memory.take(units<kPairs>(p.outputs) * transposed_width);
-    grad_factors = memory.take(entries * ldn);
+    grad_factors = memory.take(gradients);
     projections = memory.take(p.count * rows * ldn);
     by_outputs = by_rows = memory.take(rows * ldn);
     columns = nullptr;
@@ -276,15 +281,21 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
           pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(x), 2 * t.x.stride(), rows, m.width + 1, t.columns,
                                 entries.stride);
         }
-        multiply(kPairs, entries.data, 1, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows), p.outputs,
-                 {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
+        const Combine how = first == 0 ? Combine::store : Combine::add;
+        if (m.factor.by_columns) {
+          multiply(kPairs, t.by_rows, 1, ldn, p.outputs, entries.data, entries.stride, units<kPairs>(rows), m.width + 1,
+                   {how, grad_factor, spread_stride(m.width + 1)});
+        } else {
+          multiply(kPairs, entries.data, 1, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows), p.outputs,
+                   {how, grad_factor, ldn});
+        }
       }
       if (m.grad_x != nullptr) {
         multiply(
             kPairs, t.by_outputs, ldn, 1, rows, columns, spread_stride(m.width), units<kPairs>(p.outputs), m.width,
             {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
       }
-      grad_factor += (m.width + 1) * ldn;
+      grad_factor += grad_factor_floats(p, m, ldn);
       columns += units<kPairs>(p.outputs) * spread_stride(m.width);
     });
     end_turn(turn, static_cast<int32_t>(r));
@@ -294,13 +305,13 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     const LowRankModality& m = p.modalities[i];
     const int64_t entries = m.width + 1;
     if (m.grad_factor != nullptr && m.factor.by_columns) {
-      write_transposed(grad_factor, ldn, entries, p.outputs, p.dtype,
-                       element(m.grad_factor, p.dtype, r * entries * p.outputs), entries);
+      write_rows(grad_factor, spread_stride(entries), p.outputs, entries, p.dtype,
+                 element(m.grad_factor, p.dtype, r * entries * p.outputs), entries);
     } else if (m.grad_factor != nullptr) {
       write_rows(grad_factor, ldn, entries, p.outputs, p.dtype,
                  element(m.grad_factor, p.dtype, r * entries * p.outputs), p.outputs);
     }
-    grad_factor += entries * ldn;
+    grad_factor += grad_factor_floats(p, m, ldn);
   }
   if (p.grad_rank_weights != nullptr) {
     with_element_type(p.dtype, p.grad_rank_weights, [&](auto* to) { store_from_float(to + r, set1(grad_weight), 1); });
