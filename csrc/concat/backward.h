@@ -485,8 +485,7 @@ class ConcatBackward {
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
   int64_t padded_, rows_units_;
-  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
-  int64_t groups_ = 0;
+  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0, groups_ = 0;
   int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
   int64_t group_stride_ = 0, rows_stride_ = 0, turned_floats_ = 0;
   bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, in_place_ = false, turned_ = false,

@@ -37,6 +37,22 @@ void dot_rows(bool pairs, const float* a, int64_t lda, int64_t rows, const float
 
 namespace {
 
+// Calls f(combine), where combine(vector, at) makes elements of C from `at` on of a vector of the tile.
+template <class Function>
+MMK_INLINE void with_combine(const Result& c, Function f) {
+  switch (c.how) {
+    case Combine::store:
+      return f([&](vf x, int64_t at) { store(c.data + at, x); });
+    case Combine::add:
+      return f([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) + x); });
+    case Combine::multiply:
+      return f([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
+    case Combine::add_product:
+      return f(
+          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
+  }
+}
+
 // A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
 constexpr int64_t spread_stride(int64_t n) {
   const int64_t lines = (n + 15) / 16;
