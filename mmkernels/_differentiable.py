@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import _cuda, _native, _triton
-from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
+from mmkernels._autograd import fold_vmap, kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Backend,
     Operator,
@@ -146,7 +146,7 @@ class DifferentiableOp:
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
             argument; default: contiguous, and for the weights of ``cpu`` as those kernels write them.
         batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
-            example.
+            example, but ``fold_vmap`` where ``cpu`` has weights.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class DifferentiableOp:
         reference_saved: Callable[..., Tensors] | None = None,
         keeps: Kept | tuple[tuple[Kept, ...], Callable[..., int]] = EVERYTHING,
         gradient: Callable[[Tensor, str], Tensor] | None = None,
-        batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
+        batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] | None = None,
     ) -> None:
         if saved and reference_saved is None:
             raise TypeError(f"{name}: reference_saved: expected a function, as the op saves {saved}; got None")
@@ -207,7 +207,9 @@ class DifferentiableOp:
         kinds, choose = ((keeps,), None) if isinstance(keeps, Kept) else keeps
         self._choose_kept = choose
         self._kept = tuple((kept.outputs, kept.table(self._names)) for kept in kinds)
-        of_forward, of_backward = batching
+        plain = (self._differentiable_forward, self._differentiable_backward)
+        default = (fold_vmap(plain[0]), fold_vmap(plain[1])) if cpu.weights else (loop_vmap, loop_vmap)
+        of_forward, of_backward = batching or default
         self.forward.register_gradient(self._save, self._grad, functools.partial(of_forward, self.forward))
         self.backward.register_gradient(
             self._save_for_double, self._double_grad, functools.partial(of_backward, self.backward)
