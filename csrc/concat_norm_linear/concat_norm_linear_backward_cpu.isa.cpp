@@ -242,7 +242,8 @@ class NormLinearGradient {
       const vf gain = set1(gain_[column]), shift = set1(shift_ == nullptr ? 0.f : shift_[column]);
       vf gains = zero(), shifts = zero();
       for_vectors(features, [&](int64_t, int64_t f, int64_t n) {
-        const vf w = load_as_float(down + f, n), product = load(turned + c * stride + f), db = load(sums + f);
+        const vf w = load_as_float(down + f, n), db = load(sums + f);
+        const vf product = load_as_float(turned + c * stride + f, n);  // anything may be behind the last feature
         gains = fma(w, product, gains);
         shifts = fma(w, db, shifts);
         if (term.grad != nullptr) store_from_float(grad + f, fma(shift, db, product * gain), n);
