@@ -2,8 +2,9 @@
 // kernel; here a plain eager call goes straight to the kernels `_<name>_fwd` and `_<name>_bwd`, whose schemas say what
 // the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
 //
-//   open_differentiable_door(name, outputs, kept) -> handle; the first `outputs` results of the kernel are
-//                                differentiable; `kept` are pairs (keeps outputs, the table of Kept in Python)
+//   open_differentiable_door(name, outputs, kept, any_strides) -> handle; the first `outputs` results of the kernel are
+//                                differentiable; `kept` are pairs (keeps outputs, the table of Kept in Python);
+//                                kernels take the arguments at the positions `any_strides` as they come
 //   differentiable_door(handle, checked, kept, *arguments) -> the output, or the list of them where there are several,
 //                                or None where the call is not plain, or was not checked and does not fit; `kept` is
 //                                the position of the pair that serves
@@ -96,7 +97,8 @@ struct DoorOp {
   std::string differentiable;  // the backward that has a backward
   std::vector<Kind> kinds;
   const DoorCheck* check = nullptr;
-  bool one_output;  // and not a list
+  bool one_output;                // and not a list
+  std::vector<bool> any_strides;  // per argument, whether kernels take it as it comes
 };
 
 std::vector<std::unique_ptr<DoorOp>>& door_ops() {
@@ -112,10 +114,10 @@ struct Call {
   bool needs_grad = false;
 };
 
-bool take_tensor(PyObject* object, Call& call) {
+bool take_tensor(PyObject* object, bool any_strides, Call& call) {
   if (!is_plain(object)) return false;
   const Tensor& t = THPVariable_Unpack(object);
-  if (t.is_floating_point() && !has_dense_rows(t)) return false;
+  if (!any_strides && t.is_floating_point() && !has_dense_rows(t)) return false;
   const bool known = !t.is_floating_point()                   ? !call.leaves.empty()
                      : !call.one_dtype || call.leaves.empty() ? has_kernel_dtype(t)
                                                               : t.scalar_type() == call.leaves[0].scalar_type();
@@ -125,15 +127,15 @@ bool take_tensor(PyObject* object, Call& call) {
   return true;
 }
 
-bool take(PyObject* object, Kind kind, Call& call) {
+bool take(PyObject* object, Kind kind, bool any_strides, Call& call) {
   std::vector<IValue>& arguments = call.arguments;
   switch (kind) {
     case Kind::tensor:
-      if (!take_tensor(object, call)) return false;
+      if (!take_tensor(object, any_strides, call)) return false;
       arguments.emplace_back(call.leaves.back());
       return true;
     case Kind::optional_tensor:
-      if (object != Py_None) return take(object, Kind::tensor, call);
+      if (object != Py_None) return take(object, Kind::tensor, any_strides, call);
       call.leaves.emplace_back();
       arguments.emplace_back();
       return true;
@@ -141,7 +143,7 @@ bool take(PyObject* object, Kind kind, Call& call) {
       if (!PyList_CheckExact(object) && !PyTuple_CheckExact(object)) return false;
       c10::List<Tensor> list;
       for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i) {
-        if (!take_tensor(PySequence_Fast_GET_ITEM(object, i), call)) return false;
+        if (!take_tensor(PySequence_Fast_GET_ITEM(object, i), any_strides, call)) return false;
         list.push_back(call.leaves.back());
       }
       arguments.emplace_back(std::move(list));
@@ -152,11 +154,11 @@ bool take(PyObject* object, Kind kind, Call& call) {
       arguments.emplace_back(PyFloat_AS_DOUBLE(object));
       return true;
     case Kind::optional_number:
-      if (object != Py_None) return take(object, Kind::number, call);
+      if (object != Py_None) return take(object, Kind::number, any_strides, call);
       arguments.emplace_back();
       return true;
     case Kind::optional_integer:
-      if (object != Py_None) return take(object, Kind::integer, call);
+      if (object != Py_None) return take(object, Kind::integer, any_strides, call);
       arguments.emplace_back();
       return true;
     case Kind::integer: {
@@ -434,7 +436,7 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   call.one_dtype = !checked && op.check->dtypes == DoorCheck::Dtypes::one;
   call.arguments.reserve(op.kinds.size());
   for (size_t i = 0; i < op.kinds.size(); ++i) {
-    if (!take(arguments[i + 3], op.kinds[i], call)) Py_RETURN_NONE;
+    if (!take(arguments[i + 3], op.kinds[i], op.any_strides[i], call)) Py_RETURN_NONE;
   }
   if (!checked && !op.check->fits(call.arguments)) Py_RETURN_NONE;
   variable_list outputs;
@@ -465,6 +467,9 @@ PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssi
     kept.push_back({keeps_outputs, reads});
   }
   door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0]), outputs, std::move(kept)));
+  std::vector<bool>& any_strides = door_ops().back()->any_strides;
+  any_strides.resize(door_ops().back()->kinds.size());
+  for (const size_t i : pybind11::handle(arguments[3]).cast<std::vector<size_t>>()) any_strides.at(i) = true;
   return PyLong_FromSize_t(door_ops().size() - 1);
   END_HANDLE_TH_ERRORS
 }

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 if TYPE_CHECKING:
     from mmkernels._dispatch import Operator
+
+_FOLDED_EXAMPLES = 64  # from so many on, of at most so many mapped elements each, plain torch beats a call per example
+_FOLDED_ELEMENTS = 4096
 
 
 def by_keyword(setup_context: Callable[[Any, tuple[Any, ...], Any], None]) -> Callable[..., None]:
@@ -222,6 +226,34 @@ def loop_vmap(operator: Operator, info: Any, in_dims: Sequence[Any], *args: Any)
         operator(*(example(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)
     ]
     return _stacked(results)
+
+
+def fold_vmap(function: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """The batching rule of an op whose plain ``function`` torch batches, products with a weight into one product,
+    gradients of a weight for each example into a batched one.
+
+    Few or large examples are looped over: their kernels gain more than the calls cost.
+    """
+
+    def fresh(*args: Any) -> Any:
+        # An input that is a result as it stands (the gradient of a residual, say) is one that autograd cannot save.
+        given = {id(x) for x in tree_leaves(args)}
+        return tree_map(lambda x: x.clone() if id(x) in given else x, function(*args))
+
+    def rule(operator: Operator, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
+        mapped = sum(_mapped_elements(x, dim) for x, dim in zip(args, in_dims, strict=True))
+        if info.batch_size < _FOLDED_EXAMPLES or mapped > info.batch_size * _FOLDED_ELEMENTS:
+            return loop_vmap(operator, info, in_dims, *args)
+        result = torch.func.vmap(fresh, tuple(in_dims), randomness=info.randomness)(*args)
+        return result, tree_map(lambda _: 0, result)
+
+    return rule
+
+
+def _mapped_elements(x: Any, dim: Any) -> int:
+    if _is_tensor_list(x):
+        return sum(_mapped_elements(t, d) for t, d in zip(x, dim or (None,) * len(x), strict=True))
+    return x.numel() if isinstance(dim, int) else 0
 
 
 def _stacked(results: Sequence[Any]) -> tuple[Any, Any]:

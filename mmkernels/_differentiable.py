@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import _cuda, _native, _triton
-from mmkernels._autograd import kernel_vjp, loop_vmap, vjp
+from mmkernels._autograd import fold_vmap, kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Backend,
     Operator,
@@ -54,6 +54,8 @@ class NativeKernels:
     name: str
     supports: Callable[..., str | None] | None = None
     any_strides: bool = False  # whether they take floating tensors as they come
+    # Names of the arguments that products read as they lie; the gradient of one with dense columns has dense columns.
+    weights: tuple[str, ...] = ()
     composed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
@@ -93,6 +95,23 @@ def _contiguous_gradient(leaf: Tensor, argument: str) -> Tensor:
     return leaf.new_empty(leaf.shape)
 
 
+def _has_dense_columns(matrix: Tensor) -> bool:
+    """Of the last two dims, the first alone: as in the view of a transposed matrix, or of a part of one."""
+    if matrix.dim() < 2 or matrix.numel() == 0 or matrix.shape[-1] == 1:
+        return False
+    return matrix.stride(-1) != 1 and matrix.stride(-2) == 1
+
+
+def _gradients_of_weights(weights: tuple[str, ...]) -> Callable[[Tensor, str], Tensor]:
+    """Dense columns for the CPU kernels' weights that have them, else contiguous."""
+
+    def gradient(leaf: Tensor, argument: str) -> Tensor:
+        by_columns = argument in weights and leaf.is_cpu and _has_dense_columns(leaf)
+        return leaf.new_empty(leaf.mT.shape).mT if by_columns else leaf.new_empty(leaf.shape)
+
+    return gradient
+
+
 def _spliced(values: Any) -> list[Any]:
     """The values in a flat list, those of a list or tuple one by one."""
     if not isinstance(values, (list, tuple)):
@@ -125,9 +144,9 @@ class DifferentiableOp:
         keeps: what its backward finds again; where that depends on the options, all there is to choose from, and
             ``(*arguments)`` -> the position of one.
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
-            argument; default: contiguous.
+            argument; default: contiguous, and for the weights of ``cpu`` as those kernels write them.
         batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
-            example.
+            example, but ``fold_vmap`` where ``cpu`` has weights.
     """
 
     def __init__(
@@ -144,8 +163,8 @@ class DifferentiableOp:
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
         keeps: Kept | tuple[tuple[Kept, ...], Callable[..., int]] = EVERYTHING,
-        gradient: Callable[[Tensor, str], Tensor] = _contiguous_gradient,
-        batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] = (loop_vmap, loop_vmap),
+        gradient: Callable[[Tensor, str], Tensor] | None = None,
+        batching: tuple[Callable[..., tuple[Any, Any]], Callable[..., tuple[Any, Any]]] | None = None,
     ) -> None:
         if saved and reference_saved is None:
             raise TypeError(f"{name}: reference_saved: expected a function, as the op saves {saved}; got None")
@@ -153,7 +172,7 @@ class DifferentiableOp:
         self._reference = reference
         self._reference_saved = reference_saved
         self._fake = fake
-        self._gradient = gradient
+        self._gradient = gradient or (_gradients_of_weights(cpu.weights) if cpu.weights else _contiguous_gradient)
         self._outputs = outputs.count(",") + 1
         returns = f"{outputs}, {saved}" if saved else outputs
         self.forward = Operator(
@@ -161,7 +180,7 @@ class DifferentiableOp:
             f"({arguments}, bool training) -> ({returns})",
             fake=self._forward_fake,
             backends=[
-                _cpu_backend(cpu, "fwd", 0),
+                _cpu_backend(cpu, "fwd", 0, arguments),
                 *_cuda_backends(name, cuda, "forward", 0, 1),
                 *_triton_backends(name, triton, "forward", 0, 1),
                 reference_backend(self._reference_forward),
@@ -173,7 +192,7 @@ class DifferentiableOp:
             f"(Tensor[] grads, {arguments}, Tensor[] saved, bool[] needed) -> Tensor[]",
             fake=self._backward_fake,
             backends=[
-                _cpu_backend(cpu, "bwd", 1),
+                _cpu_backend(cpu, "bwd", 1, arguments),
                 *_cuda_backends(name, cuda, "backward", 1, 2),
                 *_triton_backends(name, triton, "backward", 1, 2),
                 reference_backend(self._reference_backward),
@@ -188,7 +207,9 @@ class DifferentiableOp:
         kinds, choose = ((keeps,), None) if isinstance(keeps, Kept) else keeps
         self._choose_kept = choose
         self._kept = tuple((kept.outputs, kept.table(self._names)) for kept in kinds)
-        of_forward, of_backward = batching
+        plain = (self._differentiable_forward, self._differentiable_backward)
+        default = (fold_vmap(plain[0]), fold_vmap(plain[1])) if cpu.weights else (loop_vmap, loop_vmap)
+        of_forward, of_backward = batching or default
         self.forward.register_gradient(self._save, self._grad, functools.partial(of_forward, self.forward))
         self.backward.register_gradient(
             self._save_for_double, self._double_grad, functools.partial(of_backward, self.backward)
@@ -198,7 +219,8 @@ class DifferentiableOp:
         self._supports = cpu.supports
         _, absent = native_op(f"_{cpu.name}_fwd")
         has_door = absent is None and cpu.composed is None
-        self._handle = _native.open_door(cpu.name, self._outputs, self._kept) if has_door else None
+        weights = tuple(self._names.index(name) for name in cpu.weights)
+        self._handle = _native.open_door(cpu.name, self._outputs, self._kept, weights) if has_door else None
         if self._handle is not None and choose is None:
             self.unchecked = functools.partial(_plain_call, self._handle, False, 0)  # a frame of Python less
 
@@ -433,8 +455,10 @@ class DifferentiableOp:
         return (list(pulled[:count]), *of_arguments, [None] * ctx.saved_count, None)
 
 
-def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
-    """The compiled forward or backward; its own arguments start at position ``first``."""
+def _cpu_backend(kernels: NativeKernels, direction: str, first: int, arguments: str) -> Backend:
+    """The compiled forward or backward; its own arguments, of that schema, start at position ``first``."""
+    names = [argument.split()[-1].split("=")[0] for argument in arguments.split(",")]
+    weights = {first + names.index(name) for name in kernels.weights}
     native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
     if kernels.composed:
         native = kernels.composed[first]
@@ -450,7 +474,10 @@ def _cpu_backend(kernels: NativeKernels, direction: str, first: int) -> Backend:
         return None if kernels.supports is None else kernels.supports(*args[first:])
 
     def run(*args: Any) -> Any:
-        result = native(*args) if kernels.any_strides else native(*(_triton.dense(x) for x in args))
+        if kernels.any_strides:
+            result = native(*args)
+        else:
+            result = native(*(x if i in weights else _triton.dense(x) for i, x in enumerate(args)))
         return list(result) if first else result
 
     return Backend("cpu", run, supports)

@@ -99,9 +99,16 @@ def door(name: str) -> Callable[..., Any] | None:
     return getattr(_library, name, None)
 
 
-def open_door(name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int]]]) -> int | None:
-    """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library."""
-    opened: int | None = None if _library is None else _library.open_differentiable_door(name, outputs, kept)
+def open_door(
+    name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int]]], any_strides: Sequence[int]
+) -> int | None:
+    """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library.
+
+    ``any_strides`` are the positions of the arguments that the kernels take as they come.
+    """
+    opened: int | None = (
+        None if _library is None else _library.open_differentiable_door(name, outputs, kept, any_strides)
+    )
     return opened
 
 

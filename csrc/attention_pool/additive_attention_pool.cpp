@@ -26,6 +26,7 @@ struct Call {
   std::vector<ConcatSource> sources;
   std::vector<ConcatTerm> terms;
   std::vector<int32_t> modalities;
+  std::vector<Tensor> keep;
   AdditivePoolParams params;
 
   Call(at::TensorList xs, const Tensor& weight, const Tensor& vector, const OptionalTensor& bias,
@@ -38,15 +39,16 @@ struct Call {
     terms.reserve(static_cast<size_t>(pool.modalities + 1));
     p.flat = pool.rows * pool.modalities <= kFlatRows;
     const int64_t groups = p.flat ? 1 : pool.modalities;  // of A columns of z
+    const Matrix matrix = matrix_of(weight, keep);
     if (p.flat && pool.width > 0) {
-      add_source(torch.flattened(xs), pool.width, weight, 0);
+      add_source(torch.flattened(xs), pool.width, matrix, 0);
     } else if (pool.width > 0) {
-      add_modalities(weight);
+      add_modalities(matrix);
     }
     if (p.has_query) {
       RowView rows{const_cast<void*>(query->const_data_ptr()), INT64_MAX, query->stride(0), 0};
       if (p.flat) rows = {rows.data, pool.modalities, 0, query->stride(0)};
-      add_source(rows, query->size(1), *query_weight, p.flat ? 0 : pool.modalities * p.hidden);
+      add_source(rows, query->size(1), matrix_of(*query_weight, keep), p.flat ? 0 : pool.modalities * p.hidden);
     }
     const int64_t columns = p.flat ? p.hidden : (groups + p.has_query) * p.hidden;
     p.sources = {sources.data(),
@@ -61,7 +63,7 @@ struct Call {
   }
 
   // Those that some row has, each in its own columns of z.
-  void add_modalities(const Tensor& weight) {
+  void add_modalities(const Matrix& weight) {
     const Pool& pool = torch.pool;
     for (int64_t i = 0; i < pool.modalities; ++i) {
       if (!torch.may_be_present(i)) continue;
@@ -76,9 +78,12 @@ struct Call {
     }
   }
 
-  void add_source(const RowView& rows, int64_t width, const Tensor& weight, int64_t column) {
-    terms.push_back(column_term(weight, 0));
-    terms.back().column = column;
+  void add_source(const RowView& rows, int64_t width, const Matrix& weight, int64_t column) {
+    ConcatTerm term;
+    term.weight = weight;
+    term.features = params.hidden;
+    term.column = column;
+    terms.push_back(term);
     ConcatSource source;
     source.x = rows;
     source.width = width;
@@ -128,7 +133,8 @@ std::vector<Tensor> additive_attention_pool_backward(at::TensorList grads, at::T
   call.torch.set_grads(xs, needed, results);
   const size_t first = xs.size();
   const OptionalTensor others[] = {weight, vector, bias, query, query_weight};
-  for (size_t i = 0; i < 5; ++i) results.push_back(empty_if(others[i] ? *others[i] : weight, needed[first + i]));
+  for (size_t i = 0; i < 5; ++i)
+    results.push_back(empty_like_weight(others[i] ? *others[i] : weight, needed[first + i]));
   results.push_back(at::cpu::empty({0}, weight.options()));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();

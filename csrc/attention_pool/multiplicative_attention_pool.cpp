@@ -62,7 +62,7 @@ std::vector<Tensor> multiplicative_attention_pool_backward(at::TensorList grads,
   std::vector<Tensor> results;
   torch.set_grads(xs, needed, results);
   results.push_back(empty_if(query, needed[count]));
-  results.push_back(empty_if(weight ? *weight : query, weight && needed[count + 1]));
+  results.push_back(empty_like_weight(weight ? *weight : query, weight && needed[count + 1]));
   results.push_back(at::cpu::empty({0}, options));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();

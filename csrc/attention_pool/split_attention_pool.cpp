@@ -69,7 +69,7 @@ std::vector<Tensor> split_attention_pool_backward(at::TensorList grads, at::Tens
   torch.set_grads(xs, needed, results);
   const size_t at_weight1 = xs.size();
   const Tensor parameters[] = {weight1, bias1, weight2, bias2};
-  for (size_t i = 0; i < 4; ++i) results.push_back(empty_if(parameters[i], needed[at_weight1 + i]));
+  for (size_t i = 0; i < 4; ++i) results.push_back(empty_like_weight(parameters[i], needed[at_weight1 + i]));
   results.push_back(at::cpu::empty({0}, options));  // presence
   if (pool.rows == 0) {
     for (const Tensor& t : results) t.zero_();

@@ -12,9 +12,9 @@ namespace mmk {
 class TorchLinear {
  public:
   // `rows` of x; W [N, K].
-  TorchLinear(const char* op, int64_t rows, const at::Tensor& weight, double products) : weight_(weight) {
+  TorchLinear(const char* op, int64_t rows, const at::Tensor& weight, double products) : keep_{weight} {
     ConcatLinearParams& p = params;
-    term_ = column_term(weight, 0);
+    term_ = column_term(matrix_of(weight, keep_), weight, 0);
     source_.width = weight.size(1);
     source_.terms = &term_;
     source_.term_count = 1;
@@ -45,7 +45,7 @@ class TorchLinear {
   ConcatLinearParams params;
 
  private:
-  at::Tensor weight_;
+  std::vector<at::Tensor> keep_;  // the weight, or a copy
   ConcatSource source_;
   ConcatTerm term_;
 };

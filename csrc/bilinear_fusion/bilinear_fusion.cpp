@@ -17,14 +17,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 BilinearParams make_params(const Tensor& x, const Tensor& y, const Tensor& x_weight, const Tensor& y_weight,
-                           int64_t rank, double products) {
+                           int64_t rank, double products, std::vector<Tensor>& keep) {
   BilinearParams p;
-  const auto set = [](BilinearSide& side, const Tensor& t, const Tensor& weight) {
+  const auto set = [&](BilinearSide& side, const Tensor& t, const Tensor& weight) {
     side.x = t.const_data_ptr();
     side.x_stride = row_stride(t);
     side.width = t.size(1);
-    side.weight = weight.const_data_ptr();
-    side.weight_stride = row_stride(weight);
+    side.weight = matrix_of(weight, keep);
   };
   set(p.sides[0], x, x_weight);
   set(p.sides[1], y, y_weight);
@@ -42,7 +41,8 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_fusion_forward(const Tensor& given_x
                                                            const OptionalTensor& presence, bool training) {
   const RowPresence present(presence, 2);
   const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
-  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 1.);
+  std::vector<Tensor> keep;
+  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 1., keep);
   const Tensor out = at::cpu::empty({p.batch, p.outputs}, x.options());
   const std::vector<int64_t> kept =
       training ? std::vector<int64_t>{x_weight.size(0), p.batch} : std::vector<int64_t>{0};
@@ -64,9 +64,11 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
                                              const std::vector<Tensor>& saved, const c10::List<bool>& needed) {
   const RowPresence present(presence, 2);
   const Tensor x = present.of(given_x, 0), y = present.of(given_y, 1);
-  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2.);
-  const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]), empty_if(x_weight, needed[2]),
-                                    empty_if(y_weight, needed[3]), at::cpu::empty({0}, x.options())};
+  std::vector<Tensor> keep;
+  BilinearParams p = make_params(x, y, x_weight, y_weight, rank, 2., keep);
+  const std::vector<Tensor> results{empty_if(x, needed[0]), empty_if(y, needed[1]),
+                                    empty_like_weight(x_weight, needed[2]), empty_like_weight(y_weight, needed[3]),
+                                    at::cpu::empty({0}, x.options())};
   if (p.batch == 0 || p.outputs == 0) {
     for (const Tensor& t : results) t.zero_();
     return results;

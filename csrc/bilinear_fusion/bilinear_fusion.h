@@ -3,6 +3,7 @@
 
 #include "csrc/cpu/dtype.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/cpu/matrix.h"
 #include "csrc/cpu/workers.h"
 
 namespace mmk {
@@ -12,11 +13,10 @@ struct BilinearSide {
   const void* x = nullptr;  // [B][width]
   int64_t x_stride = 0;
   int64_t width = 0;
-  const void* weight = nullptr;  // [rank·N][width]
-  int64_t weight_stride = 0;
+  Matrix weight;                // [rank·N][width]
   void* projection = nullptr;   // [rank·N][B], contiguous; null where the forward need not keep it
   void* grad_x = nullptr;       // [B][width], contiguous, or null
-  void* grad_weight = nullptr;  // [rank·N][width], contiguous, or null
+  void* grad_weight = nullptr;  // [rank·N][width], dense and by columns where the weight is, or null
 };
 
 struct BilinearParams {

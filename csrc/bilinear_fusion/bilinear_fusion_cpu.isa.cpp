@@ -68,9 +68,14 @@ struct ForwardTile {
     const bool converts = p.dtype != Dtype::f32;
     const int64_t lane_depth = plan.few ? 0 : kDepth;
     features = memory.take(plan.block * lane_depth);
-    weight = memory.take(
-        converts ? (plan.few ? kDotOthers * spread_stride(kFewRowsDepth) : plan.projections * spread_stride(kDepth))
-                 : 0);
+    int64_t weight_floats = 0;
+    for (const BilinearSide& side : p.sides) {
+      const int64_t of_few = !side.weight.by_columns ? (converts ? kDotOthers * spread_stride(kFewRowsDepth) : 0)
+                                                     : kDepth * spread_stride(plan.projections);
+      weight_floats =
+          max(weight_floats, plan.few ? of_few : weight_copy_floats(p.dtype, side.weight, plan.projections, kDepth));
+    }
+    weight = memory.take(weight_floats);
     for (float*& side : projections) side = memory.take(plan.projections * plan.block);
     pooled = memory.take(plan.outputs * plan.lanes);
     rows = memory.take(plan.lanes * spread_stride(plan.outputs));
@@ -89,17 +94,16 @@ void project(const BilinearParams& p, const BilinearSide& side, const ForwardPla
   if (side.width == 0) std::memset(out, 0, static_cast<size_t>(plan.projections * plan.block) * sizeof(float));
   for (int64_t k = 0; k < side.width; k += elements<kPairs>(kDepth)) {
     const int64_t width = min(elements<kPairs>(kDepth), side.width - k), depth = units<kPairs>(width);
-    const Operand weight =
-        operand_of_rows<kPairs>(p.dtype, element(side.weight, p.dtype, first * side.weight_stride + k),
-                                side.weight_stride, projections, width, t.weight, spread_stride(kDepth));
+    const WeightOperand<kPairs> weight(p.dtype, from_element(side.weight, p.dtype, first, k), projections, width,
+                                       t.weight, spread_stride(kDepth));
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t row = first_row + i * lanes, some = min(lanes, rows - i * lanes);
       float* features = t.features + i * kDepth * lanes;
       if (some <= lanes - VW) std::memset(features, 0, static_cast<size_t>(depth * lanes) * sizeof(float));
       pack_lanes(kPairs, p.dtype, element(side.x, p.dtype, row * side.x_stride + k), side.x_stride, some, width,
                  features, lanes);
-      multiply(kPairs, weight.data, weight.stride, 1, projections, features, lanes, depth, lanes,
-               {k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes});
+      weight.multiply_into({k == 0 ? Combine::store : Combine::add, out + i * plan.projections * lanes, lanes},
+                           features, lanes, depth, lanes);
     }
   }
 }
@@ -110,20 +114,36 @@ void project_few_rows(const BilinearParams& p, const BilinearSide& side, const F
                       int64_t first, int64_t projections, float* out) {
   constexpr int64_t kMost = elements<kPairs>(kFewRowsDepth), ld = spread_stride(kFewRowsDepth);
   const int64_t ldp = round_up(plan.projections, VW), ldd = spread_stride(plan.projections);
+  if (side.weight.by_columns) {
+    // Its projections are in the lanes as they lie.
+    for (int64_t b = 0; side.width == 0 && b < p.batch; ++b) {
+      std::memset(t.dots + b * ldd, 0, static_cast<size_t>(ldd) * sizeof(float));
+    }
+    for (int64_t k = 0; k < side.width; k += elements<kPairs>(kDepth)) {
+      const int64_t width = min(elements<kPairs>(kDepth), side.width - k);
+      const Operand x =
+          operand_of_rows<kPairs>(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, width, t.x, ld);
+      const Operand weight = operand_of_columns<kPairs>(
+          p.dtype, transposed(from_element(side.weight, p.dtype, first, k)), width, projections,
+          p.batch <= 2 * kFeatureRows && projections % VW == 0, t.weight, spread_stride(plan.projections));
+      multiply(kPairs, x.data, x.stride, 1, p.batch, weight.data, weight.stride, units<kPairs>(width), projections,
+               {k == 0 ? Combine::store : Combine::add, t.dots, ldd});
+    }
+    pack_lanes(false, Dtype::f32, t.dots, ldd, p.batch, projections, out, plan.lanes);
+    return;
+  }
   std::memset(t.partial, 0, static_cast<size_t>(p.batch * ldp * VW) * sizeof(float));
   for (int64_t k = 0; k < side.width; k += kMost) {
     const int64_t width = min(kMost, side.width - k);
-    const auto weight_from = [&](int64_t c) {
-      return element(side.weight, p.dtype, (first + c) * side.weight_stride + k);
-    };
+    const auto weight_from = [&](int64_t c) { return from_element(side.weight, p.dtype, first + c, k).data; };
     const Operand x =
         operand_of_rows<kPairs>(p.dtype, element(side.x, p.dtype, k), side.x_stride, p.batch, width, t.x, ld);
-    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), side.weight_stride, width);
+    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), side.weight.stride, width);
     const int64_t step = in_place ? projections : kDotOthers;
     for (int64_t c = 0; c < projections; c += step) {
       const int64_t some = min(step, projections - c);
       const Operand weight =
-          operand_of_rows<kPairs>(p.dtype, weight_from(c), side.weight_stride, some, width, t.weight, ld);
+          operand_of_rows<kPairs>(p.dtype, weight_from(c), side.weight.stride, some, width, t.weight, ld);
       dot_rows(kPairs, x.data, x.stride, p.batch, weight.data, weight.stride, some, units<kPairs>(width),
                t.partial + c * VW, ldp);
     }
@@ -174,15 +194,18 @@ void forward_task(const BilinearParams& p, const ForwardPlan& plan, const Forwar
 // --- backward
 // ---------------------------------------------------------------------------------------------------------
 
+bool any_by_columns(const BilinearParams& p) { return p.sides[0].weight.by_columns || p.sides[1].weight.by_columns; }
+
 struct BackwardTile {
   // In units, kChunk of the summed dim: [kChunk][kTileRows] or the reverse, [kChunk][kTileColumns]; the tile.
-  float *grad_projection, *operand, *sums;
+  float *grad_projection, *operand, *sums, *turned;  // for a weight by columns, dP with projections in the lanes
   int64_t floats;
 
-  explicit BackwardTile(Carver memory)
+  BackwardTile(const BilinearParams& p, Carver memory)
       : grad_projection(memory.take(spread_stride(kTileRows) * spread_stride(kChunk))),
         operand(memory.take(kChunk * spread_stride(kTileColumns))),
-        sums(memory.take(kTileRows * spread_stride(kTileColumns))),
+        sums(memory.take(spread_stride(kTileRows) * spread_stride(kTileColumns))),
+        turned(memory.take(any_by_columns(p) ? kChunk * spread_stride(kTileRows) : 0)),
         floats(memory.used()) {}
 };
 
@@ -225,16 +248,15 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
   const auto is_in_place = [&](int64_t rows) { return rows <= 2 * kFeatureRows && side.width % VW == 0; };
   if (side.grad_x != nullptr) {
     for_each_claim(p.workers, ceil_div(p.batch, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
-      const BackwardTile tile(Carver(memory + worker * floats));
+      const BackwardTile tile(p, Carver(memory + worker * floats));
       for (; t < end; ++t) {
         const int64_t row = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
         const int64_t rows = min(kTileRows, p.batch - row), columns = min(kTileColumns, side.width - column);
         for (int64_t c = 0; c < all; c += kMost) {
           const int64_t some = min(kMost, all - c);
           form_grad_projection<kPairs, false>(p, other, grad_out, ldg, c, some, row, rows, tile.grad_projection, ldr);
-          const Operand weight =
-              operand_of_columns<kPairs>(p.dtype, element(side.weight, p.dtype, c * side.weight_stride + column),
-                                         side.weight_stride, some, columns, is_in_place(rows), tile.operand, ldo);
+          const Operand weight = operand_of_columns<kPairs>(p.dtype, from_element(side.weight, p.dtype, c, column),
+                                                            some, columns, is_in_place(rows), tile.operand, ldo);
           multiply(kPairs, tile.grad_projection, 1, ldr, rows, weight.data, weight.stride, units<kPairs>(some), columns,
                    {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
         }
@@ -245,7 +267,7 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
   }
   if (side.grad_weight == nullptr) return;
   for_each_claim(p.workers, ceil_div(all, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
-    const BackwardTile tile(Carver(memory + worker * floats));
+    const BackwardTile tile(p, Carver(memory + worker * floats));
     for (; t < end; ++t) {
       const int64_t c = t / column_tiles * kTileRows, column = t % column_tiles * kTileColumns;
       const int64_t rows = min(kTileRows, all - c), columns = min(kTileColumns, side.width - column);
@@ -255,8 +277,19 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
         const Operand x =
             operand_of_columns<kPairs>(p.dtype, element(side.x, p.dtype, b * side.x_stride + column), side.x_stride,
                                        some, columns, is_in_place(rows), tile.operand, ldo);
-        multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
-                 {b == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+        const Combine how = b == 0 ? Combine::store : Combine::add;
+        if (side.weight.by_columns) {
+          pack_lanes(false, Dtype::f32, tile.grad_projection, ldc, rows, units<kPairs>(some), tile.turned, ldr);
+          multiply(kPairs, x.data, 1, x.stride, columns, tile.turned, ldr, units<kPairs>(some), rows,
+                   {how, tile.sums, ldr});
+        } else {
+          multiply(kPairs, tile.grad_projection, ldc, 1, rows, x.data, x.stride, units<kPairs>(some), columns,
+                   {how, tile.sums, ldo});
+        }
+      }
+      if (side.weight.by_columns) {
+        write_rows(tile.sums, ldr, columns, rows, p.dtype, element(side.grad_weight, p.dtype, column * all + c), all);
+        continue;
       }
       write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_weight, p.dtype, c * side.width + column),
                  side.width);
@@ -282,7 +315,7 @@ void bilinear_forward(const BilinearParams& p) {
 }
 
 void bilinear_backward(const BilinearParams& p) {
-  const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(Carver(nullptr)).floats;
+  const int64_t ldg = spread_stride(p.batch), floats = BackwardTile(p, Carver(nullptr)).floats;
   const Scratch grad_out(p.outputs * ldg), memory(floats * p.workers.count);  // dzᵀ, [N][B]
   pack_lanes(false, p.dtype, p.grad_out, p.grad_out_stride, p.batch, p.outputs, grad_out.data(), ldg);
   with_pairs(p.dtype, [&](auto pairs) {

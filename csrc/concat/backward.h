@@ -5,8 +5,9 @@
 // Rows are worked on in chunks, so that dz, which is made once, never leaves the caches for long. A chunk has two
 // stages. First, a task is a block of rows: it makes their dz, multiplies it by the weights straight into the dx_i, and
 // leaves it transposed. Then a task is a group of columns of one source: it packs them, 256 rows at a time, and adds
-// their products with dz, in order of the rows, to the columns of dW that it alone writes. Neither sum depends on the
-// number of threads.
+// their products with dz, in order of the rows, to the columns of dW that it alone writes. Of few rows and weights that
+// lie by columns, the second stage is dWᵀ = xᵀ dz, in the order that dW lies in. No sum depends on the number of
+// threads.
 //
 // The call's Policy makes dz and may stand between a source's rows and the products (a norm, say).
 #pragma once
@@ -17,9 +18,6 @@
 namespace mmk {
 namespace MMK_ISA {
 namespace {
-
-constexpr int64_t kInPlaceRows = 2 * kFeatureRows;      // up to so many, packing W costs more than it saves
-constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
 
 inline void zero_elements(Dtype dtype, char* at, int64_t count) {
   std::memset(at, 0, static_cast<size_t>(count * element_size(dtype)));
@@ -46,10 +44,8 @@ class PackedWeightColumns {
       for_each_panel([&](const ConcatSource& source, const ConcatTerm& term, int64_t column) {
         if (index >= begin && index < end) {
           for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
-            const char* from = static_cast<const char*>(term.weight) +
-                               (n * term.weight_stride + column) * element_size(sources_.dtype);
-            pack_panels<kPairs>(sources_.dtype, from, term.weight_stride, count, min(kPanel, source.width - column),
-                                at + unit * kPanel);
+            pack_panels<kPairs>(sources_.dtype, from_element(term.weight, sources_.dtype, n, column), count,
+                                min(kPanel, source.width - column), at + unit * kPanel);
           });
         }
         ++index;
@@ -90,8 +86,9 @@ class PackedWeightColumns {
 //     packs columns of a source's rows as the product sees them
 //   kFinishesRows, finish_rows(s, first, rows, dx, stride, out, out_stride)
 //     writes what becomes of dz W, [rows][width], of sources that are present in every row
-//   kFinishesWeights, finish_weights(s, column, width, products, sums)
-//     receives dzᵀ x of columns of a source of one term, [features][kGroup], and the sums over rows; writes its grad
+//   kFinishesWeights, finish_weights(s, column, width, products, turned_stride, sums)
+//     receives dzᵀ x of columns of a source of one term, [features][kGroup] or, where turned_stride is not 0, its
+//     transposed [width][turned_stride], and the sums over rows; writes its grad
 template <bool kPairs, class Policy>
 class ConcatBackward {
  public:
@@ -108,15 +105,23 @@ class ConcatBackward {
       most_features_ = max(most_features_, features_of(source));
       any_dx_ |= source.grad.data != nullptr;
       shares_ |= source.shares_weights;
-      for (int64_t t = 0; t < source.term_count; ++t) any_dw_ |= source.terms[t].grad != nullptr;
+      for (int64_t t = 0; t < source.term_count; ++t) {
+        any_dw_ |= source.terms[t].grad != nullptr;
+        by_columns_ |= source.terms[t].weight.by_columns;
+        by_rows_ |= !source.terms[t].weight.by_columns;
+      }
     }
     if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
-    in_place_ = !kPairs && sources.dtype == Dtype::f32 && sources.rows <= kInPlaceRows;
+    const bool rows_in_place = !by_rows_ || (!kPairs && sources.dtype == Dtype::f32);
+    in_place_ = rows_in_place && sources.rows <= (by_rows_ ? kInPlaceRows : 4 * kInPlaceRows);
+    turned_ = !by_rows_ && sources.rows <= chunk_elements<kPairs>();
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     chunk_ = min(round_up(sources.rows, kBlockRows),
                  max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
+    if (turned_) chunk_ = round_up(sources.rows, kBlockRows);
     block_rows_ = min(kBlockRows, sources.rows);
     transposed_stride_ = sources.rows <= 16 ? 16 : round_up(units<kPairs>(chunk_), 16) + 16;
+    if (turned_) transposed_stride_ = round_up(padded_, 16) | 16;
     groups_ = 0;
     for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
@@ -155,18 +160,24 @@ class ConcatBackward {
     packed_memory_ = carver.take(any_dx_ && !in_place_ ? packed_.floats() : 0);
     totals_ = carver.take(sums);
     partial_ = carver.take(chunk_blocks * sums);
-    transposed_ = carver.take(any_dw_ ? padded_ * transposed_stride_ : 0);
+    const int64_t depth = units<kPairs>(sources_.rows);
+    transposed_ = carver.take(any_dw_ ? (turned_ ? depth * transposed_stride_ + VW : padded_ * transposed_stride_) : 0);
     weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
     dz_floats_ = round_up(block_rows_ * padded_, 16);
     dx_floats_ = round_up(block_rows_ * round_up(widest_, VW), 16);
     panel_floats_ = kGroup * kDepth;
-    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_features() * kGroup : 0;
-    each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_;
+    group_stride_ = round_up(group_features(), VW);
+    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_stride_ * kGroup : 0;
+    rows_stride_ = round_up(depth, 16) | 16;
+    turned_floats_ = any_dw_ && turned_ ? kGroup * rows_stride_ : 0;
+    each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_ + turned_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
   }
 
   // Whether the sums over rows are kept in the gradients themselves.
-  bool sums_in_place() const { return !Policy::kFinishesWeights && sources_.dtype == Dtype::f32; }
+  bool sums_in_place() const {
+    return !Policy::kFinishesWeights && (turned_ || !by_columns_) && sources_.dtype == Dtype::f32;
+  }
 
   // Whether a group's sums over rows are done at once: each worker has memory for one, still in cache when it is read.
   bool in_one_chunk() const { return sources_.rows <= chunk_; }
@@ -233,9 +244,14 @@ class ConcatBackward {
     return {to, stride / 2};
   }
 
-  // Rows of the block → lanes of [features][rows of the chunk], in pairs of rows where products run on pairs.
+  // Rows of the block → lanes of [features][rows of the chunk], in pairs of rows where products run on pairs; for dWᵀ,
+  // [rows of the chunk][features].
   void transpose_block(Operand dz, int64_t at, int64_t rows, float* spare) const {
-    if constexpr (kPairs) {
+    if (turned_) {
+      operand_of_columns<kPairs>(kPairs ? Dtype::bf16 : Dtype::f32, dz.data, kPairs ? 2 * dz.stride : dz.stride, rows,
+                                 sources_.features, false, transposed_ + units<kPairs>(at) * transposed_stride_,
+                                 transposed_stride_);
+    } else if constexpr (kPairs) {
       // `spare` holds [units of rows][features] for a moment.
       pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(dz.data), 2 * dz.stride, rows, sources_.features,
                             const_cast<float*>(spare_pairs(spare)), padded_);
@@ -310,19 +326,34 @@ class ConcatBackward {
 
   // Of few rows: W as it lies, but for its last columns, which do not fill a vector.
   void multiply_weights_in_place(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
+    if (term.weight.by_columns) return multiply_weight_columns(dz, rows, term, c, memory);
     const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
-    const auto* weight = static_cast<const float*>(term.weight);
+    const auto* weight = static_cast<const float*>(term.weight.data);
     for (int64_t n = 0; n < term.features; n += kDepth) {
       const int64_t depth = min(kDepth, term.features - n);
       const Operand a{dz.data + n, dz.stride};
-      const float* rows_of_weight = weight + n * term.weight_stride;
-      multiply_in_place(a, rows, {rows_of_weight, term.weight_stride}, depth,
+      const float* rows_of_weight = weight + n * term.weight.stride;
+      multiply_in_place(false, a, rows, {rows_of_weight, term.weight.stride}, depth,
                         {c.data, c.stride, whole, c.add || n > 0});
       if (rest > 0) {
-        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight_stride, depth, rest, memory, kPanel);
+        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight.stride, depth, rest, memory, kPanel);
         multiply_panels(false, a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
       }
     }
+  }
+
+  // Of few rows and a weight that lies by columns: dot products of dz with these as they lie.
+  void multiply_weight_columns(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
+    for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
+      for (int64_t column = 0; column < c.columns; column += kGroup) {
+        const int64_t some = min(kGroup, c.columns - column);
+        const Matrix columns = from_element(term.weight, sources_.dtype, n, column);
+        const Operand w = operand_of_rows<kPairs>(sources_.dtype, columns.data, columns.stride, some, count, memory,
+                                                  copy_stride<kPairs>(count));
+        multiply_dots(kPairs, {dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column,
+                      c.stride, c.add || n > 0);
+      }
+    });
   }
 
   // --- second stage: columns of dW ---
@@ -344,7 +375,7 @@ class ConcatBackward {
     }
     if (sums_in_place() || in_one_product() || start + rows < sources_.rows) return;
     if constexpr (Policy::kFinishesWeights) {
-      policy_.finish_weights(s, column, width, sums, totals_);
+      policy_.finish_weights(s, column, width, sums, turned_ ? group_stride_ : 0, totals_);
     } else {
       write_weights(source, column, width, sums);
     }
@@ -355,6 +386,7 @@ class ConcatBackward {
                     float* panels) const {
     const ConcatSource& source = sources_.items[s];
     const int64_t width = min(kGroup, source.width - column);
+    if (turned_) return add_turned(source, column, s, add, sums, panels);
     for_chunks<kPairs>(rows, [&](int64_t row, int64_t count, int64_t unit) {
       policy_.columns(s, start + row, count, column, width, panels);
       // What is packed next: the rows behind these, or the first of the columns behind them.
@@ -379,6 +411,33 @@ class ConcatBackward {
     });
   }
 
+  // As `add_products`, of all rows: columns of dWᵀ = xᵀ dz, [width][features of all terms] where they are not in place.
+  void add_turned(const ConcatSource& source, int64_t column, int64_t s, bool add, float* sums, float* panels) const {
+    const int64_t width = min(kGroup, source.width - column), depth = units<kPairs>(sources_.rows);
+    float* const x = panels + panel_floats_ + group_floats_;
+    policy_.columns(s, 0, sources_.rows, column, width, panels);
+    for (int64_t c = 0; c < width; c += kPanel) {
+      pack_lanes(false, Dtype::f32, panels + c * depth, kPanel, depth, min(kPanel, width - c), x + c * rows_stride_,
+                 rows_stride_);
+    }
+    int64_t features = 0;
+    for (int64_t t = 0; t < source.term_count; features += source.terms[t++].features) {
+      const ConcatTerm& term = source.terms[t];
+      if (!Policy::kFinishesWeights && term.grad == nullptr) continue;
+      const int64_t step = in_one_product() ? group_stride_ : term.features;
+      for (int64_t n = 0; n < term.features; n += step) {
+        Block c{in_one_product() ? sums : sums + features, group_stride_, min(step, term.features - n), add};
+        if (sums_in_place()) {
+          c.data = static_cast<float*>(term.grad) + column * term.grad_stride + n;
+          c.stride = term.grad_stride;
+        }
+        const Operand dz{transposed_ + term.column + n, transposed_stride_};
+        multiply_in_place(kPairs, {x, rows_stride_}, width, dz, depth, c);
+        if (in_one_product()) write_features(term, n, c.columns, column, width, sums);
+      }
+    }
+  }
+
   // dzᵀ of a term, `depth` units of rows from `unit` on, times panels: in blocks of features that stay in cache while
   // all panels pass. Meanwhile the next block is fetched, or during the last one what comes then.
   void multiply_features(const ConcatTerm& term, int64_t column, int64_t unit, int64_t depth, const float* panels,
@@ -399,7 +458,7 @@ class ConcatBackward {
 
   // Columns of dW from their float sums.
   void write_weights(const ConcatSource& source, int64_t column, int64_t width, const float* sums) const {
-    for (int64_t t = 0; t < source.term_count; sums += source.terms[t].features * kGroup, ++t) {
+    for (int64_t t = 0; t < source.term_count; sums += source.terms[t++].features * (turned_ ? 1 : kGroup)) {
       if (source.terms[t].grad != nullptr) {
         write_features(source.terms[t], 0, source.terms[t].features, column, width, sums);
       }
@@ -408,13 +467,17 @@ class ConcatBackward {
 
   void write_features(const ConcatTerm& term, int64_t first, int64_t count, int64_t column, int64_t width,
                       const float* sums) const {
-    with_element_type(sources_.dtype, term.grad, [&](auto* out) {
-      for (int64_t n = 0; n < count; ++n) {
-        for (int64_t c = 0; c < width; c += VW) {
-          store_from_float(out + (first + n) * term.grad_stride + column + c, load(sums + n * kGroup + c), width - c);
-        }
-      }
-    });
+    const auto at = [&](int64_t element) {
+      return static_cast<char*>(term.grad) + element * element_size(sources_.dtype);
+    };
+    const int64_t stride = term.grad_stride;
+    if (turned_) {
+      write_rows(sums, group_stride_, width, count, sources_.dtype, at(column * stride + first), stride);
+    } else if (term.weight.by_columns) {
+      write_transposed(sums, kGroup, count, width, sources_.dtype, at(column * stride + first), stride);
+    } else {
+      write_rows(sums, kGroup, count, width, sources_.dtype, at(first * stride + column), stride);
+    }
   }
 
   const ConcatSources& sources_;
@@ -422,64 +485,14 @@ class ConcatBackward {
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
   int64_t padded_, rows_units_;
-  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
-  int64_t groups_ = 0;
+  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0, groups_ = 0;
   int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
-  bool any_dx_ = false, any_dw_ = false, in_place_ = false, shares_ = false;
+  int64_t group_stride_ = 0, rows_stride_ = 0, turned_floats_ = 0;
+  bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, in_place_ = false, turned_ = false,
+       shares_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };
-
-// Packs columns of plain rows; rows in which the source is absent are zero.
-template <bool kPairs>
-void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count, int64_t column,
-                         int64_t width, float* panels) {
-  const int64_t depth = units<kPairs>(count), bytes = element_size(dtype);
-  const auto copy = [&](int64_t row, int64_t rows, int64_t at) {
-    const char* from = row_address(source.x, dtype, row) + column * bytes;
-    for (int64_t c = 0; c < width; c += kPanel) {
-      float* to = panels + c * depth + (kPairs ? at / 2 : at) * kPanel;
-      const int64_t lanes = min(kPanel, width - c);
-      if constexpr (kPairs) {
-        pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(from + c * bytes), source.x.inner_stride, rows, lanes,
-                              to, kPanel);
-      } else {
-        pack_rows_as_float(dtype, from + c * bytes, source.x.inner_stride, rows, lanes, to, kPanel);
-      }
-    }
-  };
-  const bool plain = source.present == nullptr && first % source.x.inner + count <= source.x.inner;
-  if (plain) return copy(first, count, 0);
-  if constexpr (kPairs) {  // two rows to a unit: gathered first
-    constexpr int64_t kRows = 32;
-    alignas(64) uint16_t rows[kRows][kGroup];
-    for (int64_t i = 0; i < count; i += kRows) {
-      const int64_t n = min(kRows, count - i);
-      for (int64_t r = 0; r < n; ++r) {
-        const bool present = source.present == nullptr || source.present[(first + i + r) * source.present_stride];
-        if (present) {
-          std::memcpy(rows[r], row_address(source.x, dtype, first + i + r) + column * bytes,
-                      static_cast<size_t>(width * bytes));
-        } else {
-          std::memset(rows[r], 0, sizeof rows[r]);
-        }
-      }
-      for (int64_t c = 0; c < width; c += kPanel) {
-        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel,
-                              kPanel);
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
-        copy(first + i, 1, i);
-      } else {
-        for (int64_t c = 0; c < width; c += kPanel)
-          std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
-      }
-    }
-  }
-}
 
 }  // namespace
 }  // namespace MMK_ISA

@@ -1,9 +1,12 @@
-// The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the three ways it is cut:
+// The forward product of concatenation fusion, z = [x₁; …; x_M] Wᵀ, and the ways it is cut:
 //
 //   rows broadcast      W is packed once, transposed; rows are the broadcast operand. For many rows.
 //   features broadcast  a block of rows is packed, transposed; W is the broadcast operand as it lies, and tiles come
 //                       out transposed. For few rows, where packing W would cost more than multiplying by it.
 //   dot products        of rows of x and rows of W, nothing packed. For so few rows that lanes would be left idle.
+//   columns of W        for few rows and a W whose columns are dense (the view of a transposed one): features are in
+//   the
+//                       lanes as they lie.
 //
 // The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
 // finished tile of z, still in cache, is the caller's epilogue.
@@ -17,10 +20,6 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int64_t kBlockColumns = (768 + kPanel - 1) / kPanel * kPanel;
-
-MMK_INLINE const void* weight_at(const ConcatTerm& term, Dtype dtype, int64_t feature, int64_t column) {
-  return static_cast<const char*>(term.weight) + (feature * term.weight_stride + column) * element_size(dtype);
-}
 
 // The weights of all sources, transposed, in panels: for each chunk of each source, for each term,
 // [panels][units][kPanel].
@@ -46,7 +45,7 @@ class PackedWeights {
           for (int64_t t = 0; t < source.term_count; ++t) {
             const ConcatTerm& term = source.terms[t];
             for (int64_t p = begin; p < min(end, ceil_div(term.features, kPanel)); ++p) {
-              pack_lanes(kPairs, sources_.dtype, weight_at(term, sources_.dtype, p * kPanel, k), term.weight_stride,
+              pack_lanes(kPairs, sources_.dtype, from_element(term.weight, sources_.dtype, p * kPanel, k),
                          min(kPanel, term.features - p * kPanel), width, memory_ + at + p * depth * kPanel, kPanel);
             }
             at += depth * round_up(term.features, kPanel);
@@ -224,9 +223,9 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
             }
           }
           for_terms(source, feature, count, [&](const ConcatTerm& term, int64_t from, int64_t some, int64_t at) {
-            const Operand w =
-                operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, from, k), term.weight_stride,
-                                        some, width, chunk, copy_stride<kPairs>(width));
+            const Matrix weight = from_element(term.weight, sources.dtype, from, k);
+            const Operand w = operand_of_rows<kPairs>(sources.dtype, weight.data, weight.stride, some, width, chunk,
+                                                      copy_stride<kPairs>(width));
             const Block c{z_lanes + at * block, block, round_up(rows, VW), add};
             multiply_panels(kPairs, w, some, to, depth, c);
           });
@@ -240,37 +239,12 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
   });
 }
 
-// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
-template <bool kPairs, int R, int F>
-MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
-  vf acc[R][F];
-  clear(acc);
-  const auto step = [&](int64_t k, auto load_units) {
-    vf xs[R];
-    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
-    MMK_UNROLL for (int f = 0; f < F; ++f) {
-      const vf wf = load_units(w.data + f * w.stride + k);
-      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
-    }
-  };
-  int64_t k = 0;
-  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
-  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
-  MMK_UNROLL for (int r = 0; r < R; ++r) {
-    MMK_UNROLL for (int f = 0; f < F; ++f) {
-      float& to = c[r * stride + f];
-      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
-    }
-  }
-}
-
 constexpr int64_t kDotRows = 4;
 
 template <bool kPairs, class Loader, class Epilogue>
 void multiply_dot_products(const ConcatSources& sources, const Workers& workers, const Loader& loader,
                            Epilogue epilogue) {
   constexpr int64_t kFeatures = 64;  // of a task
-  constexpr int kTileRows = 2, kTileFeatures = 4;
   const int64_t chunk_floats = (kDotRows + kFeatures) * (kDepth + VW), each = chunk_floats + kDotRows * kFeatures;
   Scratch scratch(workers.count * each);
   for_each_claim(workers, ceil_div(sources.features, kFeatures), 1, [&](int worker, int64_t begin, int64_t end) {
@@ -288,16 +262,10 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
         for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
           const Operand x = present.template operand<kPairs>(k, width, rows_copy);
           for_terms(source, feature, count, [&](const ConcatTerm& term, int64_t from, int64_t some, int64_t at) {
-            const Operand w =
-                operand_of_rows<kPairs>(sources.dtype, weight_at(term, sources.dtype, from, k), term.weight_stride,
-                                        some, width, weight_copy, copy_stride<kPairs>(width));
-            for_runs<kTileFeatures>(some, [&](auto features, int64_t f) {
-              for_runs<kTileRows>(sources.rows, [&](auto rows, int64_t r) {
-                dot_tile<kPairs, static_cast<int>(rows), static_cast<int>(features)>(
-                    {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, units<kPairs>(width),
-                    z + r * kFeatures + at + f, kFeatures, add);
-              });
-            });
+            const Matrix weight = from_element(term.weight, sources.dtype, from, k);
+            const Operand w = operand_of_rows<kPairs>(sources.dtype, weight.data, weight.stride, some, width,
+                                                      weight_copy, copy_stride<kPairs>(width));
+            multiply_dots(kPairs, x, sources.rows, w, some, units<kPairs>(width), z + at, kFeatures, add);
           });
           add = true;
         });
@@ -307,17 +275,98 @@ void multiply_dot_products(const ConcatSources& sources, const Workers& workers,
   });
 }
 
+// Whether some weight lies by columns.
+inline bool has_weight_by_columns(const ConcatSources& sources) {
+  for (int64_t s = 0; s < sources.count; ++s) {
+    for (int64_t t = 0; t < sources.items[s].term_count; ++t) {
+      if (sources.items[s].terms[t].weight.by_columns) return true;
+    }
+  }
+  return false;
+}
+
+// C (+)= A · Wᵀ of `depth` columns of W [features, depth], a weight of float rows by columns, which is read as it lies
+// but for its last features, which do not fill a vector. A few columns at a time, so that long lines of memory are
+// read.
+inline void multiply_columns_in_place(Operand x, int64_t rows, const Matrix& weight, int64_t depth, const Block& c,
+                                      float* memory) {
+  constexpr int64_t kRun = 16;
+  const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
+  for (int64_t k = 0; k < depth; k += kRun) {
+    const int64_t run = min(kRun, depth - k);
+    const Matrix columns = from_element(weight, Dtype::f32, 0, k);
+    multiply_in_place(false, {x.data + k, x.stride}, rows, {static_cast<const float*>(columns.data), weight.stride},
+                      run, {c.data, c.stride, whole, c.add || k > 0});
+  }
+  if (rest == 0) return;
+  pack_lanes(false, Dtype::f32, from_element(weight, Dtype::f32, whole, 0), rest, depth, memory, kPanel);
+  multiply_panels(false, x, rows, memory, depth, {c.data + whole, c.stride, rest, c.add});
+}
+
+// Of weights that lie by columns, with features in the lanes: W is read as it lies, or a chunk of a task's features is
+// packed where that pays.
+template <bool kPairs, class Loader, class Epilogue>
+void multiply_weight_columns(const ConcatSources& sources, const Workers& workers, const Loader& loader,
+                             Epilogue epilogue) {
+  constexpr int64_t kFeatures = 4 * kPanel;  // of a task
+  const int64_t block = min(kBlockRows, sources.rows), blocks = ceil_div(sources.rows, block);
+  const int64_t splits = ceil_div(sources.features, kFeatures);
+  const int64_t copy = round_up(block * (kDepth + VW), 16), panels = kFeatures * kDepth;
+  const int64_t each = copy + panels + round_up(block * kFeatures, 16);
+  const bool in_place = !kPairs && sources.dtype == Dtype::f32 && sources.rows <= kInPlaceRows;
+  Scratch scratch(workers.count * each);
+  for_each_claim(workers, blocks * splits, 1, [&](int worker, int64_t begin, int64_t end) {
+    float* const rows_copy = scratch.data() + worker * each;
+    float *const weight_copy = rows_copy + copy, *const z = weight_copy + panels;
+    int64_t prepared = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / splits * block, rows = min(block, sources.rows - first);
+      const int64_t feature = task % splits * kFeatures, count = min(kFeatures, sources.features - feature);
+      if (prepared != first) loader.prepare(worker, first, rows);
+      prepared = first;
+      bool add = !first_source_fills(sources);
+      if (add) std::memset(z, 0, sizeof(float) * static_cast<size_t>(rows * kFeatures));
+      for (int64_t s = 0; s < sources.count; ++s) {
+        const ConcatSource& source = sources.items[s];
+        const auto present = loader.rows(worker, s, first, rows);
+        for_chunks<kPairs>(source.width, [&](int64_t k, int64_t width, int64_t) {
+          const int64_t depth = units<kPairs>(width);
+          const Operand x = present.template operand<kPairs>(k, width, rows_copy);
+          for_terms(source, feature, count, [&](const ConcatTerm& term, int64_t from, int64_t some, int64_t at) {
+            const Matrix weight = from_element(term.weight, sources.dtype, from, k);
+            const Block c{z + at, kFeatures, some, add};
+            if (in_place && weight.by_columns) {
+              return multiply_columns_in_place(x, rows, weight, depth, c, weight_copy);
+            }
+            for (int64_t p = 0; p < some; p += kPanel) {
+              pack_lanes(kPairs, sources.dtype, from_element(weight, sources.dtype, p, 0), min(kPanel, some - p), width,
+                         weight_copy + p * depth, kPanel);
+            }
+            multiply_panels(kPairs, x, rows, weight_copy, depth, c);
+          });
+          add = true;
+        });
+      }
+      epilogue(first, rows, feature, count, z, kFeatures);
+    }
+  });
+}
+
 constexpr int64_t kFewRows = 512;  // beyond, packing W costs nothing beside multiplying by it
 
 // Whether packing W would cost too much. It depends on the shape alone.
 inline bool are_few_rows(const ConcatSources& sources) {
-  return sources.rows <= max(kDotRows, min(sources.features, kFewRows)) && !has_row_presence(sources);
+  if (has_row_presence(sources)) return false;
+  if (has_weight_by_columns(sources)) return sources.rows <= kBlockRows;  // it is packed without being transposed
+  return sources.rows <= max(kDotRows, min(sources.features, kFewRows));
 }
 
 // Without packing W; the epilogue gets some columns of a block of rows.
 template <bool kPairs, class Loader, class Epilogue>
 void multiply_few_rows(const ConcatSources& sources, const Workers& workers, const Loader& loader, Epilogue epilogue) {
-  if (sources.rows <= kDotRows) {
+  if (has_weight_by_columns(sources)) {
+    multiply_weight_columns<kPairs>(sources, workers, loader, epilogue);
+  } else if (sources.rows <= kDotRows) {
     multiply_dot_products<kPairs>(sources, workers, loader, epilogue);
   } else {
     multiply_features_broadcast<kPairs>(sources, workers, loader, epilogue);

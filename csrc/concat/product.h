@@ -29,14 +29,20 @@ struct Block {
 void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
                      const RowsAhead& ahead = {});
 
-// C (+)= A · B for whole vectors of columns of a B that is read where it lies, in rows of floats.
-void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
+// C (+)= A · B of a B that is read where it lies, in rows of whole vectors.
+void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
+
+// c[r][f] (+)= x[r] · w[f] of rows of units, nothing packed.
+void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,
+                   int64_t stride, bool add);
 
 namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
 constexpr int64_t kDepth = 256;                                     // units of a chunk: 16 KB of a panel of 16 floats
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
+constexpr int64_t kInPlaceRows = 2 * kFeatureRows;                  // up to so many, packing W costs more than it saves
+constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
 
 MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row) {
   const int64_t element = row / view.inner * view.outer_stride + row % view.inner * view.inner_stride;
@@ -59,29 +65,12 @@ MMK_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kFeatureRows) * ceil_div(columns, kPanel);
 }
 
-// [count][features] rows → panels of the transposed: rows in the lanes, [panel][units][kPanel].
+// [depth][columns] → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
 template <bool kPairs>
-void pack_panels_transposed(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
-                            float* panels) {
-  const int64_t depth = units<kPairs>(features);
-  for (int64_t first = 0; first < count; first += kPanel, panels += depth * kPanel) {
-    const int64_t lanes = min(kPanel, count - first);
-    pack_lanes(kPairs, dtype, static_cast<const char*>(source) + first * row_stride * element_size(dtype), row_stride,
-               lanes, features, panels, kPanel);
-  }
-}
-
-// [depth][columns] rows → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
-template <bool kPairs>
-void pack_panels(Dtype dtype, const void* source, int64_t row_stride, int64_t depth, int64_t columns, float* panels) {
+void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, float* panels) {
   for (int64_t first = 0; first < columns; first += kPanel, panels += units<kPairs>(depth) * kPanel) {
-    const void* from = static_cast<const char*>(source) + first * element_size(dtype);
-    const int64_t lanes = min(kPanel, columns - first);
-    if constexpr (kPairs) {
-      pack_columns_as_pairs(static_cast<const uint16_t*>(from), row_stride, depth, lanes, panels, kPanel);
-    } else {
-      pack_rows_as_float(dtype, from, row_stride, depth, lanes, panels, kPanel);
-    }
+    const Matrix lanes = transposed(from_element(m, dtype, 0, first));
+    pack_lanes(kPairs, dtype, lanes, min(kPanel, columns - first), depth, panels, kPanel);
   }
 }
 
@@ -156,6 +145,57 @@ template <bool kPairs, class Function>
 MMK_INLINE void for_chunks(int64_t width, Function f) {
   constexpr int64_t kElements = chunk_elements<kPairs>();
   for (int64_t k = 0; k < width; k += kElements) f(k, min(kElements, width - k), kPairs ? k / 2 : k);
+}
+
+// Packs columns of plain rows; rows in which the source is absent are zero.
+template <bool kPairs>
+void pack_source_columns(const ConcatSource& source, Dtype dtype, int64_t first, int64_t count, int64_t column,
+                         int64_t width, float* panels) {
+  const int64_t depth = units<kPairs>(count), bytes = element_size(dtype);
+  const auto copy = [&](int64_t row, int64_t rows, int64_t at) {
+    const char* from = row_address(source.x, dtype, row) + column * bytes;
+    for (int64_t c = 0; c < width; c += kPanel) {
+      float* to = panels + c * depth + (kPairs ? at / 2 : at) * kPanel;
+      const int64_t lanes = min(kPanel, width - c);
+      if constexpr (kPairs) {
+        pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(from + c * bytes), source.x.inner_stride, rows, lanes,
+                              to, kPanel);
+      } else {
+        pack_rows_as_float(dtype, from + c * bytes, source.x.inner_stride, rows, lanes, to, kPanel);
+      }
+    }
+  };
+  const bool plain = source.present == nullptr && first % source.x.inner + count <= source.x.inner;
+  if (plain) return copy(first, count, 0);
+  if constexpr (kPairs) {  // two rows to a unit: gathered first
+    constexpr int64_t kRows = 32;
+    alignas(64) uint16_t rows[kRows][kGroup];
+    for (int64_t i = 0; i < count; i += kRows) {
+      const int64_t n = min(kRows, count - i);
+      for (int64_t r = 0; r < n; ++r) {
+        const bool present = source.present == nullptr || source.present[(first + i + r) * source.present_stride];
+        if (present) {
+          std::memcpy(rows[r], row_address(source.x, dtype, first + i + r) + column * bytes,
+                      static_cast<size_t>(width * bytes));
+        } else {
+          std::memset(rows[r], 0, sizeof rows[r]);
+        }
+      }
+      for (int64_t c = 0; c < width; c += kPanel) {
+        pack_columns_as_pairs(rows[0] + c, kGroup, n, min(kPanel, width - c), panels + c * depth + i / 2 * kPanel,
+                              kPanel);
+      }
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      if (source.present == nullptr || source.present[(first + i) * source.present_stride]) {
+        copy(first + i, 1, i);
+      } else {
+        for (int64_t c = 0; c < width; c += kPanel)
+          std::memset(panels + c * depth + i * kPanel, 0, kPanel * sizeof(float));
+      }
+    }
+  }
 }
 
 }  // namespace

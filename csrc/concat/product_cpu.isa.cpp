@@ -43,6 +43,54 @@ void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth,
   }
 }
 
+template <bool kPairs>
+void multiply_units_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  for (int64_t column = 0; column < c.columns; column += kPanel) {
+    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
+      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
+        product_tile<kPairs, static_cast<int>(run), static_cast<int>(vectors)>(
+            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
+      });
+    });
+  }
+}
+
+// c[r][f] (+)= x[r] · w[f] over `depth` units, in vectors along the units.
+template <bool kPairs, int R, int F>
+MMK_NOINLINE void dot_tile(Operand x, Operand w, int64_t depth, float* c, int64_t stride, bool add) {
+  vf acc[R][F];
+  clear(acc);
+  const auto step = [&](int64_t k, auto load_units) {
+    vf xs[R];
+    MMK_UNROLL for (int r = 0; r < R; ++r) xs[r] = load_units(x.data + r * x.stride + k);
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      const vf wf = load_units(w.data + f * w.stride + k);
+      MMK_UNROLL for (int r = 0; r < R; ++r) acc[r][f] = multiply_add<kPairs>(acc[r][f], xs[r], wf);
+    }
+  };
+  int64_t k = 0;
+  for (; k + VW <= depth; k += VW) step(k, [](const float* p) { return load(p); });
+  if (k < depth) step(k, [&](const float* p) { return load_partial(p, depth - k); });
+  MMK_UNROLL for (int r = 0; r < R; ++r) {
+    MMK_UNROLL for (int f = 0; f < F; ++f) {
+      float& to = c[r * stride + f];
+      to = add ? to + sum(acc[r][f]) : sum(acc[r][f]);
+    }
+  }
+}
+
+template <bool kPairs>
+void dot_units(Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c, int64_t stride,
+               bool add) {
+  constexpr int kTileRows = kRegisters == 32 ? 4 : 2, kTileFeatures = 4;
+  for_runs<kTileFeatures>(features, [&](auto width, int64_t f) {
+    for_runs<kTileRows>(rows, [&](auto height, int64_t r) {
+      dot_tile<kPairs, static_cast<int>(height), static_cast<int>(width)>(
+          {x.data + r * x.stride, x.stride}, {w.data + f * w.stride, w.stride}, depth, c + r * stride + f, stride, add);
+    });
+  });
+}
+
 }  // namespace
 
 void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
@@ -53,15 +101,19 @@ void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, i
   multiply_units<false>(a, rows, panels, depth, c, ahead);
 }
 
-void multiply_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
-  for (int64_t column = 0; column < c.columns; column += kPanel) {
-    with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
-      for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
-        product_tile<false, static_cast<int>(run), static_cast<int>(vectors)>(
-            {a.data + i * a.stride, a.stride}, b.data + column, depth, c, i, column, b.stride);
-      });
-    });
+void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return multiply_units_in_place<true>(a, rows, b, depth, c);
   }
+  multiply_units_in_place<false>(a, rows, b, depth, c);
+}
+
+void multiply_dots(bool pairs, Operand x, int64_t rows, Operand w, int64_t features, int64_t depth, float* c,
+                   int64_t stride, bool add) {
+  if constexpr (kBf16Dot) {
+    if (pairs) return dot_units<true>(x, rows, w, features, depth, c, stride, add);
+  }
+  dot_units<false>(x, rows, w, features, depth, c, stride, add);
 }
 
 }  // namespace MMK_ISA

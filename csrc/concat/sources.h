@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/cpu/dtype.h"
+#include "csrc/cpu/matrix.h"
 #include "csrc/cpu/workers.h"
 
 namespace mmk {
@@ -15,9 +16,9 @@ struct RowView {
 
 // What a source is multiplied by: features of z += x · weightᵀ. The gradients of z have the same columns as z.
 struct ConcatTerm {
-  const void* weight = nullptr;  // [features, width of the source] at weight_stride
-  void* grad = nullptr;          // [features, width] at grad_stride; null: nobody asked
-  int64_t weight_stride = 0, grad_stride = 0;
+  Matrix weight;         // [features, width of the source]
+  void* grad = nullptr;  // [features, width] at grad_stride, by columns as W is; null: nobody asked
+  int64_t grad_stride = 0;
   int64_t features = 0, column = 0;  // columns of z
 };
 

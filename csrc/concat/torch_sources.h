@@ -51,18 +51,22 @@ inline RowView row_view(const at::Tensor& tensor, std::vector<at::Tensor>& keep)
 // A dense matrix's.
 inline RowView dense_rows(const at::Tensor& t, int64_t width) { return {t.data_ptr(), INT64_MAX, width, 0}; }
 
-// A weight from a column on, times whose transposed a source is multiplied into the first columns of z.
-inline ConcatTerm column_term(const at::Tensor& weight, int64_t column) {
+// A weight, as `matrix_of` gives it, from a column on, times whose transposed a source is multiplied into the first
+// columns of z.
+inline ConcatTerm column_term(const Matrix& matrix, const at::Tensor& weight, int64_t column) {
   ConcatTerm term;
-  term.weight = static_cast<const char*>(weight.const_data_ptr()) + column * weight.element_size();
-  term.weight_stride = row_stride(weight);
+  term.weight = matrix;
+  term.weight.data =
+      static_cast<const char*>(matrix.data) + column * (matrix.by_columns ? matrix.stride : 1) * weight.element_size();
   term.features = weight.size(0);
   return term;
 }
 
+// A gradient made by `empty_like_weight` of the term's.
 inline void set_grad(ConcatTerm& term, const at::Tensor& grad, int64_t column) {
-  term.grad = static_cast<char*>(grad.data_ptr()) + column * grad.element_size();
-  term.grad_stride = row_stride(grad);
+  term.grad_stride = grad.stride(term.weight.by_columns ? 1 : 0);
+  term.grad = static_cast<char*>(grad.data_ptr()) +
+              column * (term.weight.by_columns ? term.grad_stride : 1) * grad.element_size();
 }
 
 struct TorchSources {
@@ -100,15 +104,18 @@ struct TorchSources {
     }
   }
 
-  // One term per source: its columns of one weight, and of the gradient where one is given.
-  void set_weight(const at::Tensor& weight, const at::Tensor& grad = {}) {
+  // One term per source: its columns of one weight.
+  void set_weight(const at::Tensor& weight) {
+    const Matrix all = matrix_of(weight, keep);
     terms.resize(items.size());
     for (size_t i = 0; i < items.size(); ++i) {
-      terms[i] = column_term(weight, items[i].column);
-      if (grad.defined()) set_grad(terms[i], grad, items[i].column);
+      terms[i] = column_term(all, weight, items[i].column);
       items[i].terms = &terms[i];
       items[i].term_count = 1;
     }
+  }
+  void set_weight_grad(const at::Tensor& grad) {
+    for (size_t i = 0; i < items.size(); ++i) set_grad(terms[i], grad, items[i].column);
   }
 
   // Where the gradients of the xs go, those that are needed; `grads` has one tensor per x.

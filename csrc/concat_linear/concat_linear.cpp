@@ -73,7 +73,7 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
     const bool dropped = wanted(i) && presence && presence->dim() == 1;
     result.push_back(dropped ? at::zeros(xs[i].sizes(), xs[i].options()) : empty_if(xs[i], wanted(i)));
   }
-  result.push_back(empty_if(weight, wanted(count)));
+  result.push_back(empty_like_weight(weight, wanted(count)));
   result.push_back(empty_if(bias ? *bias : weight, wanted(count + 1)));
   result.push_back(at::cpu::empty({0}, weight.options()));  // presence
   result.push_back(empty_if(residual ? *residual : weight, wanted(count + 3)));
@@ -87,7 +87,7 @@ std::vector<Tensor> concat_linear_backward(at::TensorList grads, at::TensorList 
   call.sources.set_grads(result, needed);
   if (wanted(count)) {
     if (call.sources.items.size() < count) result[count].zero_();  // columns of modalities that are absent everywhere
-    call.sources.set_weight(weight, result[count]);
+    call.sources.set_weight_grad(result[count]);
   }
   if (wanted(count + 1)) p.grad_bias = result[count + 1].data_ptr();
   Tensor gate_sums;

@@ -31,8 +31,6 @@ struct Call {
     ConcatNormLinearParams& p = params;
     sources.set_weight(weight);
     p.linear.sources = sources.view(weight.size(0));
-    p.weight = weight.const_data_ptr();
-    p.weight_stride = row_stride(weight);
     p.norm_weight = norm_weight.const_data_ptr();
     if (norm_bias) p.norm_bias = norm_bias->const_data_ptr();
     if (bias) p.linear.bias = bias->const_data_ptr();
@@ -77,7 +75,7 @@ std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::Tensor
   for (size_t i = 0; i < count; ++i) result.push_back(empty_if(xs[i], needed[i]));
   result.push_back(empty_if(norm_weight, needed[count]));
   result.push_back(empty_if(norm_bias ? *norm_bias : weight, needed[count + 1]));
-  result.push_back(empty_if(weight, needed[count + 2]));
+  result.push_back(empty_like_weight(weight, needed[count + 2]));
   result.push_back(empty_if(bias ? *bias : weight, needed[count + 3]));
   if (p.linear.sources.rows == 0 || p.linear.sources.features == 0) {
     for (Tensor& t : result) t.zero_();
@@ -88,6 +86,7 @@ std::vector<Tensor> concat_norm_linear_backward(at::TensorList grads, at::Tensor
   p.grad_norm_weight = data_of(count);
   p.grad_norm_bias = data_of(count + 1);
   p.grad_weight = data_of(count + 2);
+  if (needed[count + 2]) call.sources.set_weight_grad(result[count + 2]);
   p.linear.grad_bias = data_of(count + 3);
   p.linear.grad_out = row_view(grads[0], call.keep);
   // Saved are the output, where it is z, then z, then the statistics.

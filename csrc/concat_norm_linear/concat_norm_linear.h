@@ -10,16 +10,14 @@
 namespace mmk {
 
 struct ConcatNormLinearParams {
-  ConcatLinearParams linear;     // no gate, no residual; backward: preactivation holds z whatever the activation
-  const void* weight = nullptr;  // [N, K], of which the terms are columns
-  int64_t weight_stride = 0;
+  ConcatLinearParams linear;          // no gate, no residual; backward: preactivation holds z whatever the activation
   const void* norm_weight = nullptr;  // [K]
   const void* norm_bias = nullptr;    // [K] or null
   bool rms = false;
   float eps = 0.f;
   float* statistics = nullptr;  // [rows, 2], mean and rstd; forward: written if set; backward: read
 
-  void* grad_weight = nullptr;       // [N, K] dense
+  void* grad_weight = nullptr;       // [N, K] dense, or by columns; the terms have their columns of it
   void* grad_norm_weight = nullptr;  // [K]
   void* grad_norm_bias = nullptr;    // [K]
 };

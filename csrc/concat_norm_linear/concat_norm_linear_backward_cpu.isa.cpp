@@ -121,12 +121,24 @@ class NormLinearGradient {
   void finish_sums(const float* sums) const {
     linear_.finish_sums(sums);
     if (p_.grad_norm_bias == nullptr || wants_weights()) return;
+    if (by_columns()) {
+      return for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
+        for (int64_t c = 0; c < width; ++c) {
+          const auto* down = weight + c * source.terms[0].weight.stride;
+          vf total = zero();
+          for_vectors(sources_.features, [&](int64_t, int64_t f, int64_t n) {
+            total = fma(load_as_float(down + f, n), load(sums + f), total);
+          });
+          put(p_.grad_norm_bias, source.column + k + c, set1(sum(total)), 1);
+        }
+      });
+    }
     for_columns([&](const ConcatSource& source, const auto* weight, int64_t k, int64_t width) {
       vf totals[kRun] = {};
       for (int64_t f = 0; f < sources_.features; ++f) {
         const vf db = set1(sums[f]);
         for_vectors(width, [&](int64_t v, int64_t c, int64_t n) {
-          totals[v] = fma(load_as_float(weight + f * p_.weight_stride + c, n), db, totals[v]);
+          totals[v] = fma(load_as_float(weight + f * source.terms[0].weight.stride + c, n), db, totals[v]);
         });
       }
       for_vectors(
@@ -134,15 +146,18 @@ class NormLinearGradient {
     });
   }
 
-  void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, const float* sums) const {
+  void finish_weights(int64_t s, int64_t first, int64_t width, const float* products, int64_t turned_stride,
+                      const float* sums) const {
     const ConcatSource& source = sources_.items[s];
-    with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+    const Matrix& matrix = source.terms[0].weight;
+    with_element_type(sources_.dtype, matrix.data, [&](const auto* weight) {
+      if (matrix.by_columns) return finish_by_columns(source, weight, first, width, products, turned_stride, sums);
       for (int64_t c = 0; c < width; c += kFinished * VW) {
         const int64_t columns = min(kFinished * VW, width - c), last = (columns - 1) % VW + 1;
         with_constant<kFinished>(ceil_div(columns, VW), [&](auto vectors) {
           with_bool(last < VW, [&](auto partial) {
             finish_columns<static_cast<int>(vectors), decltype(partial)::value>(
-                weight + first + c, source.column + first + c, last, products + c, sums);
+                weight + first + c, matrix.stride, source.column + first + c, last, products + c, sums);
           });
         });
       }
@@ -171,16 +186,17 @@ class NormLinearGradient {
 
   // What becomes of G in V vectors of columns, the last of them with `last` columns.
   template <int V, bool kPartial, class T>
-  void finish_columns(const T* weight, int64_t column, int64_t last, const float* products, const float* sums) const {
+  void finish_columns(const T* weight, int64_t weight_stride, int64_t column, int64_t last, const float* products,
+                      const float* sums) const {
     T* grad = static_cast<T*>(p_.grad_weight) + (p_.grad_weight == nullptr ? 0 : column);
     const bool streams = streams_weights() && !kPartial && column % VW == 0;
     const float *gain = gain_ + column, *shift = shift_ == nullptr ? nullptr : shift_ + column;
     vf gains[V], shifts[V];
     MMK_UNROLL for (int v = 0; v < V; ++v) gains[v] = shifts[v] = zero();
-    for (int64_t f = 0; f < sources_.features; ++f, weight += p_.weight_stride, products += kGroup) {
+    for (int64_t f = 0; f < sources_.features; ++f, weight += weight_stride, products += kGroup) {
       constexpr int64_t kAhead = 16;  // rows of W on their way into cache
-      __builtin_prefetch(weight + kAhead * p_.weight_stride);
-      __builtin_prefetch(weight + kAhead * p_.weight_stride + V * VW - 1);
+      __builtin_prefetch(weight + kAhead * weight_stride);
+      __builtin_prefetch(weight + kAhead * weight_stride + V * VW - 1);
       const vf db = set1(sums[f]);
       MMK_UNROLL for (int v = 0; v < V; ++v) {
         const bool partial = kPartial && v == V - 1;
@@ -208,6 +224,37 @@ class NormLinearGradient {
     }
   }
 
+  // As finish_columns, of a weight that lies by columns, as its gradient does: features are in the lanes, of Gᵀ, which
+  // is made unless turned_stride says that it is given.
+  template <class T>
+  void finish_by_columns(const ConcatSource& source, const T* weight, int64_t first, int64_t width,
+                         const float* products, int64_t turned_stride, const float* sums) const {
+    const ConcatTerm& term = source.terms[0];
+    const int64_t features = sources_.features;
+    const int64_t stride = turned_stride > 0 ? turned_stride : round_up(features, VW);
+    const Scratch scratch(turned_stride > 0 ? 0 : kGroup * stride);
+    const float* const turned = turned_stride > 0 ? products : scratch.data();
+    if (turned_stride == 0) pack_lanes(false, Dtype::f32, products, kGroup, features, width, scratch.data(), stride);
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t column = source.column + first + c;
+      const T* down = weight + (first + c) * term.weight.stride;
+      T* grad = static_cast<T*>(term.grad) + (term.grad == nullptr ? 0 : (first + c) * term.grad_stride);
+      const vf gain = set1(gain_[column]), shift = set1(shift_ == nullptr ? 0.f : shift_[column]);
+      vf gains = zero(), shifts = zero();
+      for_vectors(features, [&](int64_t, int64_t f, int64_t n) {
+        const vf w = load_as_float(down + f, n), db = load(sums + f);
+        const vf product = load_as_float(turned + c * stride + f, n);  // anything may be behind the last feature
+        gains = fma(w, product, gains);
+        shifts = fma(w, db, shifts);
+        if (term.grad != nullptr) store_from_float(grad + f, fma(shift, db, product * gain), n);
+      });
+      if (p_.grad_norm_weight != nullptr) put(p_.grad_norm_weight, column, set1(sum(gains)), 1);
+      if (p_.grad_norm_bias != nullptr) put(p_.grad_norm_bias, column, set1(sum(shifts)), 1);
+    }
+  }
+
+  bool by_columns() const { return sources_.count > 0 && sources_.items[0].terms[0].weight.by_columns; }
+
   void put(void* to, int64_t at, vf x, int64_t n) const {
     with_element_type(sources_.dtype, to, [&](auto* p) { store_from_float(p + at, x, n); });
   }
@@ -227,10 +274,11 @@ class NormLinearGradient {
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
       for_each_claim(p_.linear.workers, ceil_div(source.width, kRun * VW), 1, [&](int, int64_t begin, int64_t end) {
-        with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+        const Matrix& matrix = source.terms[0].weight;
+        with_element_type(sources_.dtype, matrix.data, [&](const auto* weight) {
           for (int64_t run = begin; run < end; ++run) {
             const int64_t k = run * kRun * VW;
-            f(source, weight + k, k, min(kRun * VW, source.width - k));
+            f(source, weight + (matrix.by_columns ? k * matrix.stride : k), k, min(kRun * VW, source.width - k));
           }
         });
       });
@@ -239,15 +287,17 @@ class NormLinearGradient {
 
   // gained_[n] = Σ_k W_nk g_k, offset_[n] = Σ_k W_nk h_k
   void sum_weights() {
+    if (by_columns()) return sum_weight_columns();
     for_each_claim(p_.linear.workers, sources_.features, 16, [&](int, int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         vf gained = zero(), offset = zero();
         for (int64_t s = 0; s < sources_.count; ++s) {
           const ConcatSource& source = sources_.items[s];
-          with_element_type(sources_.dtype, source.terms[0].weight, [&](const auto* weight) {
+          const Matrix& matrix = source.terms[0].weight;
+          with_element_type(sources_.dtype, matrix.data, [&](const auto* weight) {
             for (int64_t k = 0; k < source.width; k += VW) {
               // The weight's lanes behind the row are zero, whatever the others hold there.
-              const vf w = load_as_float(weight + n * p_.weight_stride + k, source.width - k);
+              const vf w = load_as_float(weight + n * matrix.stride + k, source.width - k);
               const int64_t lanes = source.width - k;
               const auto vector = [&](const float* from) {
                 return lanes < VW ? load_partial(from + source.column + k, lanes) : load(from + source.column + k);
@@ -259,6 +309,44 @@ class NormLinearGradient {
         }
         gained_[n] = sum(gained);
         offset_[n] = sum(offset);
+      }
+    });
+  }
+
+  // The same of a weight that lies by columns: features in the lanes, in runs of columns so that a long sum keeps its
+  // digits.
+  void sum_weight_columns() {
+    constexpr int64_t kColumns = 64;
+    for_each_claim(p_.linear.workers, ceil_div(sources_.features, kPanel), 1, [&](int, int64_t begin, int64_t end) {
+      for (int64_t first = begin * kPanel; first < min(sources_.features, end * kPanel); first += kPanel) {
+        const int64_t lanes = min(kPanel, sources_.features - first);
+        vf gained[kFeatureVectors] = {}, offset[kFeatureVectors] = {};
+        for (int64_t s = 0; s < sources_.count; ++s) {
+          const ConcatSource& source = sources_.items[s];
+          const Matrix& matrix = source.terms[0].weight;
+          with_element_type(sources_.dtype, matrix.data, [&](const auto* weight) {
+            for (int64_t start = 0; start < source.width; start += kColumns) {
+              vf of_gain[kFeatureVectors] = {}, of_shift[kFeatureVectors] = {};
+              for (int64_t k = start; k < min(source.width, start + kColumns); ++k) {
+                const vf gain = set1(gain_[source.column + k]);
+                const vf shift = set1(shift_ == nullptr ? 0.f : shift_[source.column + k]);
+                for_vectors(lanes, [&](int64_t v, int64_t n, int64_t) {
+                  const vf w = load_as_float(weight + k * matrix.stride + first + n, lanes - n);
+                  of_gain[v] = fma(w, gain, of_gain[v]);
+                  of_shift[v] = fma(w, shift, of_shift[v]);
+                });
+              }
+              MMK_UNROLL for (int v = 0; v < kFeatureVectors; ++v) {
+                gained[v] = gained[v] + of_gain[v];
+                offset[v] = offset[v] + of_shift[v];
+              }
+            }
+          });
+        }
+        for_vectors(lanes, [&](int64_t v, int64_t n, int64_t) {
+          store_from_float(gained_ + first + n, gained[v], lanes - n);
+          store_from_float(offset_ + first + n, offset[v], lanes - n);
+        });
       }
     });
   }

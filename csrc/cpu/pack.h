@@ -3,6 +3,7 @@
 #pragma once
 
 #include "csrc/cpu/element.h"
+#include "csrc/cpu/matrix.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -17,6 +18,7 @@ struct Operand {
 // are zero.
 void pack_lanes(bool pairs, Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
                 float* out, int64_t stride);
+void pack_lanes(bool pairs, Dtype dtype, const Matrix& m, int64_t count, int64_t features, float* out, int64_t stride);
 
 // [count][features] of a dtype → [count][stride] floats, features padded with zeros up to a multiple of VW.
 void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
@@ -25,6 +27,14 @@ void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int
 // [count][features] bfloat16 → [(count + 1) / 2][stride] pairs of rows, an odd last row paired with zeros.
 void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features, float* out,
                            int64_t stride);
+
+// Floats [rows][columns] → a dtype; nothing beyond the last column is written.
+void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                int64_t stride);
+
+// Floats [rows][columns] → [columns][stride] of a dtype, the transposed; nothing beyond the last row is written.
+void write_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                      int64_t stride);
 
 namespace {
 
@@ -50,6 +60,15 @@ inline void pack_rows_as_pairs(const uint16_t* source, int64_t row_stride, int64
     std::memcpy(out + i * stride, source + i * row_stride, static_cast<size_t>(features) * 2);
   }
 }
+
+// A matrix from an element on.
+MMK_INLINE Matrix from_element(const Matrix& m, Dtype dtype, int64_t row, int64_t column) {
+  const int64_t at = m.by_columns ? column * m.stride + row : row * m.stride + column;
+  return {static_cast<const char*>(m.data) + at * element_size(dtype), m.stride, m.by_columns};
+}
+
+// The same elements with rows for columns.
+MMK_INLINE Matrix transposed(const Matrix& m) { return {m.data, m.stride, !m.by_columns}; }
 
 // Whether rows of a dtype are rows of units as they lie, from an element offset on.
 template <bool kPairs>
@@ -84,6 +103,17 @@ Operand operand_of_columns(Dtype dtype, const void* data, int64_t row_stride, in
     if (in_place && dtype == Dtype::f32) return {static_cast<const float*>(data), row_stride};
     pack_rows_as_float(dtype, data, row_stride, count, width, copy, copy_stride);
   }
+  return {copy, copy_stride};
+}
+
+// As `operand_of_columns` above, of a matrix [count][width]; in place only where its rows are dense.
+template <bool kPairs>
+Operand operand_of_columns(Dtype dtype, const Matrix& m, int64_t count, int64_t width, bool in_place, float* copy,
+                           int64_t copy_stride) {
+  if (!m.by_columns) {
+    return operand_of_columns<kPairs>(dtype, m.data, m.stride, count, width, in_place, copy, copy_stride);
+  }
+  pack_lanes(kPairs, dtype, m.data, m.stride, width, count, copy, copy_stride);
   return {copy, copy_stride};
 }
 

@@ -49,6 +49,15 @@ void pack_lanes(bool pairs, Dtype dtype, const void* source, int64_t row_stride,
   pack_units_in_lanes<false>(dtype, source, row_stride, count, features, out, stride);
 }
 
+void pack_lanes(bool pairs, Dtype dtype, const Matrix& m, int64_t count, int64_t features, float* out, int64_t stride) {
+  if (!m.by_columns) return pack_lanes(pairs, dtype, m.data, m.stride, count, features, out, stride);
+  if (pairs) {
+    pack_columns_as_pairs(static_cast<const uint16_t*>(m.data), m.stride, features, count, out, stride);
+  } else {
+    pack_rows_as_float(dtype, m.data, m.stride, features, count, out, stride);
+  }
+}
+
 void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int64_t count, int64_t features,
                         float* out, int64_t stride) {
   with_element_type(dtype, source, [&](const auto* p) {
@@ -80,6 +89,33 @@ void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t c
       }
     }
   }
+}
+
+void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                int64_t stride) {
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t c = 0; c < columns; c += VW) {
+        store_from_float(p + i * stride + c, load(from + i * from_stride + c), columns - c);
+      }
+    }
+  });
+}
+
+void write_transposed(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
+                      int64_t stride) {
+  with_element_type(dtype, to, [&](auto* p) {
+    for (int64_t c = 0; c < columns; c += VW) {
+      for (int64_t i = 0; i < rows; i += VW) {
+        vf r[VW];
+        for (int x = 0; x < VW; ++x) {
+          r[x] = i + x < rows ? load_as_float(from + (i + x) * from_stride + c, columns - c) : zero();
+        }
+        transpose(r);
+        for (int x = 0; x < VW && c + x < columns; ++x) store_from_float(p + (c + x) * stride + i, r[x], rows - i);
+      }
+    }
+  });
 }
 
 }  // namespace MMK_ISA

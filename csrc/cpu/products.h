@@ -37,22 +37,26 @@ void dot_rows(bool pairs, const float* a, int64_t lda, int64_t rows, const float
 
 namespace {
 
+// Calls f(combine), where combine(vector, at) makes elements of C from `at` on of a vector of the tile.
+template <class Function>
+MMK_INLINE void with_combine(const Result& c, Function f) {
+  switch (c.how) {
+    case Combine::store:
+      return f([&](vf x, int64_t at) { store(c.data + at, x); });
+    case Combine::add:
+      return f([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) + x); });
+    case Combine::multiply:
+      return f([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
+    case Combine::add_product:
+      return f(
+          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
+  }
+}
+
 // A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
 constexpr int64_t spread_stride(int64_t n) {
   const int64_t lines = (n + 15) / 16;
   return 16 * (lines + (lines + 1) % 2);
-}
-
-// Floats [rows][columns] → a dtype; nothing beyond the last column is written.
-inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
-                       int64_t stride) {
-  with_element_type(dtype, to, [&](auto* p) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < columns; c += VW) {
-        store_from_float(p + i * stride + c, load(from + i * from_stride + c), columns - c);
-      }
-    }
-  });
 }
 
 // Floats [rows][columns] → units of two rows [units of rows][columns], in place; whole vectors of columns.
@@ -106,6 +110,35 @@ MMK_INLINE vf finish_dots(const float* partial_row, int64_t j) {
   vf r[VW];
   MMK_UNROLL for (int x = 0; x < VW; ++x) r[x] = load(partial_row + (j + x) * VW);
   return sum_rows(r);
+}
+
+// C = W[rows][depth] · B for a weight of which `width` columns are `depth` units; `copy` has room for rows of
+// spread_stride(depth) or, where it lies by columns, units of spread_stride(rows).
+template <bool kPairs>
+class WeightOperand {
+ public:
+  WeightOperand(Dtype dtype, const Matrix& weight, int64_t rows, int64_t width, float* copy, int64_t row_copy_stride)
+      : by_columns_(weight.by_columns), rows_(rows) {
+    operand_ =
+        by_columns_
+            ? operand_of_columns<kPairs>(dtype, transposed(weight), width, rows, false, copy, spread_stride(rows))
+            : operand_of_rows<kPairs>(dtype, weight.data, weight.stride, rows, width, copy, row_copy_stride);
+  }
+  void multiply_into(const Result& c, const float* b, int64_t ldb, int64_t depth, int64_t columns) const {
+    const int64_t row_stride = by_columns_ ? 1 : operand_.stride, k_stride = by_columns_ ? operand_.stride : 1;
+    multiply(kPairs, operand_.data, row_stride, k_stride, rows_, b, ldb, depth, columns, c);
+  }
+
+ private:
+  bool by_columns_;
+  int64_t rows_;
+  Operand operand_;
+};
+
+// The floats of a copy that WeightOperand makes of at most so many units of so many rows; none where it lies in place.
+inline int64_t weight_copy_floats(Dtype dtype, const Matrix& weight, int64_t rows, int64_t depth) {
+  if (weight.by_columns) return depth * spread_stride(rows);
+  return dtype == Dtype::f32 ? 0 : rows * spread_stride(depth);
 }
 
 }  // namespace

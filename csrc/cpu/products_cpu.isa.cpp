@@ -11,22 +11,11 @@ MMK_NOINLINE void product_tile(const float* a, RowStride row_stride, KStride k_s
   vf acc[MR][NR];
   clear(acc);
   accumulate<kPairs>(acc, a, row_stride, k_stride, b, ldb, depth);
-  const auto each = [&](auto f) {
+  with_combine(c, [&](auto combine) {
     MMK_UNROLL for (int i = 0; i < MR; ++i) {
-      MMK_UNROLL for (int j = 0; j < NR; ++j) f(acc[i][j], (row + i) * c.stride + column + j * VW);
+      MMK_UNROLL for (int j = 0; j < NR; ++j) combine(acc[i][j], (row + i) * c.stride + column + j * VW);
     }
-  };
-  switch (c.how) {
-    case Combine::store:
-      return each([&](vf x, int64_t at) { store(c.data + at, x); });
-    case Combine::add:
-      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) + x); });
-    case Combine::multiply:
-      return each([&](vf x, int64_t at) { store(c.data + at, load(c.data + at) * x); });
-    case Combine::add_product:
-      return each(
-          [&](vf x, int64_t at) { store(c.sum + at, fma(set1(c.factor), load(c.data + at) * x, load(c.sum + at))); });
-  }
+  });
 }
 
 template <bool kPairs, class RowStride, class KStride>

@@ -13,6 +13,7 @@
 
 #include "csrc/cpu/dtype.h"
 #include "csrc/cpu/large_output.h"
+#include "csrc/cpu/matrix.h"
 
 namespace mmk {
 
@@ -40,6 +41,20 @@ inline void check_dense_rows(const at::Tensor& t, int64_t dims) {
 inline int64_t row_stride(const at::Tensor& t) {
   check_dense_rows(t, 2);
   return t.stride(0);
+}
+
+// Whether the last two dims are those of the view of a matrix that is transposed, or a part of one.
+inline bool lies_by_columns(const at::Tensor& t) {
+  return t.dim() >= 2 && t.stride(-1) != 1 && t.size(-1) > 1 && t.stride(-2) == 1 && t.numel() > 0;
+}
+
+// A weight [N, K] as it lies; `keep` holds the copy of one that has neither dense rows nor dense columns.
+inline Matrix matrix_of(const at::Tensor& t, std::vector<at::Tensor>& keep) {
+  TORCH_CHECK_VALUE(t.dim() == 2, "expected a matrix; got shape ", t.sizes());
+  if (lies_by_columns(t)) return {t.const_data_ptr(), t.stride(1), true};
+  if (t.stride(1) == 1 || t.size(1) <= 1 || t.numel() == 0) return {t.const_data_ptr(), t.stride(0), false};
+  keep.push_back(t.contiguous());
+  return {keep.back().const_data_ptr(), keep.back().stride(0), false};
 }
 
 // Tensors that a forward saved, as it wrote them, whoever has rearranged them in between.
@@ -106,6 +121,13 @@ class RowPresence {
 // Fresh and contiguous, of the argument's shape where it is wanted, else without elements.
 inline at::Tensor empty_if(const at::Tensor& like, bool wanted) {
   return wanted ? with_huge_pages(at::cpu::empty(like.sizes(), like.options())) : at::cpu::empty({0}, like.options());
+}
+
+// As `empty_if`, with dense columns where the weight has them: what the parameter behind a transposed view accumulates
+// without rearranging it.
+inline at::Tensor empty_like_weight(const at::Tensor& weight, bool wanted) {
+  if (!wanted || !lies_by_columns(weight)) return empty_if(weight, wanted);
+  return empty_if(weight.transpose(-2, -1), true).transpose(-2, -1);
 }
 
 }  // namespace mmk

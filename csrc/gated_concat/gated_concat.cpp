@@ -59,7 +59,7 @@ std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x,
   const std::vector<Tensor> saved = contiguous_tensors(given_saved);
   Call call(x, y, weight, bias, 4.);
   GatedConcatParams& p = call.params;
-  const Tensor grad_weight = empty_if(weight, needed[2]);
+  const Tensor grad_weight = empty_like_weight(weight, needed[2]);
   std::vector<Tensor> result{empty_if(x, needed[0]), empty_if(y, needed[1]), grad_weight,
                              empty_if(bias ? *bias : weight, needed[3])};
   if (p.sources.rows == 0) {
@@ -67,7 +67,7 @@ std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x,
     return result;
   }
   call.sources.set_grads(result, needed);
-  if (needed[2]) call.sources.set_weight(weight, grad_weight);
+  if (needed[2]) call.sources.set_weight_grad(grad_weight);
   if (needed[3]) p.grad_bias = result[3].data_ptr();
   p.grad_out = row_view(grads[0], call.keep);
   p.gate = saved[0].data_ptr();

@@ -32,12 +32,14 @@ struct Call {
     p.features = value_weights[0].size(0);
     p.sigmoid = p.modalities == 2 && gate_weight.size(0) == p.features;
     terms.resize(2 * sources.items.size());
+    const Matrix gates = matrix_of(gate_weight, keep);
     for (size_t s = 0; s < sources.items.size(); ++s) {
       const int64_t i = sources.index[s];
       ConcatTerm* pair = &terms[2 * s];
-      pair[0] = column_term(value_weights[static_cast<size_t>(i)], 0);
+      const Tensor& value_weight = value_weights[static_cast<size_t>(i)];
+      pair[0] = column_term(matrix_of(value_weight, keep), value_weight, 0);
       pair[0].column = i * p.features;
-      pair[1] = column_term(gate_weight, sources.items[s].column);
+      pair[1] = column_term(gates, gate_weight, sources.items[s].column);
       pair[1].column = p.modalities * p.features;
       sources.items[s].terms = pair;
       sources.items[s].term_count = 2;
@@ -91,9 +93,13 @@ std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList x
   for (const int64_t i : call.sources.index) dropped[static_cast<size_t>(i)] = false;
   const auto add = [&](const Tensor& like, bool zero) {
     const bool wanted = needed[result.size()];
-    result.push_back(wanted && zero ? at::zeros(like.sizes(), like.options()) : empty_if(like, wanted));
+    result.push_back(empty_like_weight(like, wanted));
+    if (wanted && zero) result.back().zero_();
   };
-  for (size_t i = 0; i < count; ++i) add(xs[i], dropped[i]);
+  for (size_t i = 0; i < count; ++i) {
+    result.push_back(empty_if(xs[i], needed[i]));
+    if (needed[i] && dropped[i]) result.back().zero_();
+  }
   for (size_t i = 0; i < count; ++i) add(value_weights[i], dropped[i]);
   for (size_t i = 0; i < biases; ++i) add(value_biases[i], false);
   add(gate_weight, call.sources.items.size() < count);

@@ -14,12 +14,17 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::vector<LowRankModality> modalities_of(const std::vector<Tensor>& xs, const std::vector<Tensor>& factors) {
+// `keep` holds the copies of factors that have neither dense rows nor dense columns.
+std::vector<LowRankModality> modalities_of(const std::vector<Tensor>& xs, const std::vector<Tensor>& factors,
+                                           std::vector<Tensor>& keep) {
   std::vector<LowRankModality> modalities;
   for (size_t i = 0; i < xs.size(); ++i) {
-    const Tensor &x = xs[i], &f = factors[i];
-    check_dense_rows(f, 3);
-    modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1), f.const_data_ptr(), f.stride(0), f.stride(1)});
+    const Tensor& x = xs[i];
+    const bool by_columns = lies_by_columns(factors[i]), dense = factors[i].stride(2) == 1 || factors[i].size(2) <= 1;
+    keep.push_back(by_columns || dense ? factors[i] : factors[i].contiguous());
+    const Tensor& f = keep.back();
+    const Matrix first{f.const_data_ptr(), f.stride(by_columns ? 2 : 1), by_columns};
+    modalities.push_back({x.const_data_ptr(), row_stride(x), x.size(1), first, f.stride(0)});
   }
   return modalities;
 }
@@ -45,7 +50,8 @@ Tensor low_rank_fusion_forward(const std::vector<Tensor>& given, const std::vect
                                const Tensor& rank_weights, const OptionalTensor& bias, const OptionalTensor& presence,
                                bool) {
   const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
-  const auto modalities = modalities_of(xs, factors);
+  std::vector<Tensor> keep;
+  const auto modalities = modalities_of(xs, factors, keep);
   LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 1.);
   const Tensor out = at::cpu::empty({p.batch, p.outputs}, xs[0].options());
   if (out.numel() == 0) return out;
@@ -61,14 +67,15 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
                                              const std::vector<Tensor>&, const c10::List<bool>& needed) {
   const RowPresence present(presence, static_cast<int64_t>(given.size()));
   const auto xs = present.of(given);
-  auto modalities = modalities_of(xs, factors);
+  std::vector<Tensor> keep;
+  auto modalities = modalities_of(xs, factors, keep);
   LowRankParams p = make_params(modalities, xs[0], factors[0], rank_weights, 3.);
   p.grad_out = grads[0].const_data_ptr();
   p.grad_out_stride = row_stride(grads[0]);
   const size_t count = xs.size();
   std::vector<Tensor> results;
   for (size_t i = 0; i < count; ++i) results.push_back(empty_if(xs[i], needed[i]));
-  for (size_t i = 0; i < count; ++i) results.push_back(empty_if(factors[i], needed[count + i]));
+  for (size_t i = 0; i < count; ++i) results.push_back(empty_like_weight(factors[i], needed[count + i]));
   results.push_back(empty_if(rank_weights, needed[2 * count]));
   const bool bias_needed = bias && needed[2 * count + 1];
   const Tensor grad_bias = bias ? empty_if(*bias, bias_needed) : at::cpu::empty({0}, rank_weights.options());

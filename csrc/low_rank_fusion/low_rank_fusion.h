@@ -3,6 +3,7 @@
 
 #include "csrc/cpu/dtype.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/cpu/matrix.h"
 #include "csrc/cpu/workers.h"
 
 namespace mmk {
@@ -11,10 +12,10 @@ struct LowRankModality {
   const void* x = nullptr;  // [B][width]
   int64_t x_stride = 0;
   int64_t width = 0;
-  const void* factor = nullptr;  // [R][width + 1][N]
-  int64_t factor_rank_stride = 0, factor_stride = 0;
+  Matrix factor;  // [width + 1][N] of the first rank
+  int64_t factor_rank_stride = 0;
   void* grad_x = nullptr;       // [B][width], contiguous, or null
-  void* grad_factor = nullptr;  // [R][width + 1][N], contiguous, or null
+  void* grad_factor = nullptr;  // [R][width + 1][N], dense and by columns where the factor is, or null
 };
 
 struct LowRankParams {

@@ -7,6 +7,7 @@
 // Tiling     forward: a task owns kRows rows × kOutputs outputs; a rank after the other, the product over the
 //            modalities is taken on the register tile and added to y, which stay in the second cache.
 //            backward: a task owns a rank, and walks over blocks of rows; P is formed again, dF stays in scratch.
+//            few rows: factors are read as they lie, which for one of P and dx takes dot products with their rows.
 //            bfloat16 is multiplied in pairs where the instruction set has them (kPairs): depths are in units.
 // Threads    ranks are added to dx in their order, whichever worker has them; no other sum is shared by two tasks.
 // Precision  float32; as pairs, dP is rounded to bfloat16.
@@ -19,8 +20,9 @@ namespace MMK_ISA {
 namespace {
 
 constexpr int64_t kRows = 96, kOutputs = 128;
-constexpr int64_t kBackwardFloats = 48 << 10;  // P of all modalities for a block of rows
-constexpr int64_t kRowsInPlace = 2 * kFeatureRows;
+constexpr int64_t kBackwardFloats = 48 << 10;       // P of all modalities for a block of rows
+constexpr int64_t kRowsInPlace = 2 * kFeatureRows;  // up to so many, packing a factor costs more than it saves
+constexpr int64_t kDots = 48;                       // rows of a factor at a time whose lanes are then added up
 
 const void* element(const void* data, Dtype dtype, int64_t at) {
   return static_cast<const char*>(data) + at * element_size(dtype);
@@ -83,21 +85,81 @@ int64_t widest(const LowRankParams& p) {
   return width;
 }
 
+// F_i[r]
+MMK_INLINE Matrix rank_of(const LowRankParams& p, const LowRankModality& m, int64_t r) {
+  return {element(m.factor.data, p.dtype, r * m.factor_rank_stride), m.factor.stride, m.factor.by_columns};
+}
+
+// Whether what is read as it lies, in part by dot products, costs less than packing factors for these rows.
+bool are_few(const LowRankParams& p) { return p.batch <= (p.dtype == Dtype::f32 ? 2 : 1) * kRowsInPlace; }
+
+struct DotMemory {
+  float *partial, *copy;  // [rows][kDots][VW]; rows of a factor in units
+
+  template <bool kPairs>
+  static DotMemory take(const LowRankParams& p, Carver& memory) {
+    const int64_t depth = spread_stride(units<kPairs>(max(widest(p) + 1, p.outputs)));
+    float* const partial = memory.take(are_few(p) ? p.batch * kDots * VW : 0);
+    return {partial, memory.take(are_few(p) && p.dtype != Dtype::f32 ? kDots * depth : 0)};
+  }
+};
+
+// C = A[rows][units of depth] · Bᵀ of B's dense rows, `others` of them, for few rows of A.
+template <bool kPairs>
+void multiply_dots(Dtype dtype, const float* a, int64_t lda, int64_t rows, const Matrix& b, int64_t others,
+                   int64_t depth, const DotMemory& t, const Result& c) {
+  for (int64_t j = 0; j < others; j += kDots) {
+    const int64_t some = min(kDots, others - j);
+    const Operand from = operand_of_rows<kPairs>(dtype, element(b.data, dtype, j * b.stride), b.stride, some, depth,
+                                                 t.copy, spread_stride(units<kPairs>(depth)));
+    std::memset(t.partial, 0, static_cast<size_t>(rows * kDots * VW) * sizeof(float));
+    dot_rows(kPairs, a, lda, rows, from.data, from.stride, some, units<kPairs>(depth), t.partial, kDots);
+    with_combine(c, [&](auto combine) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t n = 0; n < some; n += VW) {
+          combine(finish_dots(t.partial + i * kDots * VW, n), i * c.stride + j + n);
+        }
+      }
+    });
+  }
+}
+
 // Columns `first` … of F_i[r], [units of width + 1][columns].
 template <bool kPairs>
 Operand factor(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t columns,
                bool in_place, float* scratch, int64_t stride) {
-  return operand_of_columns<kPairs>(p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + first),
-                                    m.factor_stride, m.width + 1, columns, in_place, scratch, stride);
+  return operand_of_columns<kPairs>(p.dtype, from_element(rank_of(p, m, r), p.dtype, 0, first), m.width + 1, columns,
+                                    in_place, scratch, stride);
 }
 
-// --- forward
-// ----------------------------------------------------------------------------------------------------------
+// F_i[r]ᵀ but for the entries that 1 is multiplied by, [units of N][width].
+template <bool kPairs>
+Operand transposed_factor(const LowRankParams& p, const LowRankModality& m, int64_t r, bool in_place, float* scratch) {
+  return operand_of_columns<kPairs>(p.dtype, transposed(from_element(rank_of(p, m, r), p.dtype, 1, 0)), p.outputs,
+                                    m.width, in_place && m.width % VW == 0, scratch, spread_stride(m.width));
+}
+
+// Columns of P_i[r] of a block of rows.
+template <bool kPairs>
+void project(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t first, int64_t outputs,
+             const float* x, int64_t ldx, int64_t rows, float* scratch, int64_t stride, const DotMemory& dots,
+             const Result& c) {
+  if (m.factor.by_columns && are_few(p)) {
+    const Matrix columns = transposed(from_element(rank_of(p, m, r), p.dtype, 0, first));
+    return multiply_dots<kPairs>(p.dtype, x, ldx, rows, columns, outputs, m.width + 1, dots, c);
+  }
+  const bool in_place = rows <= kRowsInPlace && outputs % VW == 0;  // a copy pays when it is read again
+  const Operand f = factor<kPairs>(p, m, r, first, outputs, in_place, scratch, stride);
+  multiply(kPairs, x, ldx, 1, rows, f.data, f.stride, units<kPairs>(m.width + 1), outputs, c);
+}
+
+// --- forward ---
 
 template <bool kPairs>
 struct ForwardTile {
   Inputs<kPairs> x;
   float *factor, *product, *sum;  // [units of width + 1][outputs], [rows][outputs] each
+  DotMemory dots;
   int64_t floats;
 
   ForwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t stride)
@@ -105,13 +167,13 @@ struct ForwardTile {
         factor(memory.take(units<kPairs>(widest(p) + 1) * stride)),
         product(memory.take(rows * stride)),
         sum(memory.take(rows * stride)),
+        dots(DotMemory::take<kPairs>(p, memory)),
         floats(memory.used()) {}
 };
 
 template <bool kPairs>
 void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t stride, int64_t first_row, int64_t rows,
                   int64_t first, int64_t outputs) {
-  const bool in_place = rows <= kRowsInPlace && outputs % VW == 0;  // a copy pays when it is read again
   t.x.fill(first_row, rows);
   for (int64_t b = 0; b < rows; ++b) {
     if (p.bias != nullptr) {
@@ -126,38 +188,77 @@ void forward_task(const LowRankParams& p, const ForwardTile<kPairs>& t, int64_t 
   for (int64_t r = 0; r < p.rank; ++r) {
     const float weight = scalar(p.dtype, p.rank_weights, r);
     t.x.for_each([&](int64_t i, const float* x) {
-      const LowRankModality& m = p.modalities[i];
-      const Operand f = factor<kPairs>(p, m, r, first, outputs, in_place, t.factor, stride);
       const Combine how = i + 1 == p.count ? Combine::add_product : i == 0 ? Combine::store : Combine::multiply;
-      multiply(kPairs, x, t.x.stride(), 1, rows, f.data, f.stride, units<kPairs>(m.width + 1), outputs,
-               {how, t.product, stride, t.sum, weight});
+      project<kPairs>(p, p.modalities[i], r, first, outputs, x, t.x.stride(), rows, t.factor, stride, t.dots,
+                      {how, t.product, stride, t.sum, weight});
     });
   }
   write_rows(t.sum, stride, rows, outputs, p.dtype, element(p.out, p.dtype, first_row * p.outputs + first), p.outputs);
 }
 
-// --- backward
-// ---------------------------------------------------------------------------------------------------------
+// --- backward ---
+
+// dF_i[r] as it lies, [width + 1][N] or its transposed where F_i lies by columns.
+struct GradFactor {
+  int64_t rows, columns, stride;  // stride: of its sums in scratch
+  bool by_columns;
+
+  GradFactor(const LowRankParams& p, const LowRankModality& m)
+      : rows(m.factor.by_columns ? p.outputs : m.width + 1),
+        columns(m.factor.by_columns ? m.width + 1 : p.outputs),
+        stride(spread_stride(columns)),
+        by_columns(m.factor.by_columns) {}
+  int64_t floats() const { return rows * stride; }
+  void* data(const LowRankParams& p, const LowRankModality& m, int64_t r, int64_t row, int64_t column) const {
+    return element(m.grad_factor, p.dtype, (r * rows + row) * columns + column);
+  }
+
+  // A part of [1; x_i]ᵀ dP from both in units of rows of a block, or of its transposed.
+  void multiply_part(bool pairs, Operand x, Operand grad_projection, int64_t depth, int64_t row, int64_t count,
+                     int64_t column, int64_t width, const Result& c) const {
+    const Operand &a = by_columns ? grad_projection : x, &b = by_columns ? x : grad_projection;
+    multiply(pairs, a.data + row, 1, a.stride, count, b.data + column, b.stride, depth, width, c);
+  }
+
+  // All of it where one block is all rows: float32 as far as whole vectors go at once, the rest while it is in cache.
+  template <bool kPairs>
+  void write(const LowRankParams& p, const LowRankModality& m, int64_t r, Operand x, Operand grad_projection,
+             int64_t depth, float* sums) const {
+    const int64_t whole = p.dtype == Dtype::f32 ? columns / VW * VW : 0;
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t count = min(kRows, rows - row);
+      if (whole > 0) {
+        multiply_part(kPairs, x, grad_projection, depth, row, count, 0, whole,
+                      {Combine::store, static_cast<float*>(data(p, m, r, row, 0)), columns});
+      }
+      if (whole == columns) continue;
+      multiply_part(kPairs, x, grad_projection, depth, row, count, whole, columns - whole,
+                    {Combine::store, sums, stride});
+      write_rows(sums, stride, count, columns - whole, p.dtype, data(p, m, r, row, whole), columns);
+    }
+  }
+};
 
 template <bool kPairs>
 struct BackwardTile {
   Inputs<kPairs> x;
-  float *factors, *transposed, *grad_factors;  // [Σ units of width + 1][N], [units of N][Σ width], [Σ width + 1][N]
+  float *factors, *transposed, *grad_factors;  // [Σ units of width + 1][N], [units of N][Σ width], all dF_i
   float* projections;                          // [M][rows][N]
   float *by_outputs, *by_rows;                 // dP in units of outputs, [rows][N], and of rows: the same for float
   float* columns;                              // pairs alone: [1; x_i] in units of rows, [units of rows][width + 1]
+  DotMemory dots;
   int64_t floats;
 
   BackwardTile(const LowRankParams& p, Carver memory, int64_t rows, int64_t ldn) : x(p, memory, rows) {
-    int64_t entries = 0, depth = 0, transposed_width = 0;
+    int64_t gradients = 0, depth = 0, transposed_width = 0;
     for (int64_t i = 0; i < p.count; ++i) {
-      entries += p.modalities[i].width + 1;
+      gradients += GradFactor(p, p.modalities[i]).floats();
       depth += units<kPairs>(p.modalities[i].width + 1);
       transposed_width += spread_stride(p.modalities[i].width);
     }
     factors = memory.take(depth * ldn);
     transposed = memory.take(units<kPairs>(p.outputs) * transposed_width);
-    grad_factors = memory.take(entries * ldn);
+    grad_factors = memory.take(gradients);
     projections = memory.take(p.count * rows * ldn);
     by_outputs = by_rows = memory.take(rows * ldn);
     columns = nullptr;
@@ -165,6 +266,7 @@ struct BackwardTile {
       by_rows = memory.take(units<true>(rows) * ldn);
       columns = memory.take(units<true>(rows) * spread_stride(widest(p) + 1));
     }
+    dots = DotMemory::take<kPairs>(p, memory);
     floats = memory.used();
   }
 };
@@ -232,15 +334,13 @@ template <bool kPairs>
 void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_t r, const float* grad_out, int64_t ldn,
                    int64_t block, const InputGradients& inputs) {
   const float weight = scalar(p.dtype, p.rank_weights, r);
+  const bool few = are_few(p), one_block = p.batch <= block;
   float *copies = t.factors, *transposed = t.transposed;
-  for (int64_t i = 0; i < p.count; ++i) {
+  for (int64_t i = 0; i < p.count && !few; ++i) {
     const LowRankModality& m = p.modalities[i];
     factor<kPairs>(p, m, r, 0, p.outputs, false, copies, ldn);
     copies += units<kPairs>(m.width + 1) * ldn;
-    if (m.grad_x != nullptr) {
-      pack_lanes(kPairs, p.dtype, element(m.factor, p.dtype, r * m.factor_rank_stride + m.factor_stride),
-                 m.factor_stride, m.width, p.outputs, transposed, spread_stride(m.width));
-    }
+    if (m.grad_x != nullptr) transposed_factor<kPairs>(p, m, r, false, transposed);
     transposed += units<kPairs>(p.outputs) * spread_stride(m.width);
   }
   float grad_weight = 0.f;
@@ -248,11 +348,15 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     const int64_t rows = min(block, p.batch - first);
     const float* dy = grad_out + first * ldn;
     t.x.fill(first, rows);
-    const float* f = t.factors;
+    float* f = t.factors;
     t.x.for_each([&](int64_t i, const float* x) {
       const int64_t depth = units<kPairs>(p.modalities[i].width + 1);
-      multiply(kPairs, x, t.x.stride(), 1, rows, f, ldn, depth, p.outputs,
-               {Combine::store, t.projections + i * block * ldn, ldn});
+      const Result projection{Combine::store, t.projections + i * block * ldn, ldn};
+      if (few) {
+        project<kPairs>(p, p.modalities[i], r, 0, p.outputs, x, t.x.stride(), rows, f, ldn, t.dots, projection);
+      } else {
+        multiply(kPairs, x, t.x.stride(), 1, rows, f, ldn, depth, p.outputs, projection);
+      }
       f += depth * ldn;
     });
     if (p.grad_rank_weights != nullptr) grad_weight += sum_products(p, t, dy, rows, block, ldn);
@@ -261,6 +365,7 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
     float *grad_factor = t.grad_factors, *columns = t.transposed;
     t.x.for_each([&](int64_t i, const float* x) {
       const LowRankModality& m = p.modalities[i];
+      const GradFactor grad(p, m);
       if (m.grad_x != nullptr || m.grad_factor != nullptr) {
         form_grad_projection(p, t, i, weight, dy, rows, block, ldn);
       }
@@ -271,28 +376,39 @@ void backward_rank(const LowRankParams& p, const BackwardTile<kPairs>& t, int64_
           pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(x), 2 * t.x.stride(), rows, m.width + 1, t.columns,
                                 entries.stride);
         }
-        multiply(kPairs, entries.data, 1, entries.stride, m.width + 1, t.by_rows, ldn, units<kPairs>(rows), p.outputs,
-                 {first == 0 ? Combine::store : Combine::add, grad_factor, ldn});
+        const Operand grad_projection{t.by_rows, ldn};
+        if (one_block) {
+          grad.write<kPairs>(p, m, r, entries, grad_projection, units<kPairs>(rows), grad_factor);
+        } else {
+          grad.multiply_part(kPairs, entries, grad_projection, units<kPairs>(rows), 0, grad.rows, 0, grad.columns,
+                             {first == 0 ? Combine::store : Combine::add, grad_factor, grad.stride});
+        }
       }
       if (m.grad_x != nullptr) {
-        multiply(
-            kPairs, t.by_outputs, ldn, 1, rows, columns, spread_stride(m.width), units<kPairs>(p.outputs), m.width,
-            {r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i], inputs.strides[i]});
+        const Result to{r == 0 ? Combine::store : Combine::add, inputs.sums[i] + first * inputs.strides[i],
+                        inputs.strides[i]};
+        if (few && !m.factor.by_columns) {
+          multiply_dots<kPairs>(p.dtype, t.by_outputs, ldn, rows, from_element(rank_of(p, m, r), p.dtype, 1, 0),
+                                m.width, p.outputs, t.dots, to);
+        } else {
+          Operand f{columns, spread_stride(m.width)};
+          if (few) f = transposed_factor<kPairs>(p, m, r, true, columns);
+          multiply(kPairs, t.by_outputs, ldn, 1, rows, f.data, f.stride, units<kPairs>(p.outputs), m.width, to);
+        }
       }
-      grad_factor += (m.width + 1) * ldn;
+      grad_factor += grad.floats();
       columns += units<kPairs>(p.outputs) * spread_stride(m.width);
     });
     end_turn(turn, static_cast<int32_t>(r));
   }
   const float* grad_factor = t.grad_factors;
-  for (int64_t i = 0; i < p.count; ++i) {
+  for (int64_t i = 0; i < p.count && !one_block; ++i) {
     const LowRankModality& m = p.modalities[i];
-    const int64_t entries = m.width + 1;
+    const GradFactor grad(p, m);
     if (m.grad_factor != nullptr) {
-      write_rows(grad_factor, ldn, entries, p.outputs, p.dtype,
-                 element(m.grad_factor, p.dtype, r * entries * p.outputs), p.outputs);
+      write_rows(grad_factor, grad.stride, grad.rows, grad.columns, p.dtype, grad.data(p, m, r, 0, 0), grad.columns);
     }
-    grad_factor += entries * ldn;
+    grad_factor += grad.floats();
   }
   if (p.grad_rank_weights != nullptr) {
     with_element_type(p.dtype, p.grad_rank_weights, [&](auto* to) { store_from_float(to + r, set1(grad_weight), 1); });

@@ -16,7 +16,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr const char* kName = "tensor_fusion_linear";
 
-TensorFusionParams make_params(const std::vector<FusedModality>& modalities, const Tensor& x, const Tensor& weight) {
+TensorFusionParams make_params(const std::vector<FusedModality>& modalities, const Tensor& x, const Tensor& weight,
+                               std::vector<Tensor>& keep) {
   TensorFusionParams p;
   p.modalities = modalities.data();
   p.count = static_cast<int64_t>(modalities.size());
@@ -24,8 +25,7 @@ TensorFusionParams make_params(const std::vector<FusedModality>& modalities, con
   p.outputs = weight.size(0);
   p.features = weight.size(1);
   p.dtype = floating_dtype_of(kName, weight);
-  p.weight = weight.const_data_ptr();
-  p.weight_stride = row_stride(weight);
+  p.weight = matrix_of(weight, keep);
   p.workers =
       torch_workers(static_cast<double>(p.batch) * static_cast<double>(p.outputs) * static_cast<double>(p.features));
   return p;
@@ -41,7 +41,8 @@ Tensor tensor_fusion_linear_forward(const std::vector<Tensor>& given, const Tens
                                     const OptionalTensor& presence, bool) {
   const auto xs = RowPresence(presence, static_cast<int64_t>(given.size())).of(given);
   const auto modalities = modalities_of(xs);
-  TensorFusionParams p = make_params(modalities, xs[0], weight);
+  std::vector<Tensor> keep;
+  TensorFusionParams p = make_params(modalities, xs[0], weight, keep);
   const Tensor out = at::cpu::empty({p.batch, p.outputs}, weight.options());
   if (out.numel() == 0) return out;
   if (bias) p.bias = bias->const_data_ptr();
@@ -57,7 +58,8 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   const RowPresence present(presence, static_cast<int64_t>(given.size()));
   const auto xs = present.of(given);
   auto modalities = modalities_of(xs);
-  TensorFusionParams p = make_params(modalities, xs[0], weight);
+  std::vector<Tensor> keep;
+  TensorFusionParams p = make_params(modalities, xs[0], weight, keep);
   p.grad_out = grads[0].const_data_ptr();
   p.grad_out_stride = row_stride(grads[0]);
   std::vector<Tensor> results;
@@ -70,7 +72,7 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
     }
   }
   const bool weight_needed = needed[xs.size()], bias_needed = bias && needed[xs.size() + 1];
-  results.push_back(empty_if(weight, weight_needed));
+  results.push_back(empty_like_weight(weight, weight_needed));
   results.push_back(bias ? empty_if(*bias, bias_needed) : at::cpu::empty({0}, weight.options()));
   results.push_back(at::cpu::empty({0}, weight.options()));  // presence
   if (p.batch == 0 || p.outputs == 0) {

@@ -4,6 +4,7 @@
 
 #include "csrc/cpu/dtype.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/cpu/matrix.h"
 #include "csrc/cpu/workers.h"
 
 namespace mmk {
@@ -21,13 +22,12 @@ struct TensorFusionParams {
   int64_t batch = 0, outputs = 0;
   int64_t features = 0;  // K = Π (width_i + 1)
   Dtype dtype = Dtype::f32;
-  const void* weight = nullptr;  // [N][K]
-  int64_t weight_stride = 0;
+  Matrix weight;                   // [N][K]
   const void* bias = nullptr;      // [N] or null
   void* out = nullptr;             // [B][N], contiguous
   const void* grad_out = nullptr;  // [B][N]
   int64_t grad_out_stride = 0;
-  void* grad_weight = nullptr;  // [N][K], contiguous, or null
+  void* grad_weight = nullptr;  // [N][K], dense and by columns where the weight is, or null
   void* grad_bias = nullptr;    // [N] or null
   Workers workers;
 };

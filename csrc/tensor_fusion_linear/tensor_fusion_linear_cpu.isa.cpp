@@ -21,9 +21,6 @@ constexpr int64_t kDepth = 256;          // entries of A formed at a time
 constexpr int64_t kFewRowsDepth = 1024;  // bound by reading W: longer runs of each of its rows
 constexpr int64_t kBatch = 256, kColumns = 128;
 
-const void* element(const void* data, Dtype dtype, int64_t at) {
-  return static_cast<const char*>(data) + at * element_size(dtype);
-}
 void* element(void* data, Dtype dtype, int64_t at) { return static_cast<char*>(data) + at * element_size(dtype); }
 
 // --- few rows
@@ -38,7 +35,9 @@ struct FewRowsTile {
       : x(p, memory, p.batch),
         at(p, memory),
         expanded(memory.take(p.batch * spread_stride(kFewRowsDepth + VW))),
-        weight(p.dtype == Dtype::f32 ? nullptr : memory.take(kDotOthers * spread_stride(kFewRowsDepth))),
+        weight(memory.take(p.weight.by_columns     ? kDepth * spread_stride(outputs)
+                           : p.dtype == Dtype::f32 ? 0
+                                                   : kDotOthers * spread_stride(kFewRowsDepth))),
         partial(memory.take(p.batch * outputs * VW)),
         floats(memory.used()) {}
   int64_t floats;
@@ -46,24 +45,34 @@ struct FewRowsTile {
 
 template <bool kPairs>
 void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_output, int64_t outputs) {
-  constexpr int64_t kDepth = kFewRowsDepth, ldw = spread_stride(kDepth);
-  const int64_t rows = p.batch, lda = spread_stride(kDepth + VW), ldp = round_up(outputs, VW);
+  constexpr int64_t kCopied = kPairs ? 2 * kDepth : kDepth;  // columns of W that are copied at once
+  constexpr int64_t ldw = spread_stride(kFewRowsDepth);
+  const int64_t rows = p.batch, lda = spread_stride(kFewRowsDepth + VW), ldp = round_up(outputs, VW);
   t.x.fill(0, rows);
   std::memset(t.partial, 0, static_cast<size_t>(rows * ldp * VW) * sizeof(float));
-  for (int64_t k = 0; k < p.features; k += kDepth) {
-    const int64_t count = min(kDepth, p.features - k);
+  for (int64_t k = 0; k < p.features; k += kFewRowsDepth) {
+    const int64_t count = min(kFewRowsDepth, p.features - k);
     t.at.start_at(k);
     for (int64_t b = 0; b < rows; ++b) expand_row(t.x, b, t.at, count, t.expanded + b * lda);
     if constexpr (kPairs) pair_columns_in_place(t.expanded, lda, rows, count);
-    const auto weight_from = [&](int64_t n) {
-      return element(p.weight, p.dtype, (first_output + n) * p.weight_stride + k);
-    };
-    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), p.weight_stride, count);
+    if (p.weight.by_columns) {  // its outputs are in the lanes as they lie
+      for (int64_t j = 0; j < count; j += kCopied) {
+        const int64_t width = min(kCopied, count - j);
+        const Operand weight = operand_of_columns<kPairs>(
+            p.dtype, transposed(from_element(p.weight, p.dtype, first_output, k + j)), width, outputs,
+            rows <= 2 * kFeatureRows && outputs % VW == 0, t.weight, spread_stride(outputs));
+        multiply(kPairs, t.expanded + units<kPairs>(j), lda, Constant<1>{}, rows, weight.data, weight.stride,
+                 units<kPairs>(width), outputs, {Combine::add, t.partial, ldp});
+      }
+      continue;
+    }
+    const auto weight_from = [&](int64_t n) { return from_element(p.weight, p.dtype, first_output + n, k).data; };
+    const bool in_place = lies_in_units<kPairs>(p.dtype, weight_from(0), p.weight.stride, count);
     const int64_t step = in_place ? outputs : kDotOthers;
     for (int64_t n = 0; n < outputs; n += step) {
       const int64_t some = min(step, outputs - n);
       const Operand weight =
-          operand_of_rows<kPairs>(p.dtype, weight_from(n), p.weight_stride, some, count, t.weight, ldw);
+          operand_of_rows<kPairs>(p.dtype, weight_from(n), p.weight.stride, some, count, t.weight, ldw);
       dot_rows(kPairs, t.expanded, lda, rows, weight.data, weight.stride, some, units<kPairs>(count),
                t.partial + n * VW, ldp);
     }
@@ -73,7 +82,7 @@ void few_rows_task(const TensorFusionParams& p, FewRowsTile& t, int64_t first_ou
     for (int64_t b = 0; b < rows; ++b) {
       for (int64_t n = 0; n < outputs; n += VW) {
         const int64_t at = first_output + n, some = outputs - n;
-        vf y = finish_dots(t.partial + b * ldp * VW, n);
+        vf y = p.weight.by_columns ? load(t.partial + b * ldp + n) : finish_dots(t.partial + b * ldp * VW, n);
         if (bias != nullptr) y = y + load_as_float(bias + at, some);
         store_from_float(out + b * p.outputs + at, y, some);
       }
@@ -107,7 +116,7 @@ struct ForwardTile {
 
   ForwardTile(const TensorFusionParams& p, Carver memory, const PanelPlan& plan, int64_t outputs)
       : at(p, memory),
-        weight(p.dtype == Dtype::f32 ? nullptr : memory.take(outputs * spread_stride(kDepth))),
+        weight(memory.take(weight_copy_floats(p.dtype, p.weight, outputs, kDepth))),
         expanded(memory.take(kDepth * plan.lanes)),
         rows(memory.take(plan.lanes * spread_stride(outputs))),
         sums(memory.take(plan.panels * outputs * plan.lanes)) {
@@ -154,17 +163,16 @@ void forward_task(const TensorFusionParams& p, ForwardTile& t, const PanelPlan& 
   }
   for (int64_t k = 0; k < p.features; k += kDepth) {
     const int64_t count = min(kDepth, p.features - k);
-    const Operand weight =
-        operand_of_rows<kPairs>(p.dtype, element(p.weight, p.dtype, first_output * p.weight_stride + k),
-                                p.weight_stride, outputs, count, t.weight, spread_stride(kDepth));
+    const WeightOperand<kPairs> weight(p.dtype, from_element(p.weight, p.dtype, first_output, k), outputs, count,
+                                       t.weight, spread_stride(kDepth));
     t.at.start_at(k);
     for (int64_t i = 0; i < panels; ++i) {
       with_constant<kFeatureVectors>(plan.vectors, [&](auto width) {
         expand_panel<static_cast<int>(width)>(t.panel(p, plan, i), t.at, count, t.expanded);
       });
       if constexpr (kPairs) pair_rows_in_place(t.expanded, lanes, count, lanes);
-      multiply(kPairs, weight.data, weight.stride, 1, outputs, t.expanded, lanes, units<kPairs>(count), lanes,
-               {k == 0 ? Combine::store : Combine::add, sums_of(i), lanes});
+      weight.multiply_into({k == 0 ? Combine::store : Combine::add, sums_of(i), lanes}, t.expanded, lanes,
+                           units<kPairs>(count), lanes);
     }
   }
   const int64_t stride = spread_stride(outputs);
@@ -246,6 +254,11 @@ void tensor_fusion_grad_weight(const TensorFusionParams& p) {
           if constexpr (pairs) pair_rows_in_place(t.expanded, lda, rows, count);
           multiply(pairs, grad_out.data() + units<pairs>(b) * ldy, 1, ldy, p.outputs, t.expanded, lda,
                    units<pairs>(rows), count, {b == 0 ? Combine::store : Combine::add, t.sums, lds});
+        }
+        if (p.weight.by_columns) {
+          write_transposed(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k * p.outputs),
+                           p.outputs);
+          continue;
         }
         write_rows(t.sums, lds, p.outputs, count, p.dtype, element(p.grad_weight, p.dtype, k), p.features);
       }

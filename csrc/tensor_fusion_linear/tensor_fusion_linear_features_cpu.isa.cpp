@@ -96,9 +96,8 @@ void grad_features_few_rows(const TensorFusionParams& p) {
   constexpr int64_t ld = spread_stride(kFewRowsDepth);
   for (int64_t k = 0; k < p.features; k += kFewRowsDepth) {
     const int64_t count = min(kFewRowsDepth, p.features - k);
-    const Operand weight =
-        operand_of_columns<kPairs>(p.dtype, static_cast<const char*>(p.weight) + k * element_size(p.dtype),
-                                   p.weight_stride, p.outputs, count, count % VW == 0, t.weight, ld);
+    const Operand weight = operand_of_columns<kPairs>(p.dtype, from_element(p.weight, p.dtype, 0, k), p.outputs, count,
+                                                      count % VW == 0, t.weight, ld);
     multiply(kPairs, grad_out.data, grad_out.stride, 1, p.batch, weight.data, weight.stride, units<kPairs>(p.outputs),
              count, {Combine::store, t.grad, ld});
     t.at.start_at(k);
@@ -158,8 +157,8 @@ void tensor_fusion_grad_features(const TensorFusionParams& p) {
         const int64_t count = min(kDepth, p.features - k);
         s.at.start_at(k);
         with_pairs(p.dtype, [&](auto pairs) {
-          operand_of_columns<pairs>(p.dtype, static_cast<const char*>(p.weight) + k * element_size(p.dtype),
-                                    p.weight_stride, p.outputs, count, false, s.weight, ldw);
+          operand_of_columns<pairs>(p.dtype, from_element(p.weight, p.dtype, 0, k), p.outputs, count, false, s.weight,
+                                    ldw);
           for (int64_t i = 0; i < panels && rows_of(i) > 0; ++i) {
             const Panel t = panel(i);
             multiply(pairs, s.weight, 1, ldw, count, t.grad_out(), lanes, units<pairs>(p.outputs), lanes,

@@ -26,7 +26,7 @@ additive_attention_pool_op = DifferentiableOp(
     reference=reference.additive_attention_pool,
     reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
-    cpu=native_backend("additive_attention_pool"),
+    cpu=native_backend("additive_attention_pool", weights=("weight", "query_weight")),
     triton=TritonKernels(too_many_modalities),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

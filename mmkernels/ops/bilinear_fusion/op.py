@@ -25,7 +25,7 @@ bilinear_fusion_op = DifferentiableOp(
     reference=reference.bilinear_fusion,
     reference_saved=reference.projections,
     fake=_bilinear_fusion_fake,
-    cpu=native_backend("bilinear_fusion"),
+    cpu=native_backend("bilinear_fusion", weights=("x_weight", "y_weight")),
     triton=TritonKernels(),
     keeps=Kept(
         {

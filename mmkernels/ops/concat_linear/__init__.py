@@ -36,7 +36,8 @@ def concat_linear(
     Args:
         xs: M tensors (*, K_i) with the same leading shape, float32, bfloat16, float16, or float64 (reference backend
             alone). Any widths, 0 included. Any strides; a last dim that is not contiguous costs a copy of that tensor.
-        weight: (N, K), K = ΣK_i, as in ``nn.Linear``.
+        weight: (N, K), K = ΣK_i, as in ``nn.Linear``. On the CPU read where it lies, if its rows or its columns are
+            dense (``W.t()``).
         bias: (N,).
         activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh" or "sigmoid".
         presence: (*, M) or (M,) bool, True where a modality was observed. An absent one counts as zeros, whatever it

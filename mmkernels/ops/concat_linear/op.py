@@ -94,7 +94,7 @@ concat_linear_op = DifferentiableOp(
     reference=reference.concat_linear,
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
-    cpu=native_backend("concat_linear"),
+    cpu=native_backend("concat_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=cuda_loses),
     triton=TritonKernels(),
     keeps=(_KEPT, _kept_kind),

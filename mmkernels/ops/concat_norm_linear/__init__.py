@@ -41,7 +41,8 @@ def concat_norm_linear(
             alone). Any widths, 0 included. Any strides; a last dim that is not contiguous costs a copy of that tensor.
         norm_weight: g, (K,), K = ΣK_i.
         norm_bias: h, (K,), or None.
-        weight: (N, K), as in ``nn.Linear``.
+        weight: (N, K), as in ``nn.Linear``. On the CPU read where it lies, if its rows or its columns are dense
+            (``W.t()``).
         bias: (N,).
         norm: "layer" or "rms".
         eps: ≥ 0, added to the variance or mean square.

@@ -29,6 +29,6 @@ gated_concat_op = DifferentiableOp(
     reference=reference.gated_concat,
     reference_saved=_gated_concat_saved,
     fake=_gated_concat_fake,
-    cpu=native_backend("gated_concat"),
+    cpu=native_backend("gated_concat", weights=("weight",)),
     triton=TritonKernels(),
 )

@@ -27,7 +27,7 @@ low_rank_fusion_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,
-    cpu=native_backend("low_rank_fusion"),
+    cpu=native_backend("low_rank_fusion", weights=("factors",)),
     triton=TritonKernels(),
     keeps=Kept({"bias": ""}, never="bias"),
 )

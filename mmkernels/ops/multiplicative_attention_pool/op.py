@@ -43,7 +43,7 @@ multiplicative_attention_pool_op = DifferentiableOp(
     reference=reference.multiplicative_attention_pool,
     reference_saved=_multiplicative_attention_pool_saved,
     fake=_multiplicative_attention_pool_fake,
-    cpu=native_backend("multiplicative_attention_pool"),
+    cpu=native_backend("multiplicative_attention_pool", weights=("weight",)),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

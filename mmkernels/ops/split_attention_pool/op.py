@@ -56,7 +56,7 @@ split_attention_pool_op = DifferentiableOp(
     reference=reference.split_attention_pool,
     reference_saved=_split_attention_pool_saved,
     fake=_split_attention_pool_fake,
-    cpu=native_backend("split_attention_pool"),
+    cpu=native_backend("split_attention_pool", weights=("weight1", "weight2")),
     triton=TritonKernels(too_many_modalities),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

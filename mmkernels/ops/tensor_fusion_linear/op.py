@@ -23,7 +23,7 @@ tensor_fusion_linear_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
-    cpu=native_backend("tensor_fusion_linear"),
+    cpu=native_backend("tensor_fusion_linear", weights=("weight",)),
     triton=TritonKernels(),
     keeps=Kept({"weight": "xs presence", "bias": ""}, never="bias"),
 )
