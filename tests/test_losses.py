@@ -68,6 +68,25 @@ def test_labels_have_any_integer_dtype_and_never_wrap(dtype: torch.dtype, loss: 
         assert same_bits(tree_leaves(got), tree_leaves(want)), ignored
 
 
+@pytest.mark.parametrize("loss", [name for name in losses_of_labels() if name not in ("contrastive", "modulation")])
+@pytest.mark.parametrize("ignored", [-100, -1])
+def test_labels_beyond_int64_are_none(ignored: int, loss: str, backend: str) -> None:
+    labels = torch.tensor([1, 2, 3, 1, 2**64 + ignored], dtype=torch.uint64)
+    call = losses_of_labels()[loss]
+    if loss.startswith("cross-entropy"):
+        with pytest.raises(ValueError, match="labels: expected labels from 0 to 199, or ignore_index"):
+            call(labels, ignored)
+    else:
+        assert same_bits(tree_leaves(call(labels, ignored)), tree_leaves(call(torch.tensor([1, 2, 3, 1, 4]), ignored)))
+
+
+@pytest.mark.parametrize("ignored", [2**63, -(2**63) - 1])
+@pytest.mark.parametrize("loss", [name for name in losses_of_labels() if name != "contrastive"])
+def test_an_ignored_label_beyond_int64_raises(loss: str, ignored: int, backend: str) -> None:
+    with pytest.raises(ValueError, match=f": ignore_index: expected an int in the range of int64; got {ignored}"):
+        losses_of_labels()[loss](torch.arange(ROWS), ignored)
+
+
 class Narrowed(TorchDispatchMode):
     """Which operations make floating tensors that are narrower than float64."""
 

@@ -271,7 +271,7 @@ bool fits(const std::vector<c10::IValue>& arguments) {
     return false;
   }
   const double smoothing = arguments[6].toDouble(), q = arguments[9].toDouble();
-  if (!(smoothing >= 0. && smoothing <= 1. && q > 0. && q <= 1.) || arguments[7].isNone()) return false;
+  if (!(smoothing >= 0. && smoothing <= 1. && q > 1e-30 && q <= 1.) || arguments[7].isNone()) return false;
   if (!arguments[8].isNone()) {
     const auto robust = arguments[8].toStringView();
     if ((robust != "gce" && robust != "symmetric") || smoothing != 0.) return false;

@@ -14,7 +14,7 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
-from mmkernels.ops._labels import check_labels
+from mmkernels.ops._labels import check_ignore_index, check_labels
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.distillation_loss.linear import linear_op
 from mmkernels.ops.distillation_loss.op import distillation_loss_op
@@ -107,10 +107,11 @@ def distillation_loss(
         else:
             student, teacher, heads = fusion.autocast(student.device, student, teacher, heads)
     _check_logits(student, teacher, heads)
+    ignore_index = check_ignore_index(_NAME, ignore_index)
     if labels is not None:
-        labels = check_labels(_NAME, "labels", labels, student.shape[:-1], student, "student").reshape(-1)
+        lead = student.shape[:-1]
+        labels = check_labels(_NAME, "labels", labels, lead, student, "student", ignore_index).reshape(-1)
     temperature, beta = check_options(_NAME, temperature, kind, beta)
-    ignore_index = checks.check_index(_NAME, "ignore_index", ignore_index)
     if heads is None:
         rows = as_rows(student), as_rows(teacher)
         return distillation_loss_op(*rows, labels, temperature, kind, beta, ignore_index)[0]
