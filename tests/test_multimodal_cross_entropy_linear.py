@@ -198,8 +198,8 @@ def test_a_frozen_head_costs_nothing(chunked: None) -> None:
         total, _ = mmk.multimodal_cross_entropy([hidden], labels, linear=[(weight, None)])
         made.extend(torch.autograd.grad(total, hidden))
 
-    buffer = chunks._chunk_rows(64, 20000, 4) * 20000 * 4
-    assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= buffer
+    buffer = chunks._chunk_rows(64, 20000, 4) * 20000 * 4  # in one chunk there are logits and their gradient
+    assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= 2 * buffer
 
 
 @native_only

@@ -13,6 +13,7 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
+from mmkernels.ops._contrastive import PLAIN
 from mmkernels.ops._labels import check_ignore_index, check_labels
 from mmkernels.ops.multimodal_cross_entropy.linear import linear_op
 from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
@@ -65,8 +66,9 @@ def multimodal_cross_entropy(
             multiplied by; the losses, and the gradients of ``weights`` and ``log_vars``, stay. Its own gradient is 0.
 
         linear: heads (weight (C_i, D_i), bias (C_i,) or None), one for each modality. In the place of ``logits`` come
-            hidden states (B, D_i) then, and the logits hidden_i @ weight_i.T + bias_i are made chunk by chunk and never
-            held: for vocabularies of 32 000 classes and more. Gradients of hidden states, weights and biases.
+            hidden states (B, D_i) then, and the logits hidden_i @ weight_i.T + bias_i are made chunk by chunk, of no
+            more than 32 MiB, and never held: for vocabularies of 32 000 classes and more. Gradients of hidden states,
+            weights and biases.
 
     Rows that are not valid are never read. A modality without a valid row has loss 0 and contributes nothing to the
     total, no s_i either. Under autocast the losses are float32, as torch's are.
@@ -89,16 +91,12 @@ def multimodal_cross_entropy(
     vectors = (weights, log_vars, presence, modulation)
     listed = isinstance(labels, (list, tuple))
     targets: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
-    if (
-        linear is None
-        and may_use_door()
-        and isinstance(logits, (list, tuple))
-        and len(targets) == (len(logits) if listed else 1)
-    ):
-        out = multimodal_cross_entropy_op.unchecked(
-            logits, targets, *vectors, label_smoothing, ignore_index, robust, q, False
+    if may_use_door() and isinstance(logits, (list, tuple)) and len(targets) == (len(logits) if listed else 1):
+        made = logits if linear is None else _small_logits(logits, linear, targets, ignore_index, presence)
+        out = made and multimodal_cross_entropy_op.unchecked(
+            made, targets, *vectors, label_smoothing, ignore_index, robust, q, False
         )
-        if out is not None:
+        if out:
             return out[0], out[1]
     if is_overridden(logits, labels, *vectors, linear):
         return overridden_call(multimodal_cross_entropy, locals())
@@ -137,6 +135,23 @@ def multimodal_cross_entropy(
         return (total, means) if wide else (total.to(first.dtype), means.to(first.dtype))
     out = multimodal_cross_entropy_op(logits, targets, *vectors, label_smoothing, ignore_index, robust, q, wide)
     return out[0], out[1]
+
+
+def _small_logits(
+    hidden: Sequence[Any], linear: Any, labels: Sequence[Any], ignore_index: Any, presence: Any
+) -> list[Tensor] | None:
+    """See `linear_loss.small_logits`."""
+    if type(ignore_index) is not int or not all(type(y) in PLAIN and y.dtype is torch.int64 for y in labels):
+        return None
+    if presence is not None:
+        shapes = (len(hidden),), (*labels[0].shape, len(hidden))
+        if type(presence) not in PLAIN or presence.dtype is not torch.bool or presence.shape not in shapes:
+            return None
+
+    def valid(i: int) -> Tensor:
+        return valid_rows(labels[i if len(labels) > 1 else 0], ignore_index, presence, i)
+
+    return linear_loss.small_logits(hidden, linear, valid)
 
 
 def _check_logits(logits: Sequence[Tensor]) -> None:
