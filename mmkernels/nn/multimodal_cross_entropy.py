@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import leaf_of_traces
 from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._labels import check_ignore_index
 from mmkernels.ops.multimodal_cross_entropy import check_options, multimodal_cross_entropy
+from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 
 __all__ = ["MultimodalCrossEntropy"]
 
@@ -126,10 +128,7 @@ class MultimodalCrossEntropy(nn.Module):
         linear: Sequence[tuple[Tensor, Tensor | None]] | None = None,
     ) -> Tensor:
         """OGM-GE's k, (M,) float32, or float64 of float64 logits: 1 for a modality that is not ahead of the others."""
-        # The generalised cross-entropy of q = 1 is 1 − p[y].
-        options: dict[str, Any] = dict(ignore_index=self.ignore_index, presence=presence, linear=linear)
-        with _float32_losses(logits):
-            _, missing = multimodal_cross_entropy(logits, labels, robust="gce", q=1.0, **options)
+        missing = self._missing(logits, labels, presence, linear)
         counts = self._valid_rows(labels, presence) > 0
         score = torch.where(counts, 1 - missing, 0)
         rivals = counts.sum() - counts.to(score.dtype)
@@ -138,13 +137,24 @@ class MultimodalCrossEntropy(nn.Module):
         ratio = torch.where(ahead, score / others.clamp(min=torch.finfo(score.dtype).tiny), 0)
         return 1 - torch.tanh(self.alpha * ratio)
 
+    def _missing(self, logits: Any, labels: Any, presence: Any, linear: Any) -> Tensor:
+        """The mean of 1 − p[y], which is the generalised cross-entropy of q = 1, in float32 at least."""
+        if linear is None and may_use_door():
+            targets = labels if isinstance(labels, (list, tuple)) else [labels]
+            options = 0.0, self.ignore_index, "gce", 1.0, True
+            out = multimodal_cross_entropy_op.unchecked(logits, targets, None, None, presence, None, *options)
+            if out is not None:
+                return out[1]
+        with _float32_losses(logits):
+            return multimodal_cross_entropy(
+                logits, labels, robust="gce", q=1.0, ignore_index=self.ignore_index, presence=presence, linear=linear
+            )[1]
+
     def _valid_rows(self, labels: Tensor | Sequence[Tensor], presence: Tensor | None) -> Tensor:
         """How many rows are valid, (M,)."""
-        each: list[Tensor] = (
-            list(labels) if isinstance(labels, (list, tuple)) else [labels] * self.num_modalities  # type: ignore[list-item]
-        )
-        valid = torch.stack([y.to(torch.int64).ne(self.ignore_index) for y in each], 1)  # [B, M]
-        return (valid if presence is None else valid & presence).sum(0)
+        each: list[Tensor] = list(labels) if isinstance(labels, (list, tuple)) else [labels]  # type: ignore[list-item]
+        valid = torch.stack([y.to(torch.int64).ne(self.ignore_index) for y in each], 1)  # [B, M], or [B, 1]
+        return (valid if presence is None else valid & presence).sum(0).expand(self.num_modalities)
 
     @leaf_of_traces
     def forward(
