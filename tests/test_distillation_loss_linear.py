@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import native_only
 from environment import DEVICE
 from fusion_cases import allocations, each_dtype, few_dtypes
-from heads_in_chunks import peak_bytes, use_small_chunks
+from heads_in_chunks import CONTRACT, peak_bytes, use_small_chunks
 from test_distillation_loss import each_kind
 from torch import Tensor
 
@@ -187,14 +187,6 @@ def function_of(kind: Any) -> contract.Function:
 def leaves_of(rows: int = 9) -> list[Tensor]:
     torch.manual_seed(3)
     return make(lead=(rows,), classes=6, widths=(3, 4))
-
-
-CONTRACT = {
-    "each gradient alone": contract.check_each_gradient_alone,
-    "every element is written": contract.check_every_element_is_written,
-    "func": contract.check_func,
-    "checkpoint": contract.check_checkpoint,
-}
 
 
 @pytest.mark.parametrize("check", CONTRACT)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import native_only
 from environment import DEVICE
 from fusion_cases import allocations, each_dtype, few_dtypes
-from heads_in_chunks import peak_bytes, use_small_chunks
+from heads_in_chunks import CONTRACT, peak_bytes, use_small_chunks
 from test_multimodal_cross_entropy import LOSSES, each_loss, flags, numbers
 from torch import Tensor
 
@@ -149,14 +149,6 @@ def leaves_of(batch: int = 9) -> list[Tensor]:
     torch.manual_seed(3)
     shapes = ((batch, 6), (5, 6), (5,), (7, 6), (2,))
     return [torch.randn(s).requires_grad_() for s in shapes]
-
-
-CONTRACT = {
-    "each gradient alone": contract.check_each_gradient_alone,
-    "every element is written": contract.check_every_element_is_written,
-    "func": contract.check_func,
-    "checkpoint": contract.check_checkpoint,
-}
 
 
 @pytest.mark.parametrize("check", CONTRACT)
