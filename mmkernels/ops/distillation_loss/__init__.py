@@ -92,7 +92,7 @@ def distillation_loss(
         and type(beta) is float
         and 0 <= beta <= 1
     ):
-        made = (student, teacher, labels)
+        made: tuple[Tensor, Tensor, Tensor | None] | None = (student, teacher, labels)
         if linear is not None:
             made = _small_logits(student, teacher, linear, labels, ignore_index)
         out = made and distillation_loss_op.unchecked(*made, temperature, kind, beta, ignore_index)
