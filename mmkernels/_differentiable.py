@@ -329,9 +329,10 @@ class DifferentiableOp:
         return result[0] if len(result) == 1 else result
 
     def _differentiable_forward(self, *args: Any) -> Any:
-        *arguments, training = args
+        *arguments, _ = args
         outputs = self._reference(*arguments)
-        result = (*(outputs if isinstance(outputs, tuple) else (outputs,)), *self._plain_saved(arguments, training))
+        # What is differentiated then is plain torch, which keeps what it needs: no backward of the op reads anything.
+        result = (*(outputs if isinstance(outputs, tuple) else (outputs,)), *self._plain_saved(arguments, False))
         return result[0] if len(result) == 1 else result
 
     def _plain_saved(self, arguments: Sequence[Any], training: bool) -> Tensors:

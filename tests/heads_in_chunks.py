@@ -1,4 +1,4 @@
-"""What the tests of losses of hidden states and heads share: small chunks, and how much memory there is in use."""
+"""What the tests of losses of hidden states and heads share: checks, small chunks, how much memory there is in use."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import op_contract as contract
 import pytest
 
 from mmkernels.ops import _linear_loss as linear_loss
+
+CONTRACT = {
+    "each gradient alone": contract.check_each_gradient_alone,
+    "every element is written": contract.check_every_element_is_written,
+    "func": contract.check_func,
+    "checkpoint": contract.check_checkpoint,
+}
 
 _PEAK = """
 import resource, torch, mmkernels as mmk

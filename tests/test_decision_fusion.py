@@ -275,10 +275,24 @@ def test_learnable_weights_begin_as_given_and_learn() -> None:
         ("num_modalities: expected a size ≥ 1; got 0", dict(num_modalities=0)),
         ("method: expected one of", dict(method="min")),
         ("weights: expected 2 numbers", dict(weights=(1.0,))),
-        ("weights: expected positive numbers", dict(weights=(1.0, 0.0), learnable=True)),
+        ("weights: expected finite numbers > 0", dict(weights=(1.0, 0.0), learnable=True)),
+        ("weights: expected finite numbers > 0", dict(weights=(1.0, math.nan), learnable=True)),
         ("learnable: expected False for the method 'max'", dict(method="max", learnable=True)),
     ],
 )
 def test_constructors_say_what_is_wrong(message: str, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="^DecisionFusion: " + re.escape(message)):
         mmk.nn.DecisionFusion(**{"num_modalities": 2, **options})
+
+
+@each_method
+def test_another_number_of_modalities_raises(method: Any) -> None:
+    fuse = mmk.nn.DecisionFusion(3, method=method)
+    with pytest.raises(ValueError, match=r"^DecisionFusion: logits: expected 3 modalities; got 2"):
+        fuse([torch.randn(4, 5)] * 2)
+
+
+@pytest.mark.parametrize(("weights", "message"), [("ab", "weights: expected a list of"), ([1, "b"], r"weights\[1\]: ")])
+def test_weights_of_the_module_are_numbers(weights: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^DecisionFusion: {message}"):
+        mmk.nn.DecisionFusion(2, weights=weights)

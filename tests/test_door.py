@@ -17,6 +17,7 @@ from mmkernels import _native
 from mmkernels.ops.concat_linear.op import concat_linear_op
 from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
 from mmkernels.ops.low_rank_fusion.op import low_rank_fusion_op
+from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
 
 pytestmark = native_only
@@ -221,6 +222,20 @@ def test_what_is_not_plain_goes_the_long_way(name: str) -> None:
     assert agree([out], [expected])
     transformed, _ = torch.func.vjp(function, *(x.detach() for x in leaves))
     assert agree([transformed], [expected])
+
+
+def test_losses_of_half_precision_take_float32_weights() -> None:
+    z, labels = torch.randn(3, 5), torch.tensor([4, -100, 0])
+
+    def call(first: torch.dtype, second: torch.dtype, vector: torch.dtype) -> object:
+        w, rest = torch.ones(2, dtype=vector), (0.0, -100, None, 0.7, False)
+        logits = [z.to(first), z.to(second)]
+        return multimodal_cross_entropy_op.unchecked(logits, [labels], w, None, None, w, *rest)
+
+    single, half, wide = torch.float32, torch.bfloat16, torch.float64
+    assert call(half, half, single) is not None and call(half, half, half) is not None
+    for unfit in ((single, single, half), (half, half, wide), (half, single, single), (half, half, torch.float16)):
+        assert call(*unfit) is None
 
 
 def test_a_freed_graph_says_so_and_inplace_changes_are_noticed() -> None:

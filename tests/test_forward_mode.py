@@ -90,6 +90,12 @@ CASES = {
         lambda s, t: mmk.distillation_loss(s, t, temperature=2.0, labels=LABELS, ignore_index=1), ((3, 4), (3, 4))
     ),
     "distillation_loss, jsd": Case(lambda s, t: mmk.distillation_loss(s, t, kind="jsd", beta=0.3), ((2, 3, 4),) * 2),
+    "distillation_loss, from hidden states": Case(
+        lambda s, w, b, t, u: mmk.distillation_loss(
+            s, t, kind="jsd", beta=0.3, labels=LABELS, linear=[(w, b), (u, None)]
+        ),
+        ((3, 4), (5, 4), (5,), (3, 2), (5, 2)),
+    ),
     "merge_attention": Case(
         lambda a, b, s, t: mmk.merge_attention([a, b], [s, t]), ((2, 3, 4), (2, 3, 4), (2, 3), (2, 3))
     ),
@@ -169,6 +175,10 @@ CASES = {
     "multimodal_cross_entropy, uncertainty": Case(
         lambda a, b, s: mmk.multimodal_cross_entropy([a, b], LABELS, log_vars=s, robust="symmetric"),
         ((3, 4), (3, 5), (2,)),
+    ),
+    "multimodal_cross_entropy, from hidden states": Case(
+        lambda x, w, b: mmk.multimodal_cross_entropy([x], LABELS, robust="gce", linear=[(w, b)]),
+        ((3, 4), (5, 4), (5,)),
     ),
 }
 NO_OPS = {"explain", "nn", "use_backend", "Explanation", "UnsupportedError"}

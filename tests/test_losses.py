@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import native_only
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +67,63 @@ def test_labels_have_any_integer_dtype_and_never_wrap(dtype: torch.dtype, loss: 
     for ignored in (-100, 1, 156, 257):
         got, want = call(labels.to(dtype), ignored), call(labels, ignored)
         assert same_bits(tree_leaves(got), tree_leaves(want)), ignored
+
+
+@pytest.mark.parametrize("loss", [name for name in losses_of_labels() if name not in ("contrastive", "modulation")])
+@pytest.mark.parametrize("ignored", [-100, -1])
+def test_labels_beyond_int64_are_none(ignored: int, loss: str, backend: str) -> None:
+    labels = torch.tensor([1, 2, 3, 1, 2**64 + ignored], dtype=torch.uint64)
+    call = losses_of_labels()[loss]
+    if loss.startswith("cross-entropy"):
+        with pytest.raises(ValueError, match="labels: expected labels from 0 to 199, or ignore_index"):
+            call(labels, ignored)
+    else:
+        assert same_bits(tree_leaves(call(labels, ignored)), tree_leaves(call(torch.tensor([1, 2, 3, 1, 4]), ignored)))
+
+
+@pytest.mark.parametrize("ignored", [2**63, -(2**63) - 1])
+@pytest.mark.parametrize("loss", [name for name in losses_of_labels() if name != "contrastive"])
+def test_an_ignored_label_beyond_int64_raises(loss: str, ignored: int, backend: str) -> None:
+    with pytest.raises(ValueError, match=f": ignore_index: expected an int in the range of int64; got {ignored}"):
+        losses_of_labels()[loss](torch.arange(ROWS), ignored)
+
+
+@native_only
+@pytest.mark.parametrize("absent", [False, True], ids=["all present", "some absent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_logits_of_heads_are_made_at_once_and_give_the_same(dtype: torch.dtype, absent: bool) -> None:
+    """What is not valid is not read there either."""
+    hidden, other = (torch.randn(6, 4).to(dtype).requires_grad_() for _ in range(2))
+    head, bias = torch.randn(8, 4).to(dtype).requires_grad_(), torch.randn(8).to(dtype).requires_grad_()
+    labels, presence = torch.tensor([1, 2, -100, 0, 7, 3]), torch.ones(6, 2, dtype=torch.bool)
+    with torch.no_grad():
+        hidden[2], other[2] = torch.nan, torch.inf
+        if absent:
+            presence[0, 0], hidden[0] = False, torch.nan
+    heads, leaves = [(head, bias), (head, None)], [hidden, other, head, bias]
+    weights = torch.tensor([0.3, 0.7])
+    cross_entropy: dict[str, Any] = dict(weights=weights, presence=presence, linear=heads)
+
+    def losses() -> list[Tensor]:
+        made = [mmk.multimodal_cross_entropy([hidden, other], labels, **cross_entropy)[0]]
+        if not absent:
+            made += [mmk.distillation_loss(hidden, other, kind=k, labels=labels, linear=heads) for k in KINDS]
+            three_dims = [x.view(2, 3, 4) for x in (hidden, other)]
+            made.append(mmk.distillation_loss(*three_dims, labels=labels.view(2, 3), linear=heads))
+        return made
+
+    at_once = losses()
+    with mmk.use_backend("cpu"):
+        by_chunks = losses()
+    for got, want in zip(at_once, by_chunks, strict=True):
+        assert type(got.grad_fn).__name__ != type(want.grad_fn).__name__
+        torch.testing.assert_close(got, want)
+        pairs = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True)
+        for a, b in pairs:
+            assert a.isfinite().all()
+            torch.testing.assert_close(
+                a, b, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2 if dtype == torch.bfloat16 else 1e-6
+            )
 
 
 class Narrowed(TorchDispatchMode):

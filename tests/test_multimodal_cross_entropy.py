@@ -117,6 +117,15 @@ def test_values_and_gradients_are_the_published_ones(loss: str, backend: str) ->
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("q", [1e-20, 1e-40, 1e-300])
+def test_the_generalised_loss_of_a_tiny_q_is_the_cross_entropy(q: float, backend: str) -> None:
+    z, labels = torch.randn(9, 7, requires_grad=True), torch.randint(0, 7, (9,))
+    total, _ = mmk.multimodal_cross_entropy([z], labels, robust="gce", q=q)
+    want = F.cross_entropy(z, labels)
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(torch.autograd.grad(total, z), torch.autograd.grad(want, z))
+
+
 def test_uncertainty_weighs_each_loss(backend: str) -> None:
     logits, labels = make()
     s = numbers()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import native_only
 from environment import DEVICE
 from fusion_cases import allocations, each_dtype, few_dtypes
-from heads_in_chunks import peak_bytes, use_small_chunks
+from heads_in_chunks import CONTRACT, peak_bytes, use_small_chunks
 from test_multimodal_cross_entropy import LOSSES, each_loss, flags, numbers
 from torch import Tensor
 
@@ -151,14 +151,6 @@ def leaves_of(batch: int = 9) -> list[Tensor]:
     return [torch.randn(s).requires_grad_() for s in shapes]
 
 
-CONTRACT = {
-    "each gradient alone": contract.check_each_gradient_alone,
-    "every element is written": contract.check_every_element_is_written,
-    "func": contract.check_func,
-    "checkpoint": contract.check_checkpoint,
-}
-
-
 @pytest.mark.parametrize("check", CONTRACT)
 def test_contract(check: str, either_backend: str) -> None:
     CONTRACT[check](losses, leaves_of())
@@ -198,8 +190,8 @@ def test_a_frozen_head_costs_nothing(chunked: None) -> None:
         total, _ = mmk.multimodal_cross_entropy([hidden], labels, linear=[(weight, None)])
         made.extend(torch.autograd.grad(total, hidden))
 
-    buffer = chunks._chunk_rows(64, 20000, 4) * 20000 * 4
-    assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= buffer
+    buffer = chunks._chunk_rows(64, 20000, 4) * 20000 * 4  # in one chunk there are logits and their gradient
+    assert sum(n for n in allocations(run) if n >= weight.nbytes // 2) <= 2 * buffer
 
 
 @native_only

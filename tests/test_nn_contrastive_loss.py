@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,21 @@ def test_the_scale_is_bounded_and_flat_beyond_the_bound() -> None:
     torch.testing.assert_close(criterion.logit_scale.detach(), torch.tensor(-math.log(0.07)))
 
 
+class _Handle:
+    def __deepcopy__(self, memo: object) -> None:
+        raise TypeError("a process group cannot be copied")
+
+
+@pytest.mark.parametrize("kind", [mmk.nn.ContrastiveLoss, mmk.nn.SigmoidContrastiveLoss])
+def test_copies_share_the_process_group(kind: Any) -> None:
+    criterion = kind(group=_Handle(), normalize=True)
+    model = torch.nn.ModuleDict({"loss": criterion, "again": criterion})
+    copied = copy.deepcopy(model)
+    same = copied["loss"]
+    assert same is copied["again"] and same.group is criterion.group and same.normalize
+    assert same.logit_scale is not criterion.logit_scale and torch.equal(same.logit_scale, criterion.logit_scale)
+
+
 def test_representation_and_bad_arguments() -> None:
     assert repr(mmk.nn.ContrastiveLoss()) == "ContrastiveLoss(max_logit_scale=100, normalize=False)"
     assert repr(mmk.nn.SigmoidContrastiveLoss()) == "SigmoidContrastiveLoss(normalize=False)"
@@ -53,5 +69,7 @@ def test_representation_and_bad_arguments() -> None:
         mmk.nn.ContrastiveLoss(init_logit_scale=0.0)
     with pytest.raises(ValueError, match="ContrastiveLoss: label_smoothing: expected a number in 0 … 1; got 2"):
         mmk.nn.ContrastiveLoss(label_smoothing=2.0)
+    with pytest.raises(TypeError, match="ContrastiveLoss: normalize: expected a bool; got int"):
+        mmk.nn.ContrastiveLoss(normalize=3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="SigmoidContrastiveLoss: init_logit_bias: expected a number; got str"):
         mmk.nn.SigmoidContrastiveLoss(init_logit_bias="a")  # type: ignore[arg-type]

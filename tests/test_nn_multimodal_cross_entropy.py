@@ -101,6 +101,31 @@ def test_ogm_of_more_modalities_some_absent(either_backend: str) -> None:
     assert alone.coefficients(logits[:1], labels).eq(1).all()
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "heads"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ogm_of_half_precision_sees_small_probabilities(dtype: torch.dtype, linear: bool, either_backend: str) -> None:
+    """Of 2000 classes a label's probability is about what one minus it loses by rounding."""
+    labels = torch.randint(0, 2000, (16,))
+    logits = [(torch.randn(16, 2000) + hint * F.one_hot(labels, 2000)).to(dtype) for hint in (2, 0)]
+    given: dict[str, Any] = {}
+    if linear:
+        weights = [z.t().contiguous() for z in logits]
+        given["linear"] = [(w, None) for w in weights]
+    loss = MultimodalCrossEntropy(2, "ogm", alpha=0.1)
+    got = loss.coefficients([torch.eye(16, dtype=dtype)] * 2 if linear else logits, labels, **given)
+    want = torch.tensor(by_paper([z.double() for z in logits], labels, 0.1))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert want[0] < 0.9
+
+
+def test_ogm_stops_a_modality_whose_only_rival_is_always_wrong(either_backend: str) -> None:
+    labels = torch.arange(6) % 3
+    right, wrong = (1e4 * F.one_hot((labels + i) % 3, 4).float() for i in range(2))
+    assert MultimodalCrossEntropy(2, "ogm").coefficients([right, wrong], labels).tolist() == [0, 1]
+    assert MultimodalCrossEntropy(2, "ogm", alpha=0).coefficients([right, wrong], labels).tolist() == [1, 1]
+    assert MultimodalCrossEntropy(2, "ogm").coefficients([wrong, wrong], labels).tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("balance", ["uncertainty", "given", "ogm"])
 def test_heads_give_the_losses_of_their_logits(balance: Any, either_backend: str) -> None:
     _, labels = make()
@@ -137,6 +162,12 @@ BAD: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (ValueError, "weights: expected None with balance='uncertainty'", {"weights": [1.0, 1.0]}),
     (ValueError, "weights: expected 2 numbers, one for each modality; got", {"balance": "given", "weights": [1.0]}),
     (ValueError, "alpha: expected a number ≥ 0; got -1.0", {"balance": "ogm", "alpha": -1.0}),
+    (TypeError, "weights: expected a list of numbers; got str", {"balance": "given", "weights": "ab"}),
+    (ValueError, "label_smoothing: expected a number from 0 to 1; got 2.0", {"label_smoothing": 2.0}),
+    (ValueError, "label_smoothing: expected 0.0 with robust='gce'", {"label_smoothing": 0.1, "robust": "gce"}),
+    (ValueError, "robust: expected None, 'gce' or 'symmetric'; got 'mae'", {"robust": "mae"}),
+    (ValueError, "q: expected a number above 0, at most 1; got 2.0", {"q": 2.0}),
+    (TypeError, "ignore_index: expected an int; got str", {"ignore_index": "a"}),
 ]
 
 

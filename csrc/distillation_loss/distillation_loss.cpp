@@ -123,6 +123,7 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   if (!arguments[4].isString() || !kind_of(arguments[4].toStringRef())) return false;
   if (arguments[2].isNone()) return true;
   const Tensor& labels = arguments[2].toTensor();
+  if (labels.scalar_type() == at::kUInt64) return false;  // int64 does not hold all of them
   return at::isIntegralType(labels.scalar_type(), false) && labels.sizes() == at::IntArrayRef{student.size(0)};
 }
 

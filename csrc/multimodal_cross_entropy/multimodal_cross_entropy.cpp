@@ -245,9 +245,12 @@ void rows_in_place(const Tensor& logits, const Tensor& labels, double label_smoo
   if (p.rows > 0) MMK_DISPATCH(cross_entropy_forward)(p);
 }
 
-bool is_vector(const c10::IValue& argument, int64_t count) {
-  return argument.isNone() ||
-         (argument.toTensor().is_floating_point() && argument.toTensor().sizes() == at::IntArrayRef{count});
+// One number for each modality, in float32 or the dtype of the logits.
+bool is_vector(const c10::IValue& argument, int64_t count, at::ScalarType dtype) {
+  if (argument.isNone()) return true;
+  const Tensor& vector = argument.toTensor();
+  return (vector.scalar_type() == dtype || vector.scalar_type() == at::kFloat) &&
+         vector.sizes() == at::IntArrayRef{count};
 }
 
 // What the public function asks, but for the values of labels.
@@ -255,8 +258,9 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   const auto logits = arguments[0].toTensorVector(), labels = arguments[1].toTensorVector();
   if (logits.empty() || logits[0].dim() != 2) return false;
   const int64_t rows = logits[0].size(0), count = static_cast<int64_t>(logits.size());
+  const at::ScalarType dtype = logits[0].scalar_type();
   for (const Tensor& z : logits) {
-    if (!z.is_floating_point() || z.dim() != 2 || z.size(0) != rows) return false;
+    if (!z.is_floating_point() || z.scalar_type() != dtype || z.dim() != 2 || z.size(0) != rows) return false;
   }
   if (labels.size() != 1 && labels.size() != logits.size()) return false;
   for (const Tensor& y : labels) {
@@ -267,11 +271,11 @@ bool fits(const std::vector<c10::IValue>& arguments) {
     if (presence.scalar_type() != at::kBool) return false;
     if (presence.sizes() != at::IntArrayRef{count} && presence.sizes() != at::IntArrayRef{rows, count}) return false;
   }
-  if (!is_vector(arguments[2], count) || !is_vector(arguments[3], count) || !is_vector(arguments[5], count)) {
-    return false;
+  for (const size_t i : {2, 3, 5}) {
+    if (!is_vector(arguments[i], count, dtype)) return false;
   }
   const double smoothing = arguments[6].toDouble(), q = arguments[9].toDouble();
-  if (!(smoothing >= 0. && smoothing <= 1. && q > 0. && q <= 1.) || arguments[7].isNone()) return false;
+  if (!(smoothing >= 0. && smoothing <= 1. && q > 1e-30 && q <= 1.) || arguments[7].isNone()) return false;
   if (!arguments[8].isNone()) {
     const auto robust = arguments[8].toStringView();
     if ((robust != "gce" && robust != "symmetric") || smoothing != 0.) return false;
@@ -279,7 +283,7 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   return arguments[2].isNone() || arguments[3].isNone();
 }
 
-const DoorCheck door_check("multimodal_cross_entropy", fits);
+const DoorCheck door_check("multimodal_cross_entropy", fits, DoorCheck::Dtypes::any);
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels._overrides import leaf_of_traces
 from mmkernels.ops import _checks as checks
+from mmkernels.ops._contrastive import check_flag
 from mmkernels.ops.contrastive_loss import contrastive_loss
 from mmkernels.ops.sigmoid_contrastive_loss import sigmoid_contrastive_loss
 
@@ -24,11 +26,37 @@ def _positive(module: str, argument: str, value: float) -> float:
     return number
 
 
-def _sides(x: Tensor, y: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
-    return (F.normalize(x, dim=-1), F.normalize(y, dim=-1)) if normalize else (x, y)
+class _PairLoss(nn.Module):
+    """What both losses have: a learned scale, kept as its logarithm, and a process group, which copies share."""
+
+    def __init__(
+        self,
+        module: str,
+        init_logit_scale: float,
+        normalize: bool,
+        group: Any,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.init_logit_scale = _positive(module, "init_logit_scale", init_logit_scale)
+        self.normalize = check_flag(module, "normalize", normalize)
+        self.group = group
+        self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = made = type(self).__new__(type(self))
+        made.__dict__.update((k, v if k == "group" else copy.deepcopy(v, memo)) for k, v in self.__dict__.items())
+        return made
+
+    def _sides(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (F.normalize(x, dim=-1), F.normalize(y, dim=-1)) if self.normalize else (x, y)
 
 
-class ContrastiveLoss(nn.Module):
+class ContrastiveLoss(_PairLoss):
     """The symmetric loss of CLIP with its learned scale: `contrastive_loss`.
 
     ``logit_scale`` is a parameter and the logarithm of the scale, as CLIP keeps it; what is used is never above
@@ -58,20 +86,13 @@ class ContrastiveLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.init_logit_scale = _positive("ContrastiveLoss", "init_logit_scale", init_logit_scale)
+        super().__init__("ContrastiveLoss", init_logit_scale, normalize, group, device, dtype)
         self.max_logit_scale = _positive("ContrastiveLoss", "max_logit_scale", max_logit_scale)
         self.label_smoothing = checks.check_number("ContrastiveLoss", "label_smoothing", label_smoothing)
         if not 0.0 <= self.label_smoothing <= 1.0:
             expected = "a number in 0 … 1"
             raise checks.value_error("ContrastiveLoss", "label_smoothing", expected, self.label_smoothing)
-        self.normalize = normalize
-        self.group = group
-        self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
 
     @leaf_of_traces
     def forward(self, x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -85,7 +106,7 @@ class ContrastiveLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as `contrastive_loss`.
         """
-        x, y = _sides(x, y, self.normalize)
+        x, y = self._sides(x, y)
         scale = self.logit_scale.clamp(max=math.log(self.max_logit_scale))
         options: dict[str, Any] = dict(labels=labels, label_smoothing=self.label_smoothing, group=self.group)
         return contrastive_loss(x, y, scale, is_log_scale=True, **options)
@@ -95,7 +116,7 @@ class ContrastiveLoss(nn.Module):
         return f"max_logit_scale={self.max_logit_scale:g}{smoothing}, normalize={self.normalize}"
 
 
-class SigmoidContrastiveLoss(nn.Module):
+class SigmoidContrastiveLoss(_PairLoss):
     """The pairwise loss of SigLIP with its learned scale and bias: `sigmoid_contrastive_loss`.
 
     ``logit_scale`` is a parameter and the logarithm of the scale, ``logit_bias`` one and the bias itself.
@@ -122,17 +143,13 @@ class SigmoidContrastiveLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.init_logit_scale = _positive("SigmoidContrastiveLoss", "init_logit_scale", init_logit_scale)
+        super().__init__("SigmoidContrastiveLoss", init_logit_scale, normalize, group, device, dtype)
         self.init_logit_bias = checks.check_number("SigmoidContrastiveLoss", "init_logit_bias", init_logit_bias)
-        self.normalize = normalize
-        self.group = group
-        self.logit_scale = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.logit_bias = nn.Parameter(torch.empty((), device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
+        super().reset_parameters()
         nn.init.constant_(self.logit_bias, self.init_logit_bias)
 
     @leaf_of_traces
@@ -146,7 +163,7 @@ class SigmoidContrastiveLoss(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as `sigmoid_contrastive_loss`.
         """
-        x, y = _sides(x, y, self.normalize)
+        x, y = self._sides(x, y)
         return sigmoid_contrastive_loss(x, y, self.logit_scale, self.logit_bias, is_log_scale=True, group=self.group)
 
     def extra_repr(self) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,12 @@ from mmkernels.ops.decision_fusion import check_method, decision_fusion
 from mmkernels.ops.decision_fusion.reference import shares_of_present
 
 __all__ = ["DecisionFusion"]
+
+
+def _numbers(module: str, weights: Any) -> tuple[float, ...]:
+    if isinstance(weights, str) or not isinstance(weights, (Sequence, Tensor)):
+        raise checks.type_error(module, "weights", "a list of numbers", type(weights).__name__)
+    return tuple(checks.check_number(module, f"weights[{i}]", w) for i, w in enumerate(weights))
 
 
 class DecisionFusion(nn.Module):
@@ -51,16 +58,17 @@ class DecisionFusion(nn.Module):
         name = "DecisionFusion"
         check_sizes(name, 1, num_modalities=num_modalities)
         check_method(name, method)
-        if weights is not None and len(weights) != num_modalities:
-            raise checks.value_error(name, "weights", f"{num_modalities} numbers, one per modality", len(weights))
+        numbers = None if weights is None else _numbers(name, weights)
+        if numbers is not None and len(numbers) != num_modalities:
+            raise checks.value_error(name, "weights", f"{num_modalities} numbers, one per modality", len(numbers))
         if learnable and method not in ("mean", "log"):
             raise checks.value_error(name, "learnable", f"False for the method {method!r}", learnable)
-        if learnable and weights is not None and min(weights) <= 0:
-            raise checks.value_error(name, "weights", "positive numbers to learn from", min(weights))
+        if learnable and numbers is not None and not all(0 < w < math.inf for w in numbers):
+            raise checks.value_error(name, "weights", "finite numbers > 0 to learn from", numbers)
         self.num_modalities = num_modalities
         self.method: Literal["mean", "log", "product", "max", "vote"] = method
         self.learnable = learnable
-        self.initial = None if weights is None else tuple(float(w) for w in weights)
+        self.initial = numbers
         empty = torch.empty(num_modalities, device=device, dtype=dtype)
         if learnable:
             self.weight = nn.Parameter(empty)
@@ -93,6 +101,8 @@ class DecisionFusion(nn.Module):
         Raises:
             ValueError, TypeError, RuntimeError: as `decision_fusion`.
         """
+        if isinstance(logits, (list, tuple)) and len(logits) != self.num_modalities:
+            raise checks.value_error("DecisionFusion", "logits", f"{self.num_modalities} modalities", len(logits))
         weights = self._weights()
         probabilities = decision_fusion(logits, weights, method=self.method, presence=presence)
         return probabilities, self._shares(logits, weights, presence, probabilities)

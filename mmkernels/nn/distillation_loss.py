@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mmkernels._overrides import leaf_of_traces
+from mmkernels.ops._labels import check_ignore_index
 from mmkernels.ops.distillation_loss import check_options, distillation_loss
 
 __all__ = ["DistillationLoss"]
@@ -39,7 +40,7 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.temperature, self.beta = check_options("DistillationLoss", temperature, kind, beta)
         self.kind: Literal["forward_kl", "reverse_kl", "jsd"] = kind
-        self.ignore_index = ignore_index
+        self.ignore_index = check_ignore_index("DistillationLoss", ignore_index)
 
     @leaf_of_traces
     def forward(

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import leaf_of_traces
 from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops import _checks as checks
-from mmkernels.ops.multimodal_cross_entropy import multimodal_cross_entropy
+from mmkernels.ops._labels import check_ignore_index
+from mmkernels.ops.multimodal_cross_entropy import check_options, multimodal_cross_entropy
+from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 
 __all__ = ["MultimodalCrossEntropy"]
 
 _NAME = "MultimodalCrossEntropy"
 _BALANCES = ("uncertainty", "given", "ogm")
+
+
+def _float32_losses(logits: Any) -> AbstractContextManager[Any]:
+    """Where losses of logits in half precision are float32: autocast to the dtype that these have already."""
+    first = logits[0] if isinstance(logits, (list, tuple)) and logits else None
+    if not isinstance(first, Tensor) or first.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return nullcontext() if checks.autocast_is_on(first.device) else torch.autocast(first.device.type, first.dtype)
 
 
 class MultimodalCrossEntropy(nn.Module):
@@ -83,15 +95,16 @@ class MultimodalCrossEntropy(nn.Module):
         self.alpha = checks.check_number(_NAME, "alpha", alpha)
         if not self.alpha >= 0:
             raise checks.value_error(_NAME, "alpha", "a number ≥ 0", alpha)
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
+        self.label_smoothing, self.q = check_options(_NAME, label_smoothing, robust, q)
+        self.ignore_index = check_ignore_index(_NAME, ignore_index)
         self.robust = robust
-        self.q = q
         learned = balance == "uncertainty"
         empty = torch.empty(num_modalities, device=device, dtype=dtype)
         self.register_parameter("log_vars", nn.Parameter(empty) if learned else None)
         given = None
         if not learned:
+            if isinstance(weights, str):
+                raise checks.type_error(_NAME, "weights", "a list of numbers", "str")
             given = torch.ones_like(empty) if weights is None else torch.as_tensor(weights).detach().to(empty)
             if given.shape != (num_modalities,):
                 expected = f"{num_modalities} numbers, one for each modality"
@@ -115,24 +128,33 @@ class MultimodalCrossEntropy(nn.Module):
         linear: Sequence[tuple[Tensor, Tensor | None]] | None = None,
     ) -> Tensor:
         """OGM-GE's k, (M,) float32, or float64 of float64 logits: 1 for a modality that is not ahead of the others."""
-        # The generalised cross-entropy of q = 1 is 1 − p[y].
-        options: dict[str, Any] = dict(ignore_index=self.ignore_index, presence=presence, linear=linear)
-        _, missing = multimodal_cross_entropy(logits, labels, robust="gce", q=1.0, **options)
-        wide = missing.to(torch.promote_types(missing.dtype, torch.float32))
+        missing = self._missing(logits, labels, presence, linear)
         counts = self._valid_rows(labels, presence) > 0
-        score = torch.where(counts, 1 - wide, 0)
-        others = (score.sum() - score) / (counts.sum() - counts.to(score.dtype)).clamp(min=1)
-        ahead = counts & (score > others) & (others > 0)
-        ratio = torch.where(ahead, score / torch.where(ahead, others, 1), 0)
+        score = torch.where(counts, 1 - missing, 0)
+        rivals = counts.sum() - counts.to(score.dtype)
+        others = (score.sum() - score) / rivals.clamp(min=1)
+        ahead = counts & (rivals > 0) & (score > others)
+        ratio = torch.where(ahead, score / others.clamp(min=torch.finfo(score.dtype).tiny), 0)
         return 1 - torch.tanh(self.alpha * ratio)
+
+    def _missing(self, logits: Any, labels: Any, presence: Any, linear: Any) -> Tensor:
+        """The mean of 1 − p[y], which is the generalised cross-entropy of q = 1, in float32 at least."""
+        if linear is None and may_use_door():
+            targets = labels if isinstance(labels, (list, tuple)) else [labels]
+            options = 0.0, self.ignore_index, "gce", 1.0, True
+            out = multimodal_cross_entropy_op.unchecked(logits, targets, None, None, presence, None, *options)
+            if out is not None:
+                return out[1]
+        with _float32_losses(logits):
+            return multimodal_cross_entropy(
+                logits, labels, robust="gce", q=1.0, ignore_index=self.ignore_index, presence=presence, linear=linear
+            )[1]
 
     def _valid_rows(self, labels: Tensor | Sequence[Tensor], presence: Tensor | None) -> Tensor:
         """How many rows are valid, (M,)."""
-        each: list[Tensor] = (
-            list(labels) if isinstance(labels, (list, tuple)) else [labels] * self.num_modalities  # type: ignore[list-item]
-        )
-        valid = torch.stack([y.to(torch.int64).ne(self.ignore_index) for y in each], 1)  # [B, M]
-        return (valid if presence is None else valid & presence).sum(0)
+        each: list[Tensor] = list(labels) if isinstance(labels, (list, tuple)) else [labels]  # type: ignore[list-item]
+        valid = torch.stack([y.to(torch.int64).ne(self.ignore_index) for y in each], 1)  # [B, M], or [B, 1]
+        return (valid if presence is None else valid & presence).sum(0).expand(self.num_modalities)
 
     @leaf_of_traces
     def forward(

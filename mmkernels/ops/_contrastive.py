@@ -37,9 +37,11 @@ def scalar(op: str, argument: str, value: Any, x: Tensor, *, is_log: bool = Fals
     dtype = accumulation_dtype(x)
     if not isinstance(value, Tensor):
         number = checks.check_number(op, argument, value)
-        if is_log:
-            number = math.exp(number)
-        return torch.full((), number, dtype=dtype, device=x.device)
+        largest = torch.finfo(dtype).max
+        if math.log(largest) < number < math.inf if is_log else largest < abs(number) < math.inf:
+            what = "a logarithm whose exponential is" if is_log else "a number"
+            raise checks.value_error(op, argument, f"{what} in the range of {dtype}", number)
+        return torch.full((), math.exp(number) if is_log else number, dtype=dtype, device=x.device)
     checks.check_tensor(op, argument, value)
     if value.dtype not in checks.FLOATING:
         raise checks.type_error(op, argument, "a number, or a tensor of a floating dtype", value.dtype)
@@ -52,6 +54,7 @@ def scalar(op: str, argument: str, value: Any, x: Tensor, *, is_log: bool = Fals
 
 PLAIN = (Tensor, torch.nn.Parameter)
 _SCALARS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = torch.finfo(torch.float32).max
 _LARGEST_LOG = 80.0  # whose exponential is a float32
 
 
@@ -65,7 +68,7 @@ def plain_scalar(value: Any, *, is_log: Any = False) -> Tensor | None:
         if value.dtype is not torch.float32:
             value = value.float()
         return value.exp() if is_log is True else value
-    if type(value) is not float or (is_log is True and not value < _LARGEST_LOG):
+    if type(value) is not float or not -_LARGEST <= value <= (_LARGEST_LOG if is_log is True else _LARGEST):
         return None
     return torch.scalar_tensor(math.exp(value) if is_log is True else value, dtype=torch.float32, device="cpu")
 

@@ -18,10 +18,12 @@ from mmkernels._autograd import kernel_vjp
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _products as products
+from mmkernels.ops._contrastive import PLAIN
 
 Head = tuple[Tensor, Tensor | None]  # weight [C, D] and bias [C]
 Source = tuple[Tensor, Tensor, Tensor | None]  # hidden states [B, D] and their head; three flags say what is wanted
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CHUNK_BYTES = 32 << 20  # of one head's logits: products of some hundred rows are as quick as of all
 _FEWEST_ROWS = 32
 
@@ -52,6 +54,43 @@ def check_heads(op: str, heads: Sequence[Head], hidden: Sequence[Tensor], first_
         if bias is not None:
             fusion.check_shaped(op, f"{name}[1]", bias, (weight.shape[0],), first, first_name)
     return [weight.shape[0] for weight, _ in heads]
+
+
+def small_logits(hidden: Sequence[Any], linear: Any, valid: Callable[[int], Any]) -> list[Tensor] | None:
+    """The logits of a plain eager call on the CPU that fit into one chunk together, of what nobody has checked; None of
+    others. To have them costs less then than to set up chunks.
+
+    Args:
+        hidden, linear: [B, D] and the heads.
+        valid: of the i-th hidden states which rows count, [B] bool, or None where all do; the others are not read.
+    """
+    if not isinstance(linear, (list, tuple)) or len(linear) != len(hidden):
+        return None
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return None
+    size = 0
+    for x, head in zip(hidden, linear, strict=True):
+        if not isinstance(head, (list, tuple)) or len(head) != 2:
+            return None
+        weight, bias = head
+        if type(x) not in PLAIN or type(weight) not in PLAIN or not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
+            return None
+        if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype is not x.dtype:
+            return None
+        if bias is not None and (type(bias) not in PLAIN or bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+            return None
+        size += x.shape[0] * weight.shape[0] * x.element_size()
+    if size > _CHUNK_BYTES or checks.autocast_is_on(hidden[0].device) or torch._C._are_functorch_transforms_active():
+        return None
+    made = []
+    for i, (x, (weight, bias)) in enumerate(zip(hidden, linear, strict=True)):
+        rows = valid(i)
+        if rows is not None and rows.shape != x.shape[:1]:
+            return None
+        if rows is not None and not bool(rows.all()):
+            x = x.masked_fill(~rows.unsqueeze(1), 0)
+        made.append(products.linear(x, weight, bias))
+    return made
 
 
 def fake(sources: Sequence[Source], wanted: Sequence[bool]) -> tuple[Tensor, ...]:

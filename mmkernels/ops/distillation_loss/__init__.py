@@ -14,7 +14,8 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
-from mmkernels.ops._labels import check_labels
+from mmkernels.ops._contrastive import PLAIN
+from mmkernels.ops._labels import check_ignore_index, check_labels
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.distillation_loss.linear import linear_op
 from mmkernels.ops.distillation_loss.op import distillation_loss_op
@@ -85,14 +86,16 @@ def distillation_loss(
         torch.Size([])
     """
     if (
-        linear is None
-        and may_use_door()
+        may_use_door()
         and type(temperature) is float
         and 0 < temperature < math.inf
         and type(beta) is float
         and 0 <= beta <= 1
     ):
-        out = distillation_loss_op.unchecked(student, teacher, labels, temperature, kind, beta, ignore_index)
+        made: tuple[Tensor, Tensor, Tensor | None] | None = (student, teacher, labels)
+        if linear is not None:
+            made = _small_logits(student, teacher, linear, labels, ignore_index)
+        out = made and distillation_loss_op.unchecked(*made, temperature, kind, beta, ignore_index)
         if out is not None:
             return out
     if is_overridden(student, teacher, labels, linear):
@@ -107,10 +110,11 @@ def distillation_loss(
         else:
             student, teacher, heads = fusion.autocast(student.device, student, teacher, heads)
     _check_logits(student, teacher, heads)
+    ignore_index = check_ignore_index(_NAME, ignore_index)
     if labels is not None:
-        labels = check_labels(_NAME, "labels", labels, student.shape[:-1], student, "student").reshape(-1)
+        lead = student.shape[:-1]
+        labels = check_labels(_NAME, "labels", labels, lead, student, "student", ignore_index).reshape(-1)
     temperature, beta = check_options(_NAME, temperature, kind, beta)
-    ignore_index = checks.check_index(_NAME, "ignore_index", ignore_index)
     if heads is None:
         rows = as_rows(student), as_rows(teacher)
         return distillation_loss_op(*rows, labels, temperature, kind, beta, ignore_index)[0]
@@ -119,6 +123,24 @@ def distillation_loss(
     wanted = [needs_grad(x) for x in leaves]
     loss = linear_op(*leaves, valid, temperature, kind, beta, wanted)[0]
     return loss if wide else loss.to(student.dtype)
+
+
+def _small_logits(
+    student: Any, teacher: Any, linear: Any, labels: Any, ignore_index: Any
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The logits and labels as rows; see `linear_loss.small_logits`."""
+    if type(ignore_index) is not int or not all(type(x) in PLAIN and x.dim() > 0 for x in (student, teacher)):
+        return None
+    if student.shape[:-1] != teacher.shape[:-1] or student.dtype != teacher.dtype:
+        return None
+    valid = None
+    if labels is not None:
+        if type(labels) not in PLAIN or labels.dtype is not torch.int64 or labels.shape != student.shape[:-1]:
+            return None
+        labels = labels.reshape(-1)
+        valid = labels != ignore_index
+    made = linear_loss.small_logits((as_rows(student), as_rows(teacher)), linear, lambda _: valid)
+    return None if made is None else (made[0], made[1], labels)
 
 
 def check_options(op: str, temperature: Any, kind: Any, beta: Any) -> tuple[float, float]:

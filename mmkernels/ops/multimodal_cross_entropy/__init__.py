@@ -13,7 +13,8 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops import _linear_loss as linear_loss
-from mmkernels.ops._labels import check_labels
+from mmkernels.ops._contrastive import PLAIN
+from mmkernels.ops._labels import check_ignore_index, check_labels
 from mmkernels.ops.multimodal_cross_entropy.linear import linear_op
 from mmkernels.ops.multimodal_cross_entropy.op import multimodal_cross_entropy_op
 from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_rows
@@ -21,6 +22,7 @@ from mmkernels.ops.multimodal_cross_entropy.reference import combined, valid_row
 __all__ = ["multimodal_cross_entropy"]
 
 _NAME = "multimodal_cross_entropy"
+_LEAST_Q = 1e-30  # below it is the cross-entropy to the last bit, and q itself no float32
 
 
 def multimodal_cross_entropy(
@@ -64,8 +66,9 @@ def multimodal_cross_entropy(
             multiplied by; the losses, and the gradients of ``weights`` and ``log_vars``, stay. Its own gradient is 0.
 
         linear: heads (weight (C_i, D_i), bias (C_i,) or None), one for each modality. In the place of ``logits`` come
-            hidden states (B, D_i) then, and the logits hidden_i @ weight_i.T + bias_i are made chunk by chunk and never
-            held: for vocabularies of 32 000 classes and more. Gradients of hidden states, weights and biases.
+            hidden states (B, D_i) then, and the logits hidden_i @ weight_i.T + bias_i are made chunk by chunk, of no
+            more than 32 MiB, and never held: for vocabularies of 32 000 classes and more. Gradients of hidden states,
+            weights and biases.
 
     Rows that are not valid are never read. A modality without a valid row has loss 0 and contributes nothing to the
     total, no s_i either. Under autocast the losses are float32, as torch's are.
@@ -88,16 +91,12 @@ def multimodal_cross_entropy(
     vectors = (weights, log_vars, presence, modulation)
     listed = isinstance(labels, (list, tuple))
     targets: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
-    if (
-        linear is None
-        and may_use_door()
-        and isinstance(logits, (list, tuple))
-        and len(targets) == (len(logits) if listed else 1)
-    ):
-        out = multimodal_cross_entropy_op.unchecked(
-            logits, targets, *vectors, label_smoothing, ignore_index, robust, q, False
+    if may_use_door() and isinstance(logits, (list, tuple)) and len(targets) == (len(logits) if listed else 1):
+        made = logits if linear is None else _small_logits(logits, linear, targets, ignore_index, presence)
+        out = made and multimodal_cross_entropy_op.unchecked(
+            made, targets, *vectors, label_smoothing, ignore_index, robust, q, False
         )
-        if out is not None:
+        if out:
             return out[0], out[1]
     if is_overridden(logits, labels, *vectors, linear):
         return overridden_call(multimodal_cross_entropy, locals())
@@ -115,10 +114,13 @@ def multimodal_cross_entropy(
     if heads is not None:
         classes = linear_loss.check_heads(_NAME, heads, logits, "logits[0]")
     _check_vectors(first, len(logits), weights=weights, log_vars=log_vars, modulation=modulation)
-    targets = _check_labels(labels, first, len(logits))
+    ignore_index = check_ignore_index(_NAME, ignore_index)
+    targets = _check_labels(labels, first, len(logits), ignore_index)
     if presence is not None:
         fusion.check_presence(_NAME, presence, first.shape[:1], len(logits), first, "logits[0]")
-    label_smoothing, ignore_index, q = _check_options(label_smoothing, ignore_index, robust, q, weights, log_vars)
+    if weights is not None and log_vars is not None:
+        raise checks.value_error(_NAME, "log_vars", "None where weights are given", "both")
+    label_smoothing, q = check_options(_NAME, label_smoothing, robust, q)
     _check_range(targets, classes, ignore_index, presence)
     if heads is not None:
         losses, counts = [], []
@@ -133,6 +135,23 @@ def multimodal_cross_entropy(
         return (total, means) if wide else (total.to(first.dtype), means.to(first.dtype))
     out = multimodal_cross_entropy_op(logits, targets, *vectors, label_smoothing, ignore_index, robust, q, wide)
     return out[0], out[1]
+
+
+def _small_logits(
+    hidden: Sequence[Any], linear: Any, labels: Sequence[Any], ignore_index: Any, presence: Any
+) -> list[Tensor] | None:
+    """See `linear_loss.small_logits`."""
+    if type(ignore_index) is not int or not all(type(y) in PLAIN and y.dtype is torch.int64 for y in labels):
+        return None
+    if presence is not None:
+        shapes = (len(hidden),), (*labels[0].shape, len(hidden))
+        if type(presence) not in PLAIN or presence.dtype is not torch.bool or presence.shape not in shapes:
+            return None
+
+    def valid(i: int) -> Tensor:
+        return valid_rows(labels[i if len(labels) > 1 else 0], ignore_index, presence, i)
+
+    return linear_loss.small_logits(hidden, linear, valid)
 
 
 def _check_logits(logits: Sequence[Tensor]) -> None:
@@ -164,37 +183,35 @@ def _check_vectors(first: Tensor, count: int, **vectors: Tensor | None) -> None:
             raise checks.value_error(_NAME, name, f"shape {(count,)}, a number for each modality", tuple(value.shape))
 
 
-def _check_labels(labels: Tensor | Sequence[Tensor], first: Tensor, count: int) -> list[Tensor]:
+def _check_labels(labels: Tensor | Sequence[Tensor], first: Tensor, count: int, ignore_index: int) -> list[Tensor]:
     """The labels as int64, in a list of one for all modalities, or of one for each."""
     listed = isinstance(labels, (list, tuple))
     given: Sequence[Any] = labels if isinstance(labels, (list, tuple)) else [labels]
     if listed and len(given) != count:
         raise checks.value_error(_NAME, "labels", f"a tensor, or a list of {count}, one for each modality", len(given))
     return [
-        check_labels(_NAME, f"labels[{i}]" if listed else "labels", y, first.shape[:1], first, "logits[0]")
+        check_labels(
+            _NAME, f"labels[{i}]" if listed else "labels", y, first.shape[:1], first, "logits[0]", ignore_index
+        )
         for i, y in enumerate(given)
     ]
 
 
-def _check_options(
-    label_smoothing: Any, ignore_index: Any, robust: Any, q: Any, weights: Tensor | None, log_vars: Tensor | None
-) -> tuple[float, int, float]:
-    if weights is not None and log_vars is not None:
-        raise checks.value_error(_NAME, "log_vars", "None where weights are given", "both")
-    label_smoothing = checks.check_number(_NAME, "label_smoothing", label_smoothing)
+def check_options(op: str, label_smoothing: Any, robust: Any, q: Any) -> tuple[float, float]:
+    """Smoothing and q as floats."""
+    label_smoothing = checks.check_number(op, "label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
-        raise checks.value_error(_NAME, "label_smoothing", "a number from 0 to 1", label_smoothing)
-    ignore_index = checks.check_index(_NAME, "ignore_index", ignore_index)
-    q = checks.check_number(_NAME, "q", q)
+        raise checks.value_error(op, "label_smoothing", "a number from 0 to 1", label_smoothing)
+    q = checks.check_number(op, "q", q)
     if not 0 < q <= 1:
-        raise checks.value_error(_NAME, "q", "a number above 0, at most 1", q)
+        raise checks.value_error(op, "q", "a number above 0, at most 1", q)
     if robust is not None and not isinstance(robust, str):
-        raise checks.type_error(_NAME, "robust", "None, 'gce' or 'symmetric'", type(robust).__name__)
+        raise checks.type_error(op, "robust", "None, 'gce' or 'symmetric'", type(robust).__name__)
     if robust not in (None, "gce", "symmetric"):
-        raise checks.value_error(_NAME, "robust", "None, 'gce' or 'symmetric'", repr(robust))
+        raise checks.value_error(op, "robust", "None, 'gce' or 'symmetric'", repr(robust))
     if robust is not None and label_smoothing != 0:
-        raise checks.value_error(_NAME, "label_smoothing", f"0.0 with robust={robust!r}", label_smoothing)
-    return label_smoothing, ignore_index, q
+        raise checks.value_error(op, "label_smoothing", f"0.0 with robust={robust!r}", label_smoothing)
+    return label_smoothing, max(q, _LEAST_Q)
 
 
 def _check_range(labels: list[Tensor], classes: list[int], ignore_index: int, presence: Tensor | None) -> None:
