@@ -70,6 +70,9 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
     ),
     "cross_attention": lambda b, n: mmk.cross_attention(meta(b, 8, n, 64), meta(b, 8, n, 64), meta(b, 8, n, 64)),
     "decision_fusion": lambda b, n: mmk.decision_fusion([meta(b * n, 100), meta(b * n, 100)], meta(2), method="log"),
+    "deformable_attention": lambda b, n: mmk.deformable_attention(
+        meta(b, n + 64, 8, 32), [(1, n), (8, 8)], meta(b, n, 8, 2, 4, 2), meta(b, n, 8, 2, 4)
+    ),
     "distillation_loss": lambda b, n: mmk.distillation_loss(meta(b * n, 1000), meta(b * n, 1000), temperature=2.0),
     "gated_concat": lambda b, n: mmk.gated_concat(*rows(b, n, 256, 128), meta(256, 384), meta(256)),
     "gated_fusion": lambda b, n: mmk.gated_fusion(

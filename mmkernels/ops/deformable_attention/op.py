@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
 from mmkernels._kept import Kept
 from mmkernels.ops.deformable_attention import reference
 
@@ -21,6 +21,11 @@ def _rows_have_32_bits(values: Sequence[Tensor], *_: Any) -> str | None:
     return None if sum(v.shape[1] for v in values) < 2**31 else "maps of 2^31 pixels or more"
 
 
+def _cells_have_32_bits(values: Sequence[Tensor], *_: Any) -> str | None:
+    """Cells between pixels are up to four times as many as these."""
+    return None if sum(v.shape[1] for v in values) < 2**29 else "maps of 2^29 pixels or more"
+
+
 deformable_attention_op = DifferentiableOp(
     "deformable_attention",
     "Tensor[] values, Tensor locations, Tensor weights, Tensor? presence, SymInt[] shapes, int[] levels, int[] points, "
@@ -29,5 +34,6 @@ deformable_attention_op = DifferentiableOp(
     reference=reference.deformable_attention,
     fake=_deformable_attention_fake,
     cpu=native_backend("deformable_attention", _rows_have_32_bits),
+    triton=TritonKernels(_cells_have_32_bits),
     keeps=Kept({"values": "locations weights presence", "weights": "values locations presence"}),
 )
