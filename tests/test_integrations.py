@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,8 +48,9 @@ def test_outputs_and_gradients_are_as_exact_as_the_model_s_own(dtype, left):
     restore(model)
     assert same_bits(run(model, dtype, left), plain)
     exact = run(copy.deepcopy(model).double(), torch.float64, left)
+    largest = max(float(x.abs().max()) for x in exact)  # the gradients of the keys' biases are zero but for rounding
     for i, (got, same, oracle) in enumerate(zip(ours, plain, exact, strict=True)):
-        assert_close_to_oracle(got, same, oracle, name=str(i), scale=float(oracle.abs().max()))
+        assert_close_to_oracle(got, same, oracle, name=str(i), scale=largest)
 
 
 def test_the_report_says_what_was_replaced_and_a_second_time_changes_nothing():
@@ -114,3 +116,12 @@ def test_blocks_restore_at_their_end():
 def test_importing_the_package_imports_no_other_library():
     code = "import sys, mmkernels.integrations; assert not {'transformers', 'diffusers', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_models_extra_is_what_the_tests_install():
+    root = Path(__file__).parents[1]
+    extra = (root / "pyproject.toml").read_text().partition("\nmodels = [")[2].partition("]")[0]
+    pins = (root / "requirements-models.txt").read_text().splitlines()
+    named = [line.strip(' ",').partition(";")[0] for line in extra.splitlines() if "==" in line]
+    assert len(named) == 5 and set(named) <= set(pins)
+    assert not any(line.startswith(("torch==", "numpy", "nvidia", "triton")) for line in pins)

@@ -122,7 +122,7 @@ def dropout_p(child: nn.Module) -> float | None:
     return child.p if child.training else 0.0  # type: ignore[return-value]
 
 
-def masking(mask: Tensor | None) -> dict[str, Tensor]:
+def masking(mask: Tensor | None) -> dict[str, Any]:
     """The options of cross_attention that say an additive or bool mask [B, 1|H, 1|Lq, Lk].
 
     One over keys alone, padded on the right, becomes ``key_lengths``, and one that forbids nothing no option at all:

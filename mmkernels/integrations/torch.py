@@ -74,7 +74,7 @@ def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value:
 
 def _masking(
     module: nn.MultiheadAttention, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """The masks of nn.MultiheadAttention, True = do not attend, as options of cross_attention."""
     if padding is None and attn_mask is None:
         return {}

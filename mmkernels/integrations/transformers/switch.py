@@ -102,9 +102,11 @@ def _reason_to_leave(module: Any) -> str | None:
         return None
     if before not in ("sdpa", "eager"):
         return f'its attention is "{before}"'
+    if before == "eager" and module._supports_sdpa:
+        return 'its attention was chosen to be "eager"'  # whose bool masks, if a caller makes them, are numbers to add
     if not module._can_set_attn_implementation():
         return "its class does not let its attention be set"
-    if not module._supports_sdpa:
+    if not (module._supports_sdpa or module._supports_flex_attn or module._supports_flash_attn):
         return "its class takes the additive masks of eager attention alone"
     source = inspect.getsource(sys.modules[type(module).__module__])
     if _LOOKS_AT_THE_NAME.search(source):
