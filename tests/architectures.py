@@ -381,3 +381,18 @@ def coca() -> Built:
     x[1:, 7:] = 0
     picked = ("image_features", "text_features", "logits")
     return model, {"image": random(3, 3, 32, 32), "text": x}, lambda output: [output[name] for name in picked]
+
+
+@architecture
+def sd_3() -> Built:
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        **{"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2},
+        **{"attention_head_dim": 16, "num_attention_heads": HEADS, "joint_attention_dim": 48, "pos_embed_max_size": 8},
+        **{"caption_projection_dim": WIDTH, "pooled_projection_dim": 32, "qk_norm": "rms_norm"},
+        dual_attention_layers=(0,),
+    )
+    inputs = {"hidden_states": random(2, 4, 8, 8), "encoder_hidden_states": random(2, 9, 48)}
+    inputs |= {"pooled_projections": random(2, 32), "timestep": torch.tensor([500.0, 20.0])}
+    return model, inputs, named("sample")
