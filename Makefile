@@ -8,6 +8,7 @@ ARGS ?=
 ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+MODELS := $(VENV)/.models
 CLANG_FORMAT := $(VENV)/bin/clang-format
 else
 CLANG_FORMAT := clang-format
@@ -38,7 +39,8 @@ bench: build-here
 	$(PY) examples/photo_text.py
 	$(PY) -m mmkernels bench $(ARGS)
 
-test: build
+test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
+test: build $(MODELS)
 	$(PYTEST) -n 2 tests $(ARGS)
 
 build: $(INSTALLED)
@@ -126,6 +128,13 @@ $(VENV)/bin/python:
 $(VENV)/.environment: requirements.txt | $(VENV)/bin/python
 	$(PY) -m pip install --quiet --no-deps $$(grep '^torch==' requirements.txt)
 	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+# Without what they depend on, or pip would choose a torch to go with torchvision.
+$(VENV)/.models: requirements-models.txt $(VENV)/.environment
+	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	then $(PY) -m pip install --quiet --no-deps -r requirements-models.txt; \
+	else echo 'make test: transformers and diffusers need Python 3.11: their models are not tested'; fi
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml setup.py

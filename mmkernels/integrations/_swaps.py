@@ -1,0 +1,132 @@
+"""What is known to replace what: classes by their full name, versions of them by a hash of the forward's source."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+class SwappedForward(functools.partial):
+    """``forward`` of one instance: it pickles, and a deep copy of the module has one of its own."""
+
+
+class SwappedProcessor:
+    """The processor of one attention of diffusers, in place of ``original``."""
+
+    def __init__(self, function: Callable[..., Any], original: Any) -> None:
+        self.function = function
+        self.original = original
+
+    def __call__(self, attn: nn.Module, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.original, attn, hidden_states, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A replacement of the forward of a class, or of the ``__call__`` of a processor.
+
+    Attributes:
+        function: ``function(module, *args, **kwargs)``, of a module's top level, so that it pickles. It falls back to
+            the class's own forward where it cannot serve a call.
+        with_: the ops that it calls.
+        sources: the hashes of what it is a replacement of.
+        why_not: says of a module why it cannot be replaced, or None.
+    """
+
+    function: Callable[..., Any]
+    with_: str
+    sources: tuple[str, ...]
+    why_not: Callable[[nn.Module], str | None] | None = None
+
+
+@functools.cache
+def source_hash(function: Callable[..., Any]) -> str:
+    """Of the source of a forward: what two releases with one hash have in common is that code."""
+    try:
+        source = inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return "no source"
+    lines = (line.rstrip() for line in textwrap.dedent(source).splitlines())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+
+
+# Which file has the swaps of the classes of a library, by the first word of their modules' names.
+_TABLES = {
+    "diffusers": "mmkernels.integrations.diffusers",
+    "torch": "mmkernels.integrations.torch",
+    "transformers": "mmkernels.integrations.transformers.swaps",
+}
+
+
+def find_swap(kind: type) -> Swap | None:
+    """The swap of a class. The file of its library is imported when the first of its classes is met."""
+    library = kind.__module__.partition(".")[0]
+    if library not in _TABLES:
+        return None
+    swaps: Mapping[str, Swap] = importlib.import_module(_TABLES[library]).SWAPS
+    return swaps.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What of a module can be swapped: its forward or its processor."""
+
+    module: nn.Module
+    attribute: str
+    swap: Swap
+
+    @property
+    def what(self) -> str:
+        return type(self.module if self.attribute == "forward" else self.original).__name__
+
+    @property
+    def original(self) -> Any:
+        """The processor, or the class's forward."""
+        if self.attribute == "forward":
+            return type(self.module).forward
+        found = self.module.__dict__["processor"]
+        return found.original if isinstance(found, SwappedProcessor) else found
+
+    def is_swapped(self) -> bool:
+        return isinstance(self.module.__dict__.get(self.attribute), (SwappedForward, SwappedProcessor))
+
+    def reason_to_leave(self) -> str | None:
+        """Why the module cannot be swapped, though its class is known."""
+        if self.attribute == "forward" and "forward" in self.module.__dict__:
+            return "its forward has been replaced by another"
+        original = self.original if self.attribute == "forward" else type(self.original).__call__
+        if (found := source_hash(original)) not in self.swap.sources:
+            return f"an unknown version of it: hash {found}, known {', '.join(self.swap.sources)}"
+        return self.swap.why_not(self.module) if self.swap.why_not is not None else None
+
+    def apply(self) -> None:
+        if self.attribute == "forward":
+            self.module.__dict__["forward"] = SwappedForward(self.swap.function, self.module)
+        else:
+            self.module.__dict__["processor"] = SwappedProcessor(self.swap.function, self.original)
+
+    def undo(self) -> None:
+        if self.attribute == "forward":
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["processor"] = self.original
+
+
+def place_in(module: nn.Module) -> Place | None:
+    """What of the module can be swapped, or is."""
+    if (swap := find_swap(type(module))) is not None:
+        return Place(module, "forward", swap)
+    processor = module.__dict__.get("processor")
+    if isinstance(processor, SwappedProcessor):
+        processor = processor.original
+    if processor is not None and (swap := find_swap(type(processor))) is not None:
+        return Place(module, "processor", swap)
+    return None

@@ -1,0 +1,166 @@
+"""Modules of ``torch.nn``: attention, the layers of transformers, and linears where products are faster here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmkernels.integrations._blocks import (
+    SERVED,
+    activation_name,
+    dropout_p,
+    linear,
+    masking,
+    prefix_lengths,
+    products_pay,
+    takes_products,
+)
+from mmkernels.integrations._swaps import Swap
+from mmkernels.nn.multihead_cross_attention import MultiheadCrossAttention
+from mmkernels.ops.concat_linear import concat_linear
+from mmkernels.ops.cross_attention import cross_attention
+
+__all__ = ["SWAPS"]
+
+
+def _multihead_attention(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    served = not need_weights and query.dim() == 3 and query.dtype in SERVED and not query.is_nested
+    if not served or (is_causal and attn_mask is None) or module.bias_k is not None or module.add_zero_attn:
+        return nn.MultiheadAttention.forward(
+            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    q, k, v = _projected(module, query, key, value)
+    q, k, v = (MultiheadCrossAttention._heads(module, x, True) for x in (q, k, v))  # type: ignore[arg-type]
+    dropout = module.dropout if module.training else 0.0
+    options = _masking(module, None if is_causal else attn_mask, key_padding_mask, q, k)
+    out = cross_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, **options)
+    out = out.transpose(1, 2) if module.batch_first else out.permute(2, 0, 1, 3)
+    return _product(out.flatten(-2), module.out_proj.weight, module.out_proj.bias), None
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return concat_linear([x], weight, bias) if takes_products(x, weight) else F.linear(x, weight, bias)
+
+
+def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The three input projections; tensors that are one and the same are projected by one product."""
+    width, bias = module.embed_dim, module.in_proj_bias
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    if not module._qkv_same_embed_dim:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        return tuple(_product(*xwb) for xwb in zip((query, key, value), weights, biases, strict=True))
+    weight = module.in_proj_weight
+    if query is key and key is value:
+        return _product(query, weight, bias).chunk(3, -1)
+    if key is value:
+        q = _product(query, weight[:width], biases[0])
+        return q, *_product(key, weight[width:], None if bias is None else bias[width:]).chunk(2, -1)
+    return tuple(_product(*xwb) for xwb in zip((query, key, value), weight.chunk(3), biases, strict=True))
+
+
+def _masking(
+    module: nn.MultiheadAttention, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor
+) -> dict[str, Any]:
+    """The masks of nn.MultiheadAttention, True = do not attend, as options of cross_attention."""
+    if padding is None and attn_mask is None:
+        return {}
+    if padding is not None and padding.device.type == "cpu" and not torch.compiler.is_compiling():
+        keep = ~padding if padding.dtype == torch.bool else padding == 0
+        if padding.dtype == torch.bool or bool((keep | (padding == -torch.inf)).all()):
+            lengths = prefix_lengths(keep)
+            if lengths is not None:
+                options = _masking(module, attn_mask, None, q, k)
+                return {**options, "key_lengths": lengths}
+    mask = MultiheadCrossAttention._merged_mask(module, attn_mask, padding, q, k, 0)  # type: ignore[arg-type]
+    return masking(mask)
+
+
+def _encoder_layer(
+    module: nn.TransformerEncoderLayer,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    fuses = not src.is_nested and src.dim() == 3 and takes_products(src, module.linear1.weight)
+    if not fuses or any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()):
+        return nn.TransformerEncoderLayer.forward(module, src, src_mask, src_key_padding_mask, is_causal)
+    attend = functools.partial(module._sa_block, attn_mask=src_mask, key_padding_mask=src_key_padding_mask)
+    x = src
+    if module.norm_first:
+        x = x + attend(module.norm1(x), is_causal=is_causal)
+        return _feed_forward(module, module.norm2(x), x, module.dropout2)
+    x = module.norm1(x + attend(x, is_causal=is_causal))
+    return module.norm2(_feed_forward(module, x, x, module.dropout2))
+
+
+def _decoder_layer(
+    module: nn.TransformerDecoderLayer,
+    tgt: Tensor,
+    memory: Tensor,
+    tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    tgt_is_causal: bool = False,
+    memory_is_causal: bool = False,
+) -> Tensor:
+    own = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+    other = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+    x = tgt
+    if module.norm_first:
+        x = x + module._sa_block(module.norm1(x), *own)
+        x = x + module._mha_block(module.norm2(x), *other)
+        return _feed_forward(module, module.norm3(x), x, module.dropout3)
+    x = module.norm1(x + module._sa_block(x, *own))
+    x = module.norm2(x + module._mha_block(x, *other))
+    return module.norm3(_feed_forward(module, x, x, module.dropout3))
+
+
+def _feed_forward(module: Any, x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:
+    """residual + dropout(linear2(dropout(activation(linear1(x)))))"""
+    activation = activation_name(module.activation)
+    if activation is None:
+        hidden = module.activation(linear(module.linear1, x))
+    else:
+        hidden = linear(module.linear1, x, activation=activation)
+    hidden = module.dropout(hidden)
+    if dropout_p(dropout) == 0.0:
+        return linear(module.linear2, hidden, residual=residual)
+    return residual + dropout(linear(module.linear2, hidden))
+
+
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    weight = module.weight
+    if type(weight) is nn.Parameter and takes_products(input, weight):
+        return concat_linear([input], weight, module.bias)
+    return F.linear(input, weight, module.bias)
+
+
+def _no_projection(module: nn.Module) -> str | None:
+    return None if type(module.out_proj).__name__ == "NonDynamicallyQuantizableLinear" else "its out_proj is wrapped"
+
+
+SWAPS = {
+    "torch.nn.modules.activation.MultiheadAttention": Swap(
+        _multihead_attention, "cross_attention", ("7ab37236339a",), _no_projection
+    ),
+    "torch.nn.modules.transformer.TransformerEncoderLayer": Swap(_encoder_layer, "concat_linear", ("e7c7d6541243",)),
+    "torch.nn.modules.transformer.TransformerDecoderLayer": Swap(_decoder_layer, "concat_linear", ("006e14d4d728",)),
+}
+if products_pay():
+    SWAPS["torch.nn.modules.linear.Linear"] = Swap(_linear, "concat_linear", ("7e11a09e2b61",))

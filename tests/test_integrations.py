@@ -1,0 +1,127 @@
+"""Models that `accelerate` has changed compute what they did, and can be given back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mmkernels.integrations import accelerate, restore
+from mmkernels.testing import assert_close_to_oracle, same_bits
+
+
+def decoder(dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(64, 4, 256, dropout=0.0, batch_first=True)
+    return nn.TransformerDecoder(layer, 2).to(dtype)
+
+
+def inputs(dtype=torch.float32, left=False):
+    generator = torch.Generator().manual_seed(1)
+    text, image = torch.randn(3, 9, 64, generator=generator), torch.randn(3, 33, 64, generator=generator)
+    padding = torch.arange(33) >= torch.tensor([33, 20, 5])[:, None]
+    options = {"memory_key_padding_mask": padding.flip(1) if left else padding}
+    return (text.to(dtype), image.to(dtype)), options
+
+
+def run(model, dtype, left):
+    args, options = inputs(dtype, left)
+    model.zero_grad()
+    out = model(*args, **options)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_are_as_exact_as_the_model_s_own(dtype, left):
+    model = decoder(dtype)
+    plain = run(model, dtype, left)
+    accelerate(model)
+    ours = run(model, dtype, left)
+    restore(model)
+    assert same_bits(run(model, dtype, left), plain)
+    exact = run(copy.deepcopy(model).double(), torch.float64, left)
+    largest = max(float(x.abs().max()) for x in exact)  # the gradients of the keys' biases are zero but for rounding
+    for i, (got, same, oracle) in enumerate(zip(ours, plain, exact, strict=True)):
+        assert_close_to_oracle(got, same, oracle, name=str(i), scale=largest)
+
+
+def test_the_report_says_what_was_replaced_and_a_second_time_changes_nothing():
+    model = decoder()
+    first = accelerate(model)
+    assert {"MultiheadAttention", "TransformerDecoderLayer"} <= {entry.what for entry in first.replaced}
+    assert all(entry.reason for entry in first.left)
+    assert f"{len(first.replaced)} replaced, {len(first.left)} left" in str(first)
+    forwards = [m.__dict__.get("forward") for m in model.modules()]
+    assert list(accelerate(model)) == list(first)
+    assert all(a is m.__dict__.get("forward") for a, m in zip(forwards, model.modules(), strict=True))
+
+
+def test_only_and_skip_choose_by_path_and_by_class_and_strict_changes_nothing_before_it_raises():
+    model = decoder()
+    report = accelerate(model, only="layers.0.*", skip="Linear")
+    assert {entry.path for entry in report.replaced} == {"layers.0.self_attn", "layers.0.multihead_attn"}
+    restore(model)
+    model.layers[0].self_attn.forward = model.layers[0].self_attn.forward
+    with pytest.raises(RuntimeError, match="strict"):
+        accelerate(model, strict=True)
+    assert sum("forward" in m.__dict__ for m in model.modules()) == 1
+
+
+def test_an_unknown_version_is_left_with_its_hash(monkeypatch):
+    def forward(self, query, key, value):
+        return query, None
+
+    model = decoder()
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", forward)
+    left = [entry for entry in accelerate(model).left if entry.what == "MultiheadAttention"]
+    assert len(left) == 4
+    assert "unknown version" in left[0].reason
+
+
+def test_copies_pickles_and_state_dicts_of_an_accelerated_model_stand_on_their_own():
+    model = decoder()
+    keys = list(model.state_dict())
+    accelerate(model)
+    assert list(model.state_dict()) == keys
+    args, options = inputs()
+    expected = model(*args, **options)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits([twin(*args, **options)], [expected])
+        with torch.no_grad():
+            twin.layers[0].self_attn.in_proj_weight.zero_()
+        assert not torch.equal(twin(*args, **options), expected)
+        assert same_bits([model(*args, **options)], [expected])
+
+
+def test_blocks_restore_at_their_end():
+    model = decoder()
+    args, options = inputs()
+    plain = model(*args, **options)
+    with accelerate(model):
+        ours = model(*args, **options)
+        with restore(model):
+            assert same_bits([model(*args, **options)], [plain])
+        assert same_bits([model(*args, **options)], [ours])
+    assert same_bits([model(*args, **options)], [plain])
+
+
+def test_importing_the_package_imports_no_other_library():
+    code = "import sys, mmkernels.integrations; assert not {'transformers', 'diffusers', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_models_extra_is_what_the_tests_install():
+    root = Path(__file__).parents[1]
+    extra = (root / "pyproject.toml").read_text().partition("\nmodels = [")[2].partition("]")[0]
+    pins = (root / "requirements-models.txt").read_text().splitlines()
+    named = [line.strip(' ",').partition(";")[0] for line in extra.splitlines() if "==" in line]
+    assert len(named) == 5 and set(named) <= set(pins)
+    assert not any(line.startswith(("torch==", "numpy", "nvidia", "triton")) for line in pins)

@@ -1,0 +1,393 @@
+"""`accelerate` on models of other libraries: they compute what they did, wherever they leave the path it swaps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, WIDTH, build, cast, keep, random, tokens, why_no_models
+from torch import nn
+
+from mmkernels.integrations import _blocks, accelerate, restore
+from mmkernels.integrations import torch as of_torch
+from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.testing import same_bits
+
+NO_MODELS = why_no_models()
+pytestmark = pytest.mark.skipif(NO_MODELS is not None, reason=str(NO_MODELS))
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _products_of_every_size_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models would not reach this library's products, nor would large ones where torch's are the better ones."""
+    monkeypatch.setattr(_blocks, "_FEWEST_PRODUCTS", 0)
+    monkeypatch.setattr(_blocks, "products_pay", lambda: True)
+    linear = Swap(of_torch._linear, "concat_linear", (source_hash(nn.Linear.forward),))
+    monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.linear.Linear", linear)
+
+
+def run(model, inputs, outputs):
+    torch.manual_seed(0)  # ViLT draws the order of its patches
+    model.zero_grad(set_to_none=True)
+    picked = outputs(model(**inputs))
+    loss = 0
+    for i, x in enumerate(picked):
+        finite = torch.where(x.isfinite(), x, 0.0).double()
+        loss = loss + (finite * random(*x.shape, seed=i)).sum()
+    loss.backward()
+    gradient = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    return [x.detach().double() for x in picked], gradient
+
+
+def distance(a, b):
+    finite = b.isfinite()
+    assert torch.equal(a.isfinite(), finite)
+    return float(torch.linalg.vector_norm(a[finite] - b[finite]))
+
+
+def joined(gradient, names):
+    return torch.cat([gradient[name].flatten() for name in names])
+
+
+@DTYPES
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_outputs_and_gradients_are_as_exact_as_eager_s_and_restored_ones_are_eager_s(name, dtype):
+    model, inputs, outputs = build(name, dtype)
+    plain, plain_gradient = run(model, inputs, outputs)
+    keys = list(model.state_dict())
+    report = accelerate(model)
+    assert report.replaced and all(entry.reason for entry in report.left)
+    assert list(model.state_dict()) == keys
+    ours, our_gradient = run(model, inputs, outputs)
+    restore(model)
+    assert same_bits(run(model, inputs, outputs)[0], plain)
+    exact, exact_gradient = run(copy.deepcopy(model).double(), cast(inputs, torch.float64), outputs)
+    unit = torch.finfo(dtype).eps
+    assert plain_gradient.keys() == our_gradient.keys()
+    gradients = [joined(g, sorted(plain_gradient)) for g in (our_gradient, plain_gradient, exact_gradient)]
+    for got, same, oracle in [*zip(ours, plain, exact, strict=True), gradients]:
+        norm = float(torch.linalg.vector_norm(oracle[oracle.isfinite()]))
+        assert distance(got, oracle) <= 2 * distance(same, oracle) + 2 * unit * norm
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral_with_windows", "gemma_2_with_softcap_and_windows"])
+def test_real_tokens_do_not_see_padding_on_the_left(name):
+    model, inputs, outputs = build(name)
+    real = inputs["attention_mask"].flip(1).bool()
+    inputs["attention_mask"] = real.long()
+    inputs["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+    plain = run(model, inputs, outputs)[0][0]
+    accelerate(model)
+    torch.testing.assert_close(run(model, inputs, outputs)[0][0][real], plain[real], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model, inputs, outputs = build("llama")
+    del inputs["attention_mask"]
+    inputs["position_ids"] = torch.cat([torch.arange(7), torch.arange(11)])[None].expand(2, -1)
+    plain = run(model, inputs, outputs)[0]
+    accelerate(model)
+    torch.testing.assert_close(run(model, inputs, outputs)[0], plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["clip", "blip", "lxmert", "visual_bert", "grounding_dino", "gemma_2_with_softcap_and_windows"]
+)
+def test_attention_weights_that_are_asked_for_are_eager_s(name):
+    def weights(output):
+        kinds = [k for k in vars(output) if k.endswith("attentions")]
+        found = [x for kind in kinds for x in _tensors(getattr(output, kind))]
+        for part in ("text_model_output", "vision_model_output"):
+            found += _tensors(getattr(getattr(output, part, None), "attentions", None))
+        return found
+
+    model, inputs, _ = build(name)
+    inputs["output_attentions"] = True
+    plain = copy.deepcopy(model)
+    if name != "grounding_dino":  # which has its own weights always, and whose text encoder's masks eager misreads
+        plain.set_attn_implementation("eager")  # sdpa has none to give
+    with torch.no_grad():
+        plain = weights(plain(**inputs))
+        accelerate(model)
+        ours = weights(model(**inputs))
+    assert plain
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def _tensors(x):
+    return [x] if isinstance(x, torch.Tensor) else [t for y in x or () for t in _tensors(y)]
+
+
+def dropping(name):
+    """A model that drops attention weights, and nothing else."""
+    model, inputs, outputs = build(name)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            is_of_attention = any("Attention" in type(m).__name__ and module in m.children() for m in model.modules())
+            module.p = 0.4 if is_of_attention else 0.0
+    model.train()
+    return model, inputs, outputs
+
+
+@pytest.mark.parametrize("name", ["flava", "lxmert", "visual_bert", "blip"])
+def test_dropout_in_training_drops_weights_and_leaves_their_mean(name):
+    model, inputs, outputs = dropping(name)
+    accelerate(model)
+    kinds = ("FlavaSelfAttention", "LxmertAttention", "VisualBertSelfAttention", "BlipTextSelfAttention")
+    attention = next(m for m in model.modules() if type(m).__name__ in kinds)
+    x = random(2, 7, WIDTH)
+    more = (x,) if name == "lxmert" else ()
+    with torch.no_grad():
+        samples = torch.stack([attention(x, *more)[0] for _ in range(800)])
+        attention.eval()
+        exact = attention(x, *more)[0]
+    spread = samples.std(0)
+    assert (spread > 0).all()
+    assert ((samples.mean(0) - exact).abs() < 6 * spread / 800**0.5).all()
+    run(model, inputs, outputs)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_dropout_that_the_op_has_not_is_left_to_the_original():
+    model, inputs, outputs = build("grounding_dino")
+    model.train()
+    fusion = model.model.encoder.layers[0].fusion_layer.attn
+    fusion.dropout = 0.3
+    args = (random(2, 9, fusion.vision_dim), random(2, 5, fusion.text_dim))
+
+    def sample():
+        torch.manual_seed(3)
+        (image, _), (words, _) = fusion(*args)
+        return [image, words]
+
+    plain = sample()
+    accelerate(model, skip="Linear")
+    assert same_bits(sample(), plain)
+    fusion.dropout = 0.0
+    assert not same_bits(sample(), plain)
+
+
+class Scaled(nn.Module):
+    """A linear wrapped as adapters wrap it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["blip", "lxmert", "grounding_dino", "clip", "coca"])
+def test_hooks_and_wrappers_of_children_are_run(name):
+    model, inputs, outputs = build(name)
+    for path, module in list(model.named_modules()):
+        parent, _, child = path.rpartition(".")
+        if type(module) is not nn.Linear or isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            continue
+        if child in ("query", "q_proj", "vision_proj", "0"):
+            setattr(model.get_submodule(parent), child, Scaled(module))
+        else:
+            module.register_forward_hook(lambda module, args, out: out * 1.5)
+            module.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    plain, plain_gradient = run(model, inputs, outputs)
+    accelerate(model)
+    ours, our_gradient = run(model, inputs, outputs)
+    for got, same in [*zip(ours, plain, strict=True), [joined(g, sorted(g)) for g in (our_gradient, plain_gradient)]]:
+        assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
+
+
+GENERATING = ["llama", "mistral_with_windows", "gemma_2_with_softcap_and_windows", "gpt_oss_with_sinks"]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", [*GENERATING, "llava", "whisper", "t5_with_position_bias"])
+def test_greedy_generation_gives_eager_s_tokens(name, cache):
+    model, inputs, _ = build(name)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    if "attention_mask" in inputs and name not in ("llava", "t5_with_position_bias"):
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+    inputs = {k: v for k, v in inputs.items() if k not in ("use_cache", "labels", "decoder_input_ids")}
+    plain = model.generate(**inputs, **options)
+    accelerate(model)
+    assert torch.equal(model.generate(**inputs, **options), plain)
+
+
+@pytest.mark.parametrize("name", ["clip", "lxmert", "llama"])
+def test_an_accelerated_model_compiles_into_one_graph(name):
+    model, inputs, outputs = build(name)
+    accelerate(model)
+    with torch.no_grad():
+        expected = outputs(model(**inputs))
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(outputs(compiled(**inputs)), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["clip", "lxmert"])
+def test_copies_and_pickles_of_an_accelerated_model_compute_the_same(name):
+    model, inputs, outputs = build(name)
+    accelerate(model)
+    expected = [x.detach() for x in outputs(model(**inputs))]
+    plain = copy.deepcopy(model)
+    restore(plain)
+    assert all("forward" not in m.__dict__ for m in plain.modules())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same_bits([x.detach() for x in outputs(twin(**inputs))], expected)
+        restore(twin)
+        assert same_bits([x.detach() for x in outputs(twin(**inputs))], [x.detach() for x in outputs(plain(**inputs))])
+    assert same_bits([x.detach() for x in outputs(model(**inputs))], expected)
+
+
+def test_a_pickle_opens_where_nothing_has_registered_the_attention(tmp_path):
+    model, inputs, _ = build("llama")
+    accelerate(model)
+    torch.save((model, inputs, model(**inputs).logits.detach()), tmp_path / "model.pt")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import torch, architectures\n"
+        "model, inputs, expected = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-4)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
+def test_twice_is_once_and_blocks_restore_at_their_end():
+    from transformers import AttentionInterface
+
+    model, inputs, outputs = build("clip")
+    plain = run(model, inputs, outputs)[0]
+    with accelerate(model) as report:
+        assert model.config.vision_config._attn_implementation == "mmkernels"
+        assert "mmkernels" in AttentionInterface().valid_keys()
+        ours = run(model, inputs, outputs)[0]
+        assert list(accelerate(model)) == list(report)
+        with restore(model):
+            assert same_bits(run(model, inputs, outputs)[0], plain)
+        assert same_bits(run(model, inputs, outputs)[0], ours)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert same_bits(run(model, inputs, outputs)[0], plain)
+
+
+def test_a_choice_within_a_model_of_one_attention_leaves_all_of_it():
+    model, _, _ = build("clip")
+    report = accelerate(model, skip="vision_model.encoder.layers.0.self_attn")
+    left = {entry.path: entry.reason for entry in report.left}
+    assert left == {"vision_model.encoder.layers.0.self_attn": "in skip=('vision_model.encoder.layers.0.self_attn',)"}
+    assert model.config.text_config._attn_implementation == "mmkernels"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    restore(model)
+    accelerate(model, strict=True)
+
+
+def test_registered_attention_can_be_asked_for_by_name():
+    from transformers import AutoModel, CLIPTextConfig
+
+    from mmkernels.integrations.transformers import register
+
+    register()
+    config = CLIPTextConfig(hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config.vocab_size, config.eos_token_id = 100, 3
+    torch.manual_seed(0)
+    ours = AutoModel.from_config(config, attn_implementation="mmkernels").eval()
+    assert ours.config._attn_implementation == "mmkernels"
+    plain = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    plain.load_state_dict(ours.state_dict())
+    inputs = {"input_ids": tokens(2, 9), "attention_mask": keep(2, 9)}
+    inputs["input_ids"][:, -1] = 3
+    got, expected = (model(**inputs).last_hidden_state for model in (ours, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+MASKS = {  # what transformers builds its masks of, and whether ours says it without the dense form
+    "causal": ("causal", None, 0, True),
+    "causal, padded on the right": ("causal", "right", 0, True),
+    "causal, padded on the left": ("causal", "left", 0, False),
+    "causal after a cache": ("causal", None, 5, True),
+    "causal after a cache, padded on the left": ("causal", "left", 5, False),
+    "causal into a static cache": ("causal", None, 2, False),
+    "bidirectional, padded on the right": ("bidirectional", "right", 0, True),
+    "bidirectional, padded on the left": ("bidirectional", "left", 0, False),
+    "window": ("window", None, 0, True),
+    "window after a cache": ("window", None, 5, True),
+    "window, padded on the right": ("window", "right", 0, True),
+    "packed": ("packed", None, 0, False),
+    "chunked": ("chunked", None, 0, False),
+}
+
+
+@pytest.fixture
+def bert() -> Iterator[nn.Module]:
+    module = nn.Module()
+    module.is_causal = True  # a mask decides, not this
+    yield module
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_in_their_compact_form_are_the_dense_ones(name, bert):
+    from transformers import masking_utils as utils
+
+    from mmkernels.integrations.transformers.interface import _COMPACT, attention, attention_mask
+
+    kind, padding, before, is_compact = MASKS[name]
+    queries, keys = (8, 8 + before) if "static" not in name else (4, 8)
+    function = {
+        "causal": utils.causal_mask_function,
+        "bidirectional": utils.bidirectional_mask_function,
+        "window": utils.sliding_window_causal_mask_function(3),
+        "packed": utils.and_masks(
+            utils.causal_mask_function, utils.packed_sequence_mask_function(torch.tensor([[0] * 3 + [1] * 5] * 3))
+        ),
+        "chunked": utils.chunked_causal_mask_function(3, torch.zeros(3, dtype=torch.int)),
+    }[kind]
+    mask = None if padding is None else keep(3, keys).bool()
+    if padding == "left":
+        mask = mask.flip(1)
+    arguments = (3, queries, keys, before, 0, function, mask)
+    dense = utils.sdpa_mask(*arguments, allow_is_causal_skip=False)
+    ours = attention_mask(*arguments)
+    assert torch.equal(ours, dense)
+    assert hasattr(ours, _COMPACT) == is_compact
+    q, k, v = random(3, 4, queries, 16), random(3, 2, keys, 16, seed=3), random(3, 2, keys, 16, seed=4)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True).transpose(1, 2)
+    got, weights = attention(bert, q, k, v, ours)
+    assert weights is None
+    seen = dense.any(-1)[:, 0, :, None, None]  # what sdpa gives for rows that see nothing is its own
+    torch.testing.assert_close(torch.where(seen, got, 0.0), torch.where(seen, expected, 0.0))
+    assert not torch.where(seen, 0.0, got).any()
+    if is_compact and padding is not None:
+        ours[:, :, :, 0] = False  # the dense form has changed, and decides
+        changed = attention(bert, q, k, v, ours)[0]
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=ours, enable_gqa=True).transpose(1, 2)
+        seen = ours.any(-1)[:, 0, :, None, None]
+        torch.testing.assert_close(torch.where(seen, changed, 0.0), torch.where(seen, expected, 0.0))
+
+
+def test_a_mask_that_is_absent_means_what_the_module_says(bert):
+    from mmkernels.integrations.transformers.interface import attention
+
+    q, k, v = (random(2, 4, 6, 16, seed=i) for i in range(3))
+    for module, given, causal in (
+        (bert, None, True),
+        (bert, False, False),
+        (nn.Module(), None, False),  # Mllama's image encoder says nothing, and is not causal
+        (nn.Module(), True, True),
+    ):
+        expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+        torch.testing.assert_close(attention(module, q, k, v, None, is_causal=given)[0], expected)
+
+
+@pytest.mark.parametrize("kind, said", [("flex_attention", "is"), ("eager", "was chosen to be")])
+def test_models_with_an_attention_of_another_kind_are_left(kind, said):
+    model, _, _ = build("llama")
+    model.config._attn_implementation_internal = kind
+    report = accelerate(model, skip="Linear")
+    assert {e.reason for e in report.left if e.what == "LlamaAttention"} == {f'its attention {said} "{kind}"'}
+    assert model.config._attn_implementation == kind
