@@ -221,6 +221,10 @@ class DifferentiableOp:
         has_door = absent is None and cpu.composed is None
         weights = tuple(self._names.index(name) for name in cpu.weights)
         self._handle = _native.open_door(cpu.name, self._outputs, self._kept, weights) if has_door else None
+        # The output, or the list of them where there are several, of a plain eager call that nobody has checked; None
+        # where the call is not plain or does not fit. For ops whose kernels come with a check of their own
+        # (``DoorCheck``); ask `may_use_door` first.
+        self.unchecked: Callable[..., Any] = self._unchecked
         if self._handle is not None and choose is None:
             self.unchecked = functools.partial(_plain_call, self._handle, False, 0)  # a frame of Python less
 
@@ -237,13 +241,7 @@ class DifferentiableOp:
         training = needs_grad(*self._leaves(args))
         return tuple(self._split(self.forward(*args, training))[0])
 
-    def unchecked(self, *args: Any) -> Any:
-        """The output, or the list of them where there are several, of a plain eager call that nobody has checked.
-
-        None where the call is not plain or does not fit.
-
-        For ops whose kernels come with a check of their own (``DoorCheck``); ask `may_use_door` first.
-        """
+    def _unchecked(self, *args: Any) -> Any:
         if self._handle is None:
             return None
         return _plain_call(self._handle, False, self._kept_kind(args), *args)
