@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels._differentiable import DifferentiableOp, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels
 
 
 def product_of(xs: list[Tensor], weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor]:
@@ -35,7 +36,7 @@ toy_op = DifferentiableOp(
     reference=reference,
     reference_saved=product_of,
     fake=fake,
-    cpu=native_backend("toy_for_tests"),
+    cpu=NativeKernels("toy_for_tests"),
 )
 
 

@@ -169,7 +169,7 @@ def test_a_block_around_the_forward_alone(name: str, compiled: bool) -> None:
 
 
 def test_an_op_that_saves_says_what_the_reference_saves() -> None:
-    from mmkernels._differentiable import native_backend
+    from mmkernels._kernels import NativeKernels
 
     with pytest.raises(TypeError, match="reference_saved: expected a function, as the op saves Tensor kept; got None"):
         DifferentiableOp(
@@ -179,5 +179,5 @@ def test_an_op_that_saves_says_what_the_reference_saves() -> None:
             saved="Tensor kept",
             reference=torch.sin,
             fake=lambda x: (torch.empty_like(x), torch.empty_like(x)),
-            cpu=native_backend("saves_for_tests"),
+            cpu=NativeKernels("saves_for_tests"),
         )

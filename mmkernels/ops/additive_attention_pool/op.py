@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 
@@ -26,7 +27,7 @@ additive_attention_pool_op = DifferentiableOp(
     reference=reference.additive_attention_pool,
     reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
-    cpu=native_backend("additive_attention_pool", weights=("weight", "query_weight")),
+    cpu=NativeKernels("additive_attention_pool", weights=("weight", "query_weight")),
     triton=TritonKernels(too_many_modalities),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.bilinear_fusion import reference
 
 
@@ -25,7 +26,7 @@ bilinear_fusion_op = DifferentiableOp(
     reference=reference.bilinear_fusion,
     reference_saved=reference.projections,
     fake=_bilinear_fusion_fake,
-    cpu=native_backend("bilinear_fusion", weights=("x_weight", "y_weight")),
+    cpu=NativeKernels("bilinear_fusion", weights=("x_weight", "y_weight")),
     triton=TritonKernels(),
     keeps=Kept(
         {

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.concat_linear import reference
 
 
@@ -94,7 +95,7 @@ concat_linear_op = DifferentiableOp(
     reference=reference.concat_linear,
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
-    cpu=native_backend("concat_linear", weights=("weight",)),
+    cpu=NativeKernels("concat_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=cuda_loses),
     triton=TritonKernels(),
     keeps=(_KEPT, _kept_kind),

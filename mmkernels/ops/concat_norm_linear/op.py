@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, products_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING, EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.concat_linear.op import cuda_declines_sizes
 from mmkernels.ops.concat_norm_linear import reference
 
@@ -76,7 +77,7 @@ concat_norm_linear_op = DifferentiableOp(
     reference=reference.concat_norm_linear,
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
-    cpu=native_backend("concat_norm_linear", weights=("weight",)),
+    cpu=NativeKernels("concat_norm_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
     keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda *args: args[-1] is None),  # without activation the output is z

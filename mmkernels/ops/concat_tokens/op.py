@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, rows_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.concat_tokens import reference
 
 
@@ -64,7 +65,7 @@ concat_tokens_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,
-    cpu=native_backend("concat_tokens", supports=_native_supports),
+    cpu=NativeKernels("concat_tokens", supports=_native_supports),
     cuda=CudaKernels(_cuda_supports, loses=lambda xs, *_: rows_lose(sum(x.numel() for x in xs))),
     triton=TritonKernels(_triton_supports),
     keeps=(_KEPT, lambda *args: args[4] is not None),

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.contrastive_loss import reference
 
@@ -43,6 +44,6 @@ contrastive_loss_op = DifferentiableOp(
     reference=reference.contrastive_loss,
     reference_saved=reference.softmax_stats,
     fake=_contrastive_loss_fake,
-    cpu=native_backend("contrastive_loss"),
+    cpu=NativeKernels("contrastive_loss"),
     triton=TritonKernels(),
 )

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, NativeKernels, TritonKernels
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention import batching, reference

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._pool import too_many_modalities
 from mmkernels.ops.decision_fusion import reference
 
@@ -30,6 +31,6 @@ decision_fusion_op = DifferentiableOp(
     outputs="Tensor probabilities",
     reference=reference.decision_fusion,
     fake=_decision_fusion_fake,
-    cpu=native_backend("decision_fusion"),
+    cpu=NativeKernels("decision_fusion"),
     triton=TritonKernels(_triton_supports),
 )

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.deformable_attention import reference
 
 
@@ -33,7 +34,7 @@ deformable_attention_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.deformable_attention,
     fake=_deformable_attention_fake,
-    cpu=native_backend("deformable_attention", _rows_have_32_bits),
+    cpu=NativeKernels("deformable_attention", _rows_have_32_bits),
     triton=TritonKernels(_cells_have_32_bits),
     keeps=Kept({"values": "locations weights presence", "weights": "values locations presence"}),
 )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.distillation_loss import reference
 
 # Of every row: maximum and sum of exponentials of student and of teacher, and up to two divergences.
@@ -33,6 +34,6 @@ distillation_loss_op = DifferentiableOp(
     reference=reference.distillation_loss,
     reference_saved=reference.row_statistics,
     fake=_distillation_loss_fake,
-    cpu=native_backend("distillation_loss"),
+    cpu=NativeKernels("distillation_loss"),
     triton=TritonKernels(_triton_supports),
 )

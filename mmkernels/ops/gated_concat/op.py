@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.gated_concat import reference
 
 
@@ -29,6 +30,6 @@ gated_concat_op = DifferentiableOp(
     reference=reference.gated_concat,
     reference_saved=_gated_concat_saved,
     fake=_gated_concat_fake,
-    cpu=native_backend("gated_concat", weights=("weight",)),
+    cpu=NativeKernels("gated_concat", weights=("weight",)),
     triton=TritonKernels(),
 )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.gated_fusion import reference
 
 
@@ -42,6 +43,6 @@ gated_fusion_op = DifferentiableOp(
     reference=reference.gated_fusion,
     reference_saved=_gated_fusion_saved,
     fake=_gated_fusion_fake,
-    cpu=native_backend("gated_fusion", weights=("value_weights", "gate_weight")),
+    cpu=NativeKernels("gated_fusion", weights=("value_weights", "gate_weight")),
     triton=TritonKernels(),
 )

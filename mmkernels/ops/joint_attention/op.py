@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
@@ -80,7 +81,7 @@ joint_attention_op = DifferentiableOp(
     reference=reference.joint_attention,
     reference_saved=reference.softmax_stats,
     fake=_joint_attention_fake,
-    cpu=native_backend("joint_attention", _supports),
+    cpu=NativeKernels("joint_attention", _supports),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.low_rank_fusion import reference
 
 
@@ -27,7 +28,7 @@ low_rank_fusion_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,
-    cpu=native_backend("low_rank_fusion", weights=("factors",)),
+    cpu=NativeKernels("low_rank_fusion", weights=("factors",)),
     triton=TritonKernels(),
     keeps=Kept({"bias": ""}, never="bias"),
 )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.merge_attention import reference
 
@@ -34,7 +35,7 @@ merge_attention_op = DifferentiableOp(
     outputs="Tensor out, Tensor lse",
     reference=reference.merge_attention,
     fake=_merge_attention_fake,
-    cpu=native_backend("merge_attention"),
+    cpu=NativeKernels("merge_attention"),
     triton=TritonKernels(_triton_supports),
     gradient=lambda leaf, _: _in_own_order(leaf),
 )

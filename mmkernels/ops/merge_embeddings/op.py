@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._cuda import misaligned
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.merge_embeddings import reference
 
 
@@ -33,7 +34,7 @@ merge_embeddings_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.merge_embeddings,
     fake=_merge_embeddings_fake,
-    cpu=native_backend("merge_embeddings"),
+    cpu=NativeKernels("merge_embeddings"),
     cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(),
     keeps=Kept({"text": "mask", "modals": "mask"}),

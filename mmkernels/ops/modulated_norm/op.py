@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels._cuda import misaligned, rows_lose
-from mmkernels._differentiable import CudaKernels, DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.modulated_norm import reference
 
 
@@ -48,7 +49,7 @@ modulated_norm_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
-    cpu=native_backend("modulated_norm"),
+    cpu=NativeKernels("modulated_norm"),
     cuda=CudaKernels(_cuda_supports, loses=lambda x, *_: rows_lose(x.numel())),
     triton=TritonKernels(_triton_supports),
     keeps=(_KEPT, lambda *args: args[3] is not None),

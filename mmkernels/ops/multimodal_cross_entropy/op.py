@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.multimodal_cross_entropy import reference
 
 
@@ -34,6 +35,6 @@ multimodal_cross_entropy_op = DifferentiableOp(
     reference=reference.multimodal_cross_entropy,
     reference_saved=reference.saved_statistics,
     fake=_multimodal_cross_entropy_fake,
-    cpu=native_backend("multimodal_cross_entropy"),
+    cpu=NativeKernels("multimodal_cross_entropy"),
     triton=TritonKernels(_triton_supports),
 )

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops._products import matmul
 from mmkernels.ops.multiplicative_attention_pool import reference
@@ -43,7 +44,7 @@ multiplicative_attention_pool_op = DifferentiableOp(
     reference=reference.multiplicative_attention_pool,
     reference_saved=_multiplicative_attention_pool_saved,
     fake=_multiplicative_attention_pool_fake,
-    cpu=native_backend("multiplicative_attention_pool", weights=("weight",)),
+    cpu=NativeKernels("multiplicative_attention_pool", weights=("weight",)),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.sigmoid_contrastive_loss import reference
 
@@ -29,6 +30,6 @@ sigmoid_contrastive_loss_op = DifferentiableOp(
     reference=reference.sigmoid_contrastive_loss,
     reference_saved=reference.unit_gradients,
     fake=_sigmoid_contrastive_loss_fake,
-    cpu=native_backend("sigmoid_contrastive_loss"),
+    cpu=NativeKernels("sigmoid_contrastive_loss"),
     triton=TritonKernels(),
 )

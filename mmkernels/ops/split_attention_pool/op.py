@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._pool import pooled_fake, stacked, too_many_modalities
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
@@ -56,7 +57,7 @@ split_attention_pool_op = DifferentiableOp(
     reference=reference.split_attention_pool,
     reference_saved=_split_attention_pool_saved,
     fake=_split_attention_pool_fake,
-    cpu=native_backend("split_attention_pool", weights=("weight1", "weight2")),
+    cpu=NativeKernels("split_attention_pool", weights=("weight1", "weight2")),
     triton=TritonKernels(too_many_modalities),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

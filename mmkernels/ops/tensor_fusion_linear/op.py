@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmkernels._differentiable import DifferentiableOp, TritonKernels, native_backend
+from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.tensor_fusion_linear import reference
 
 
@@ -23,7 +24,7 @@ tensor_fusion_linear_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
-    cpu=native_backend("tensor_fusion_linear", weights=("weight",)),
+    cpu=NativeKernels("tensor_fusion_linear", weights=("weight",)),
     triton=TritonKernels(),
     keeps=Kept({"weight": "xs presence", "bias": ""}, never="bias"),
 )
