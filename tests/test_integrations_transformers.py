@@ -155,6 +155,28 @@ def test_dropout_in_training_drops_weights_and_leaves_their_mean(name):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("name", ["flava", "lxmert", "blip"])
+def test_dropout_before_a_residual_is_not_fused_away(name):
+    model, _, _ = build(name)
+    block = next(m for m in model.modules() if type(m).__name__ in ("FlavaOutput", "LxmertOutput", "BlipTextOutput"))
+    block.train()
+    block.dropout.p = 0.5
+    args = (random(2, 7, block.dense.in_features), random(2, 7, WIDTH))
+
+    def sample():
+        torch.manual_seed(5)
+        return block(*args)
+
+    plain = sample()
+    accelerate(model)
+    assert "forward" in block.__dict__
+    torch.testing.assert_close(sample(), plain, rtol=1e-4, atol=1e-4)
+    block.eval()
+    ours = sample()
+    restore(model)
+    torch.testing.assert_close(ours, sample(), rtol=1e-4, atol=1e-4)
+
+
 def test_dropout_that_the_op_has_not_is_left_to_the_original():
     model, inputs, outputs = build("grounding_dino")
     model.train()
@@ -190,6 +212,8 @@ def test_hooks_and_wrappers_of_children_are_run(name):
     model, inputs, outputs = build(name)
     for path, module in list(model.named_modules()):
         parent, _, child = path.rpartition(".")
+        if "Activation" in type(module).__name__:
+            module.register_forward_hook(lambda module, args, out: out + 0.25)
         if type(module) is not nn.Linear or isinstance(model.get_submodule(parent), nn.MultiheadAttention):
             continue
         if child in ("query", "q_proj", "vision_proj", "0"):

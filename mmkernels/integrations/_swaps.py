@@ -71,8 +71,10 @@ def find_swap(kind: type) -> Swap | None:
     library = kind.__module__.partition(".")[0]
     if library not in _TABLES:
         return None
-    swaps: Mapping[str, Swap] = importlib.import_module(_TABLES[library]).SWAPS
-    return swaps.get(f"{kind.__module__}.{kind.__qualname__}")
+    table = importlib.import_module(_TABLES[library])
+    swaps: Mapping[str, Swap] = table.SWAPS
+    swap = swaps.get(f"{kind.__module__}.{kind.__qualname__}")
+    return table.find_by_source(kind) if swap is None and hasattr(table, "find_by_source") else swap
 
 
 @dataclass(frozen=True)

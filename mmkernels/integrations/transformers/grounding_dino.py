@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmkernels.integrations._blocks import SERVED, linear
 from mmkernels.integrations._swaps import Swap
+from mmkernels.integrations.transformers.feed_forward import feed_forward
 from mmkernels.integrations.transformers.query_key_value import heads
 from mmkernels.integrations.transformers.weights import weights
 from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
@@ -37,6 +38,22 @@ def _text_enhancer(module: Any, *args: Any, **kwargs: Any) -> Any:
 def _decoder_layer(module: Any, *args: Any, output_attentions: bool | None = False, **kwargs: Any) -> Any:
     with weights.said_to_be("kept" if output_attentions else "dropped"):
         return type(module).forward(module, *args, output_attentions=output_attentions, **kwargs)
+
+
+def _deformable_layer(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    if args or module.training:  # where it looks for infinities in the end
+        return type(module).forward(module, hidden_states, attention_mask, *args, **kwargs)
+    attended, of_attention = module.self_attn(
+        hidden_states=hidden_states,
+        attention_mask=attention_mask,
+        encoder_hidden_states=hidden_states,
+        encoder_attention_mask=attention_mask,
+        **kwargs,
+    )
+    x = module.self_attn_layer_norm(hidden_states + attended)
+    return module.final_layer_norm(feed_forward(module, x)), of_attention
 
 
 def _fusion(
@@ -102,6 +119,7 @@ for _file, _prefix, _of_encoder, _of_enhancer in (
         f"{_file}{_prefix}Encoder": Swap(_encoder, _WITHOUT, (_of_encoder,)),
         f"{_file}{_prefix}TextEnhancerLayer": Swap(_text_enhancer, _WITHOUT, (_of_enhancer,)),
         f"{_file}{_prefix}DecoderLayer": Swap(_decoder_layer, _WITHOUT, ("185ff025433f",)),
+        f"{_file}{_prefix}DeformableLayer": Swap(_deformable_layer, "concat_linear", ("ec4ccb8867d0",)),
         f"{_file}{_prefix}BiMultiHeadAttention": Swap(_fusion, _FUSED, ("f63ab9945e07",)),
     }
 for _file in ("grounding_dino", "mm_grounding_dino", "omdet_turbo", "deformable_detr"):
