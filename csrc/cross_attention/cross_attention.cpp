@@ -247,8 +247,8 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
                dv = empty_gradient(needed[2], value);
   const Tensor out = dense_rows(saved[0]), stats = saved[saved.size() - 1].contiguous();  // between them the LSE
   const Tensor grad_lse = return_lse ? grads[1].contiguous() : Tensor{};
-  const Tensor none = at::cpu::empty({0}, query.options());
-  Tensor grad = dense_rows(grads[0]), dmask = none, dsinks = of_sinks ? at::empty_like(*in.sinks) : none;
+  const auto none = [&] { return at::cpu::empty({0}, query.options()); };
+  Tensor grad = dense_rows(grads[0]), dmask = none(), dsinks = of_sinks ? at::empty_like(*in.sinks) : none();
   // The gradient of both masks is summed for what they are broadcast to.
   const bool of_masks = of_mask || of_bias, of_both = of_mask && of_bias;
   const std::vector<int64_t> dmask_shape = of_both   ? joint_shape(*in.mask, *in.bias)
@@ -287,7 +287,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
     MMK_DISPATCH(attention_backward)(p);
   };
   const auto result = [&](const Tensor& of_mask, const Tensor& of_bias) -> std::vector<Tensor> {
-    return {dq, dk, dv, of_mask, of_bias, dsinks, none, none};  // the last are lengths and random state
+    return {dq, dk, dv, of_mask, of_bias, dsinks, none(), none()};  // the last are lengths and random state
   };
   if (has_no_scores(in)) {
     for (const Tensor& t : {dq, dk, dv, dsinks}) t.zero_();
@@ -295,7 +295,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
       dsinks.copy_(grad_lse.sum({0, 2}).masked_fill(in.sinks->eq(-kInfinity), 0));
     }
     const auto zeros = [&](bool wanted, const OptionalTensor& t) {
-      return wanted ? at::zeros(t->sizes(), t->options()) : none;
+      return wanted ? at::zeros(t->sizes(), t->options()) : none();
     };
     return result(zeros(of_mask, mask), zeros(of_bias, bias));
   }
@@ -308,7 +308,7 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
     run(take_out_poison(in.key, in.value));
   }
   const auto of = [&](bool wanted, const OptionalTensor& given, const OptionalTensor& t) {
-    if (!wanted) return none;
+    if (!wanted) return none();
     const Tensor summed = dmask.sum_to_size(t->sizes()).to(t->scalar_type());
     return (of_both && summed.is_alias_of(dmask) ? summed.clone() : summed).view(given->sizes());
   };
