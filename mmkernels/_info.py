@@ -7,13 +7,12 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmkernels import _dispatch, _native
+from mmkernels._amx import cpu_lines, torch_uses_amx
 
 
 def _version(package: str) -> str | None:
@@ -23,22 +22,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_lines() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
-
-
-def torch_uses_amx(cpu_lines: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Whether torch's bfloat16 products run on AMX tiles: the core has them and nothing keeps oneDNN below them."""
-    flags = next((line.partition(":")[2].split() for line in cpu_lines if line.startswith("flags")), [])
-    limit = (environment.get("ONEDNN_MAX_CPU_ISA") or environment.get("DNNL_MAX_CPU_ISA") or "DEFAULT").upper()
-    return "amx_bf16" in flags and (limit in ("ALL", "DEFAULT") or "AMX" in limit or limit.startswith("AVX10_2"))
-
-
 def _cpu_name() -> str:
-    lines = _cpu_lines()
+    lines = cpu_lines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -66,7 +51,7 @@ def collect() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": _gpus(),
-            "amx": torch_uses_amx(_cpu_lines(), os.environ),
+            "amx": torch_uses_amx(cpu_lines(), os.environ),
         },
         "native": {
             "path": _native.library_path(),

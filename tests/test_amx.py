@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmkernels import _info
+from mmkernels import _amx, _info
 from mmkernels.bench import machine
 
 SAPPHIRE_RAPIDS = ["model name\t: Xeon", "flags\t\t: fpu avx512f amx_tile amx_bf16 amx_int8"]
@@ -24,7 +24,7 @@ SAPPHIRE_RAPIDS = ["model name\t: Xeon", "flags\t\t: fpu avx512f amx_tile amx_bf
 def test_amx_is_used_where_the_core_has_it_and_onednn_may(
     lines: list[str], environment: dict[str, str], used: bool
 ) -> None:
-    assert _info.torch_uses_amx(lines, environment) is used
+    assert _amx.torch_uses_amx(lines, environment) is used
 
 
 @pytest.mark.parametrize("used", [False, True])

@@ -38,6 +38,13 @@ class ReadsPairs(TorchDispatchMode):
         return out.masked_fill(bad, torch.nan)
 
 
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that reckon with AMX, whatever the core."""
+    monkeypatch.setattr(_products, "_multiplies_on_tiles", lambda: True)
+
+
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("m, k, n", [(5, 7, 3), (4, 7, 6), (5, 6, 6), (4, 6, 3), (1, 1, 1)])
 def test_a_row_with_nan_leaves_the_others_alone_in_products_and_their_gradients(
@@ -63,6 +70,7 @@ def test_a_row_with_nan_leaves_the_others_alone_in_products_and_their_gradients(
             torch.testing.assert_close(g, e, equal_nan=True)
 
 
+@pytest.mark.usefixtures("tiles")
 def test_the_mode_that_reads_pairs_lets_a_row_with_nan_into_the_one_before() -> None:
     a, b = torch.rand(27, 29).bfloat16(), torch.randn(29, 16).bfloat16()
     a[7:] = torch.nan
@@ -72,6 +80,7 @@ def test_the_mode_that_reads_pairs_lets_a_row_with_nan_into_the_one_before() -> 
         assert _products.matmul(a, b)[:7].isfinite().all()
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("k, n", [(7, 3), (6, 4), (0, 3), (7, 0)])
 @pytest.mark.parametrize("bias", [True, False])
@@ -203,6 +212,7 @@ def test_a_row_with_nan_reaches_no_neighbour_in_any_operand(name: str, dtype: to
     check_no_row_reaches_another(name, dtype)
 
 
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", CALLS)
 def test_nor_does_it_where_torchs_product_reads_pairs_beyond_a_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # As plain torch under the mode, which a custom op would hide its inside from.

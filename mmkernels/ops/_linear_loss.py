@@ -62,7 +62,8 @@ def small_logits(hidden: Sequence[Any], linear: Any, valid: Callable[[int], Any]
 
     Args:
         hidden, linear: [B, D] and the heads.
-        valid: of the i-th hidden states which rows count, [B] bool, or None where all do; the others are not read.
+        valid: of the i-th hidden states which rows count, [B] bool, or None where all do. The others may hold NaN: no
+            loss reads their logits, but a gradient of the head would read them.
     """
     if not isinstance(linear, (list, tuple)) or len(linear) != len(hidden):
         return None
@@ -84,9 +85,7 @@ def small_logits(hidden: Sequence[Any], linear: Any, valid: Callable[[int], Any]
         return None
     made = []
     for i, (x, (weight, bias)) in enumerate(zip(hidden, linear, strict=True)):
-        rows = valid(i)
-        if rows is not None and rows.shape != x.shape[:1]:
-            return None
+        rows = valid(i) if torch.is_grad_enabled() and weight.requires_grad else None
         if rows is not None and not bool(rows.all()):
             x = x.masked_fill(~rows.unsqueeze(1), 0)
         made.append(products.linear(x, weight, bias))

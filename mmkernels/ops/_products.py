@@ -3,15 +3,20 @@
 torch's product of half-precision matrices on a CPU with AMX takes the depth in pairs, and completes the last pair of an
 odd one with the element that follows in memory: the first of the next row, weighed with zero. Where that is NaN or
 infinite the row becomes NaN, and what one row holds must not reach another. With zeros to an even size there is no such
-pair; that goes for all three sizes, since each is the depth of a product of the backward. What is being compiled stays
-as it is: sizes may be symbols there.
+pair; that goes for all three sizes, since each is the depth of a product of the backward. Cores without AMX need none.
+What is being compiled stays as it is: sizes may be symbols there.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mmkernels._amx import cpu_lines, torch_uses_amx
 
 _IN_PAIRS = (torch.bfloat16, torch.float16)
 
@@ -38,5 +43,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)[:rows, :columns].reshape(*lead, columns)
 
 
+@functools.cache
+def _multiplies_on_tiles() -> bool:
+    return torch_uses_amx(cpu_lines(), os.environ)
+
+
 def _is_paired(t: Tensor) -> bool:
-    return t.device.type == "cpu" and t.dtype in _IN_PAIRS and not torch.compiler.is_compiling()
+    return t.dtype in _IN_PAIRS and t.is_cpu and not torch.compiler.is_compiling() and _multiplies_on_tiles()

@@ -143,6 +143,8 @@ def _small_logits(
     """See `linear_loss.small_logits`."""
     if type(ignore_index) is not int or not all(type(y) in PLAIN and y.dtype is torch.int64 for y in labels):
         return None
+    if not all(type(x) in PLAIN and x.shape[:1] == y.shape for x in hidden for y in labels):
+        return None
     if presence is not None:
         shapes = (len(hidden),), (*labels[0].shape, len(hidden))
         if type(presence) not in PLAIN or presence.dtype is not torch.bool or presence.shape not in shapes:
