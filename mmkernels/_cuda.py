@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def _backend(
     position: int,
     supports: Callable[..., str | None] | None,
     loses: Callable[..., str | None] | None,
+    gathered: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> Backend:
     @functools.cache
     def kernels() -> Callable[..., Any]:
@@ -144,7 +145,7 @@ def _backend(
         return None if loses is None or is_forced(library.name) else loses(*args)
 
     def run(*args: Any) -> Any:
-        return kernels()(library, *map(dense, args))
+        return kernels()(library, *gathered([dense(x) for x in args]))
 
     return Backend(library.name, run, why_not, for_tests=library is SIMT)
 
@@ -155,18 +156,21 @@ def cuda_backends(
     position: int = 0,
     supports: Callable[..., str | None] | None = None,
     loses: Callable[..., str | None] | None = None,
+    gathered: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
 ) -> list[Backend]:
     """``function`` of the op's ``kernel_cuda.py`` as the backend "cuda", and where there is an emulator as "simt".
 
     Args:
         op: the folder under ``mmkernels/ops``.
-        function: takes the library and the arguments of the operator's schema, floating tensors with a dense last dim.
+        function: takes the library and what ``gathered`` makes of the arguments of the operator's schema, floating
+            tensors with a dense last dim.
         position: of an argument that is a tensor, or a list of them, of the call's dtype and device.
         supports: the arguments -> why the kernels cannot serve them, or None.
         loses: the arguments -> why the next backend serves them faster, or None; a forced backend is not asked.
+        gathered: the arguments -> what the function takes.
     """
     libraries = [CUDA, SIMT] if SIMT.path.exists() else [CUDA]
-    return [_backend(library, op, function, position, supports, loses) for library in libraries]
+    return [_backend(library, op, function, position, supports, loses, gathered) for library in libraries]
 
 
 def rows_lose(elements: int) -> str | None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import _native
+from mmkernels._arguments import gather, schema_of
 from mmkernels._autograd import fold_vmap, kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Operator,
@@ -82,18 +83,18 @@ class DifferentiableOp:
 
     Args:
         name: of the op under ``torch.ops.mmkernels``.
-        arguments: their schema; tensors as ``Tensor``, ``Tensor?`` or ``Tensor[]``.
+        arguments: the ``NamedTuple`` of what it takes (`mmkernels._arguments`).
         outputs: schema of the differentiable outputs; ``Tensor[]`` for a list whose length the arguments give.
         saved: schema of what else the kernels leave for the backward; may be empty.
         reference: ``(*arguments)`` -> the outputs, one tensor or a tuple; tensors in any memory order.
-        fake: ``(*arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
+        fake: ``(arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
         cpu: the compiled kernels.
         cuda: the CUDA kernels.
         triton: the Triton kernels.
-        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
+        reference_saved: ``(arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
             all backends give them: the backward may run on another one. To be given where there are any.
         keeps: what its backward finds again; where that depends on the options, all there is to choose from, and
-            ``(*arguments)`` -> the position of one.
+            ``(arguments)`` -> the position of one.
         gradient: ``(leaf, argument's name)`` -> a fresh tensor with the shape and strides of the gradient of that
             argument; default: contiguous, and for the weights of ``cpu`` as those kernels write them.
         batching: the rules ``(operator, info, in_dims, *args)`` of vmap, of forward and backward; default: one call per
@@ -103,7 +104,7 @@ class DifferentiableOp:
     def __init__(
         self,
         name: str,
-        arguments: str,
+        arguments: Any,
         *,
         outputs: str,
         saved: str = "",
@@ -122,30 +123,32 @@ class DifferentiableOp:
         self.name = name
         self._reference = reference
         self._reference_saved = reference_saved
+        schema, arguments = (arguments, None) if isinstance(arguments, str) else (schema_of(arguments), arguments)
+        self._gather = functools.partial(gather, arguments)
         self._fake = fake
         self._gradient = gradient or (_gradients_of_weights(cpu.weights) if cpu.weights else _contiguous_gradient)
         self._outputs = outputs.count(",") + 1
         returns = f"{outputs}, {saved}" if saved else outputs
         self.forward = Operator(
             name,
-            f"({arguments}, bool training) -> ({returns})",
+            f"({schema}, bool training) -> ({returns})",
             fake=self._forward_fake,
             backends=[
-                cpu_backend(cpu, "fwd", 0, arguments),
-                *cuda_backends(name, cuda, "forward", 0, 1),
-                *triton_backends(name, triton, "forward", 0, 1),
+                cpu_backend(cpu, "fwd", schema, arguments, 0),
+                *cuda_backends(name, cuda, "forward", arguments, 0, 1),
+                *triton_backends(name, triton, "forward", arguments, 0, 1),
                 reference_backend(self._reference_forward),
             ],
             differentiable=self._differentiable_forward,
         )
         self.backward = Operator(
             f"{name}_backward",
-            f"(Tensor[] grads, {arguments}, Tensor[] saved, bool[] needed) -> Tensor[]",
+            f"(Tensor[] grads, {schema}, Tensor[] saved, bool[] needed) -> Tensor[]",
             fake=self._backward_fake,
             backends=[
-                cpu_backend(cpu, "bwd", 1, arguments),
-                *cuda_backends(name, cuda, "backward", 1, 2),
-                *triton_backends(name, triton, "backward", 1, 2),
+                cpu_backend(cpu, "bwd", schema, arguments, 1),
+                *cuda_backends(name, cuda, "backward", arguments, 1, 2),
+                *triton_backends(name, triton, "backward", arguments, 1, 2),
                 reference_backend(self._reference_backward),
             ],
             differentiable=self._differentiable_backward,
@@ -184,7 +187,7 @@ class DifferentiableOp:
         if (
             self._handle is not None
             and may_use_door()
-            and (self._supports is None or self._supports(*args) is None)
+            and (self._supports is None or self._supports(*self._gather(args)) is None)
             and (out := _plain_call(self._handle, True, self._kept_kind(args), *args)) is not None
         ):
             return (out,) if isinstance(out, Tensor) else tuple(out)
@@ -246,7 +249,7 @@ class DifferentiableOp:
     # --- what is kept for the backward --------------------------------------------------------------------------------
 
     def _kept_kind(self, args: Sequence[Any]) -> int:
-        return 0 if self._choose_kept is None else self._choose_kept(*args)
+        return 0 if self._choose_kept is None else self._choose_kept(*self._gather(args))
 
     def _keeps_outputs(self, args: Sequence[Any]) -> bool:
         return self._kept[self._kept_kind(args)][0]
@@ -264,7 +267,7 @@ class DifferentiableOp:
 
     def _forward_fake(self, *args: Any) -> Any:
         *arguments, training = args
-        result = list(self._fake(*arguments))
+        result = list(self._fake(*self._gather(arguments)))
         if not training:
             result[self._outputs :] = [t.new_empty(0) for t in result[self._outputs :]]
         return result[0] if len(result) == 1 else tuple(result)
@@ -272,7 +275,7 @@ class DifferentiableOp:
     def _reference_forward(self, *args: Any) -> Any:
         *arguments, training = args
         outputs = self._reference(*arguments)
-        promised = self._fake(*arguments)
+        promised = self._fake(*self._gather(arguments))
         outputs = _in_order_of(promised[: self._outputs], outputs if isinstance(outputs, tuple) else (outputs,))
         result = (*outputs, *self._plain_saved(arguments, training))
         return result[0] if len(result) == 1 else result
@@ -285,10 +288,10 @@ class DifferentiableOp:
         return result[0] if len(result) == 1 else result
 
     def _plain_saved(self, arguments: Sequence[Any], training: bool) -> Tensors:
-        promised = self._fake(*arguments)[self._outputs :]
+        promised = self._fake(*self._gather(arguments))[self._outputs :]
         if not training:
             return tuple(t.new_empty(0) for t in promised)
-        return () if self._reference_saved is None else self._reference_saved(*arguments)
+        return () if self._reference_saved is None else self._reference_saved(*self._gather(arguments))
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

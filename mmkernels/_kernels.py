@@ -5,13 +5,15 @@ Each has a forward and a backward, with the schemas of a `mmkernels._differentia
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mmkernels import _cuda, _triton
+from mmkernels._arguments import gather
 from mmkernels._dispatch import Backend, native_op
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -36,9 +38,9 @@ class NativeKernels:
 class TritonKernels:
     """That the op's ``kernel_triton.py`` has ``forward`` and ``backward``, and what they cannot serve.
 
-    They take the arguments of the two operators' schemas; ``supports`` those of the op alone, ``supports_backward`` the
-    flags of the needed gradients before them. An op in the folder of another names that, and what its own two functions
-    begin with.
+    They take the arguments of the two operators' schemas, those of the op as one tuple; ``supports`` that alone,
+    ``supports_backward`` the flags of the needed gradients before it. An op in the folder of another names that, and
+    what its own two functions begin with.
     """
 
     supports: Callable[..., str | None] | None = None
@@ -53,7 +55,8 @@ class CudaKernels:
     """That the op's ``kernel_cuda.py`` has ``forward`` and ``backward``, what they cannot serve, and what others serve
     faster.
 
-    They take the library and the arguments of the two operators' schemas; the rest those of the op alone.
+    They take the library and the arguments of the two operators' schemas, those of the op as one tuple; the rest that
+    alone.
     """
 
     supports: Callable[..., str | None] | None = None
@@ -61,9 +64,9 @@ class CudaKernels:
     loses: Callable[..., str | None] | None = None
 
 
-def cpu_backend(kernels: NativeKernels, direction: str, first: int, arguments: str) -> Backend:
-    """The compiled forward or backward; its own arguments, of that schema, start at position ``first``."""
-    names = [argument.split()[-1].split("=")[0] for argument in arguments.split(",")]
+def cpu_backend(kernels: NativeKernels, direction: str, schema: str, arguments: Any, first: int) -> Backend:
+    """The compiled forward or backward; the op's arguments, of that schema, start at position ``first``."""
+    names = [argument.split()[-1].split("=")[0] for argument in schema.split(",")]
     weights = {first + names.index(name) for name in kernels.weights}
     native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
     if kernels.composed:
@@ -77,7 +80,9 @@ def cpu_backend(kernels: NativeKernels, direction: str, first: int, arguments: s
             return _triton.inputs_are_on(tensor.device)
         if tensor.dtype not in _CPU_DTYPES:
             return f"{tensor.dtype} is served by the reference alone"
-        return None if kernels.supports is None else kernels.supports(*args[first:])
+        if kernels.supports is None:
+            return None
+        return kernels.supports(*gather(arguments, args[first : first + len(names)]))
 
     def run(*args: Any) -> Any:
         if kernels.any_strides:
@@ -89,25 +94,43 @@ def cpu_backend(kernels: NativeKernels, direction: str, first: int, arguments: s
     return Backend("cpu", run, supports)
 
 
-def cuda_backends(name: str, kernels: CudaKernels | None, function: str, first: int, end: int) -> list[Backend]:
+def cuda_backends(
+    name: str, kernels: CudaKernels | None, function: str, arguments: Any, first: int, last: int
+) -> list[Backend]:
     """As `triton_backends`, of the CUDA kernels."""
     if kernels is None:
         return []
     backward = function == "backward" and kernels.supports_backward is not None
-    supports = _of_arguments(kernels.supports_backward if backward else kernels.supports, first, end)
-    return _cuda.cuda_backends(name, function, first, supports, _of_arguments(kernels.loses, first, end))
+    supports = _of_operator(kernels.supports_backward if backward else kernels.supports, arguments, first, last)
+    loses = _of_operator(kernels.loses, arguments, first, last)
+    gathered = functools.partial(_gathered, arguments, first, last)
+    return _cuda.cuda_backends(name, function, first, supports, loses, gathered)
 
 
-def triton_backends(name: str, kernels: TritonKernels | None, function: str, first: int, end: int) -> list[Backend]:
-    """The Triton forward or backward, if there is one; the op's own arguments are [first, −end) of its."""
+def triton_backends(
+    name: str, kernels: TritonKernels | None, function: str, arguments: Any, first: int, last: int
+) -> list[Backend]:
+    """The Triton forward or backward, if there is one.
+
+    The operator takes ``first`` arguments of its own, those of the op, and ``last`` of its own.
+    """
     if kernels is None:
         return []
-    supports = _of_arguments(kernels.supports, first, end)
+    supports = _of_operator(kernels.supports, arguments, first, last)
     if function == "backward" and (of_backward := kernels.supports_backward) is not None:
-        supports = lambda *args: of_backward(args[-1], *args[first:-end])  # noqa: E731
+        supports = lambda *args: of_backward(args[-1], *gather(arguments, args[first:-last]))  # noqa: E731
     op, function = kernels.op or name, kernels.prefix + function
-    return [_triton.triton_backend(op, function, first, supports, kernels.any_strides)]
+    gathered = functools.partial(_gathered, arguments, first, last)
+    return [_triton.triton_backend(op, function, first, supports, kernels.any_strides, gathered)]
 
 
-def _of_arguments(supports: Callable[..., str | None] | None, first: int, end: int) -> Callable[..., str | None] | None:
-    return None if supports is None else lambda *args: supports(*args[first:-end])
+def _gathered(arguments: Any, first: int, last: int, args: Sequence[Any]) -> Sequence[Any]:
+    """The operator's arguments with those of the op as one."""
+    return (*args[:first], *gather(arguments, args[first:-last]), *args[-last:])
+
+
+def _of_operator(
+    function: Callable[..., str | None] | None, arguments: Any, first: int, last: int
+) -> Callable[..., str | None] | None:
+    """A function of the op's arguments as one of the operator's."""
+    return None if function is None else lambda *args: function(*gather(arguments, args[first:-last]))

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,15 +65,18 @@ def triton_backend(
     position: int = 0,
     supports: Callable[..., str | None] | None = None,
     any_strides: bool = False,
+    gathered: Callable[[Sequence[Any]], Sequence[Any]] = tuple,
 ) -> Backend:
     """``function`` of the op's ``kernel_triton.py`` as a backend.
 
     Args:
         op: the folder under ``mmkernels/ops``.
-        function: takes the arguments of the operator's schema, floating tensors with a dense last dim.
+        function: takes what ``gathered`` makes of the arguments of the operator's schema, floating tensors with a dense
+            last dim.
         position: of an argument that is a tensor, or a list of them, of the call's dtype and device.
         supports: the arguments -> why the kernels cannot serve them, or None.
         any_strides: the function takes floating tensors as they come.
+        gathered: the arguments -> what the function takes.
     """
 
     @functools.cache
@@ -92,7 +95,7 @@ def triton_backend(
         return None if supports is None else supports(*args)
 
     def run(*args: Any) -> Any:
-        return kernels()(*args) if any_strides else kernels()(*map(dense, args))
+        return kernels()(*gathered(args if any_strides else [dense(x) for x in args]))
 
     return Backend("triton", run, why_not)
 

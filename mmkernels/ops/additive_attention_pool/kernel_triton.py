@@ -327,7 +327,7 @@ def forward(
     count, (batch, features), hidden = len(views), views[0].shape, weight.shape[0]
     shift = bias
     if query is not None and query_weight is not None:
-        shift, _ = linear.forward([query], query_weight, bias, None, None, None, None, False)
+        shift, _ = linear.forward(linear.Arguments([query], query_weight, bias), False)
     flags, *flag_strides = presence_flags(presence, batch, count)
     activations = weight.new_empty((batch, count * hidden) if training else 0)
     config = linear._config(weight, batch, hidden)
@@ -407,8 +407,7 @@ def backward(
     dquery = dquery_weight = None
     if total is not None and query is not None and query_weight is not None:
         wanted = (of_query, of_query_weight, False, False, False, False)
-        no_options = (None, None, None, None, None)
-        dquery, dquery_weight, *_ = linear.backward([total], [query], query_weight, *no_options, [], wanted)
+        dquery, dquery_weight, *_ = linear.backward([total], linear.Arguments([query], query_weight), [], wanted)
     others = (dweight, dvector, dbias, dquery, dquery_weight, None)
     return [*dxs, *(g.new_empty(0) if t is None else t for t in others)]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels._cuda import Library, aligned
 from mmkernels.ops._fusion_checks import ACTIVATIONS
 from mmkernels.ops._rows import as_rows
-from mmkernels.ops.concat_linear.op import keeps_output, needs_preactivation
+from mmkernels.ops.concat_linear.op import Arguments, keeps_output, needs_preactivation
 
 _BLOCKS = 264  # two for each multiprocessor of a large GPU
 _STEP = 32  # rows that dW adds at a time, as kDepth of product_cuda.cuh
@@ -38,20 +38,11 @@ def _flags(presence: Tensor | None) -> Tensor | None:
     return presence[None] if presence.dim() == 1 else presence.reshape(-1, presence.shape[-1])
 
 
-def forward(
-    kernels: Library,
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(kernels: Library, a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
+    xs, weight, bias, activation, presence, residual, gate = a
     features = weight.shape[0]
     y = weight.new_empty((*xs[0].shape[:-1], features))
-    keeps = training and needs_preactivation(xs, weight, bias, activation, presence, residual, gate)
+    keeps = training and needs_preactivation(a)
     z = y.new_empty(y.shape if keeps else 0)
     sources = [as_rows(x) for x in xs]
     if y.numel():
@@ -65,22 +56,13 @@ def forward(
 
 
 def backward(
-    kernels: Library,
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
+    xs, weight, _, activation, presence, _, gate = a
     count = len(xs)
     of_xs, (of_weight, of_bias, _, of_residual, of_gate) = needed[:count], needed[count:]
     kept = None if activation is None and gate is None else saved[0]
-    from_output = keeps_output(xs, weight, bias, activation, presence, residual, gate)
+    from_output = keeps_output(a)
     wants_dz = any(of_xs) or of_weight
     dz, dbias, dgate = preactivation_gradients(
         kernels, as_rows(grads[0]), kept, gate, activation, from_output, wants_dz, of_bias, of_gate

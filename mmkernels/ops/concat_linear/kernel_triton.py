@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops._rows import as_rows
+from mmkernels.ops.concat_linear.op import Arguments, keeps_output, needs_preactivation
 from mmkernels.ops.concat_linear.tma_triton import forward_by_descriptors, pays
 from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, target, tiles
@@ -237,21 +238,11 @@ def _gate_stride(gate: Tensor | None) -> int:
     return 0 if gate is None or gate.dim() == 0 else gate.stride(0)
 
 
-def forward(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
-    from mmkernels.ops.concat_linear.op import needs_preactivation
-
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
+    xs, weight, bias, activation, presence, residual, gate = a
     features = weight.shape[0]
     y = weight.new_empty((*xs[0].shape[:-1], features))
-    keeps = training and needs_preactivation(xs, weight, bias, activation, presence, residual, gate)
+    keeps = training and needs_preactivation(a)
     z = y.new_empty(y.shape if keeps else 0)
     sources = [as_rows(x) for x in xs]
     rows = sources[0].shape[0]
@@ -276,27 +267,15 @@ def forward(
     return y, z
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    from mmkernels.ops.concat_linear.op import keeps_output
-
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, weight, _, activation, presence, _, gate = a
     count = len(xs)
     of_xs, (of_weight, of_bias, _, of_residual, of_gate) = needed[:count], needed[count:]
     dy = as_rows(grads[0])
     kept = None
     if activation is not None or gate is not None:
         kept = saved[0]
-    from_output = keeps_output(xs, weight, bias, activation, presence, residual, gate)
+    from_output = keeps_output(a)
     wants_dz = any(of_xs) or of_weight
     dz, dbias, dgate = _dz(dy, kept, gate, activation, from_output, wants_dz, of_bias, of_gate)
     flags, flag_stride = _flags(presence, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,22 +14,23 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.concat_linear import reference
 
 
-def keeps_output(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-) -> bool:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str | None = None
+    presence: Tensor | None = None
+    residual: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def keeps_output(a: Arguments) -> bool:
     """Whether the activation's derivative follows from the output, which then serves in place of z."""
-    return activation in ("relu", "tanh", "sigmoid") and residual is None and gate is None
+    return a.activation in ("relu", "tanh", "sigmoid") and a.residual is None and a.gate is None
 
 
-def needs_preactivation(*args: Any) -> bool:
-    _, _, _, activation, _, _, gate = args
-    return (activation is not None or gate is not None) and not keeps_output(*args)
+def needs_preactivation(a: Arguments) -> bool:
+    return (a.activation is not None or a.gate is not None) and not keeps_output(a)
 
 
 _KEPT = (
@@ -39,22 +40,19 @@ _KEPT = (
 )
 
 
-def _kept_kind(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *options: Any) -> int:
-    if keeps_output(xs, weight, bias, *options):
-        return 2
-    return int(needs_preactivation(xs, weight, bias, *options))
+def _kept_kind(a: Arguments) -> int:
+    return 2 if keeps_output(a) else int(needs_preactivation(a))
 
 
-def _concat_linear_fake(xs: Sequence[Tensor], weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    out = xs[0].new_empty((*xs[0].shape[:-1], weight.shape[0]))
-    return out, out.new_empty(out.shape if needs_preactivation(xs, weight, *rest) else 0)
+def _concat_linear_fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    out = a.xs[0].new_empty((*a.xs[0].shape[:-1], a.weight.shape[0]))
+    return out, out.new_empty(out.shape if needs_preactivation(a) else 0)
 
 
-def _concat_linear_saved(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor]:
-    if not needs_preactivation(xs, weight, bias, *rest):
-        return (xs[0].new_empty(0),)
-    _, presence, _, _ = rest
-    return (reference.projection(xs, weight, bias, presence).contiguous(),)
+def _concat_linear_saved(a: Arguments) -> tuple[Tensor]:
+    if not needs_preactivation(a):
+        return (a.weight.new_empty(0),)
+    return (reference.projection(a.xs, a.weight, a.bias, a.presence).contiguous(),)
 
 
 MOST_SOURCES = 16  # of the CUDA kernels
@@ -70,33 +68,25 @@ def cuda_declines_sizes(xs: Sequence[Tensor], weight: Tensor) -> str | None:
     return None
 
 
-def _cuda_supports(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    presence: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-) -> str | None:
-    vector = None if gate is None or gate.dim() == 0 else gate
-    return cuda_declines_sizes(xs, weight) or misaligned(*xs, weight, bias, residual, vector)
+def _cuda_supports(a: Arguments) -> str | None:
+    gate = None if a.gate is None or a.gate.dim() == 0 else a.gate
+    return cuda_declines_sizes(a.xs, a.weight) or misaligned(*a.xs, a.weight, a.bias, a.residual, gate)
 
 
-def cuda_loses(xs: Sequence[Tensor], weight: Tensor, *_: Any) -> str | None:
-    return products_lose(xs[0].shape[:-1].numel(), weight.shape[0], weight)
+def _cuda_loses(a: Arguments) -> str | None:
+    return products_lose(a.xs[0].shape[:-1].numel(), a.weight.shape[0], a.weight)
 
 
 concat_linear_op = DifferentiableOp(
     "concat_linear",
-    "Tensor[] xs, Tensor weight, Tensor? bias, str? activation, Tensor? presence, Tensor? residual, Tensor? gate",
+    Arguments,
     outputs="Tensor out",
     saved="Tensor preactivation",  # z; empty where the backward needs none of it
     reference=reference.concat_linear,
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
     cpu=NativeKernels("concat_linear", weights=("weight",)),
-    cuda=CudaKernels(_cuda_supports, loses=cuda_loses),
+    cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
     keeps=(_KEPT, _kept_kind),
 )

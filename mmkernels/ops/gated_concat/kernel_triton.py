@@ -161,7 +161,7 @@ def _input_gradient(
 def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
     xs = as_rows(x), as_rows(y)
     (rows, x_width), y_width, gates = xs[0].shape, xs[1].shape[1], weight.shape[0]
-    gate = linear.forward([x, y], weight, bias, "sigmoid", None, None, None, False)[0].view(rows, gates)
+    gate = linear.forward(linear.Arguments([x, y], weight, bias, "sigmoid"), False)[0].view(rows, gates)
     out = x.new_empty((*x.shape[:-1], x_width + y_width + 1))
     block = min(next_power_of_2(max(x_width, y_width)), 512)
     config = Config({"BLOCK_M": 1024 // block, "BLOCK_K": block}, num_stages=1)  # 8 elements per thread

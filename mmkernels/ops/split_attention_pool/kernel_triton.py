@@ -196,8 +196,8 @@ def forward(
     grid, strides = (tiles(_TILES, batch, features),), (views[0].stride(0), *flag_strides)
     total = weight1.new_empty((batch, features))
     launch(_sum, grid, views, flags, total, batch, features, *strides, config=_TILES)
-    z, preactivation = linear.forward([total], weight1, bias1, activation, None, None, None, training)
-    energies, _ = linear.forward([z], weight2, bias2, None, None, None, None, False)
+    z, preactivation = linear.forward(linear.Arguments([total], weight1, bias1, activation), training)
+    energies, _ = linear.forward(linear.Arguments([z], weight2, bias2), False)
     pooled, weights = total.new_empty(total.shape), total.new_empty((batch, count, features))
     launch(_pool, grid, views, energies, flags, pooled, weights, batch, features, *strides, config=_TILES)
     if training:
@@ -231,16 +231,15 @@ def backward(
         *(g.stride(0), gweights.stride(0), gweights.stride(1), views[0].stride(0), *flag_strides),
         config=_TILES,
     )
-    no_options = (None, None, None)
     wanted = (any((*of_xs, of_weight1, of_bias1)), of_weight2, of_bias2, False, False, False)
-    dz, dweight2, dbias2, *_ = linear.backward([denergies], [z], weight2, bias2, None, *no_options, [], wanted)
+    dz, dweight2, dbias2, *_ = linear.backward([denergies], linear.Arguments([z], weight2, bias2), [], wanted)
     dtotal, dweight1, dbias1 = (g.new_empty(0) for _ in range(3))
     dxs = [x.new_empty(x.shape if n else 0) for x, n in zip(xs, of_xs, strict=True)]
     if wanted[0]:
         kept = preactivation if preactivation.numel() else z
         wanted = (any(of_xs), of_weight1, of_bias1, False, False, False)
         dtotal, dweight1, dbias1, *_ = linear.backward(
-            [dz], [total], weight1, bias1, activation, *no_options, [kept], wanted
+            [dz], linear.Arguments([total], weight1, bias1, activation), [kept], wanted
         )
     if any(of_xs):
         parts, which, dx_row = needed_modalities(xs, dxs, of_xs)
