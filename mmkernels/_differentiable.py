@@ -91,7 +91,7 @@ class DifferentiableOp:
         cpu: the compiled kernels.
         cuda: the CUDA kernels.
         triton: the Triton kernels.
-        reference_saved: ``(arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
+        reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
             all backends give them: the backward may run on another one. To be given where there are any.
         keeps: what its backward finds again; where that depends on the options, all there is to choose from, and
             ``(arguments)`` -> the position of one.
@@ -291,7 +291,7 @@ class DifferentiableOp:
         promised = self._fake(*self._gather(arguments))[self._outputs :]
         if not training:
             return tuple(t.new_empty(0) for t in promised)
-        return () if self._reference_saved is None else self._reference_saved(*self._gather(arguments))
+        return () if self._reference_saved is None else self._reference_saved(*arguments)
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

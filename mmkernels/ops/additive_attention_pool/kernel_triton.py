@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.additive_attention_pool.op import Arguments
 from mmkernels.ops.concat_linear import kernel_triton as linear
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 from mmkernels.triton.math import number, pick, tanh
@@ -313,16 +314,8 @@ def _weight_config(x: Tensor, hidden: int) -> Config:
     return Config({**size, "BLOCK_K": 32}, 4, 3)
 
 
-def forward(
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    vector: Tensor,
-    bias: Tensor | None,
-    query: Tensor | None,
-    query_weight: Tensor | None,
-    presence: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    xs, weight, vector, bias, query, query_weight, presence = a
     views = modalities(xs)
     count, (batch, features), hidden = len(views), views[0].shape, weight.shape[0]
     shift = bias
@@ -354,18 +347,8 @@ def forward(
     return pooled, weights, activations
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    vector: Tensor,
-    bias: Tensor | None,
-    query: Tensor | None,
-    query_weight: Tensor | None,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, weight, vector, _, query, query_weight, presence = a
     (g, gweights), (_, weights, activations) = grads, saved
     views = modalities(xs)
     count, (batch, features), hidden = len(views), views[0].shape, weight.shape[0]

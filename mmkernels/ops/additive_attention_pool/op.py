@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,14 +14,25 @@ from mmkernels.ops._pool import pooled_fake, too_many_modalities
 from mmkernels.ops.additive_attention_pool import reference
 
 
-def _additive_attention_pool_fake(xs: Sequence[Tensor], weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    weight: Tensor
+    vector: Tensor
+    bias: Tensor | None
+    query: Tensor | None
+    query_weight: Tensor | None
+    presence: Tensor | None
+
+
+def _additive_attention_pool_fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    xs, weight = a.xs, a.weight
     pooled, batch, count = pooled_fake(xs)
     return pooled, pooled.new_empty((batch, count)), pooled.new_empty((batch, count * weight.shape[0]))
 
 
 additive_attention_pool_op = DifferentiableOp(
     "additive_attention_pool",
-    "Tensor[] xs, Tensor weight, Tensor vector, Tensor? bias, Tensor? query, Tensor? query_weight, Tensor? presence",
+    Arguments,
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor activations",  # tanh(…), [B, M·A]
     reference=reference.additive_attention_pool,

@@ -28,6 +28,7 @@ from mmkernels.ops.bidirectional_cross_attention.forward_triton import (
     scores,
     walk,
 )
+from mmkernels.ops.bidirectional_cross_attention.op import Arguments
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_statistics, store_tokens
 from mmkernels.triton.attention_backward import Queries
@@ -167,19 +168,8 @@ def _config(x: Tensor, widest: int) -> Config:
     return Config({"BLOCK_M": 32, "BLOCK_N": 64 if widest <= 64 and machine.arch >= 90 else 32}, 8, 1)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x_query: Tensor,
-    y_key: Tensor,
-    x_value: Tensor,
-    y_value: Tensor,
-    x_mask: Tensor | None,
-    y_mask: Tensor | None,
-    scale: float | None,
-    clamp: float | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x_query, y_key, x_value, y_value, x_mask, y_mask, scale, clamp = a
     if scale is None:
         scale = max(x_query.shape[3], 1) ** -0.5
     x_out, y_out, x_stats, y_stats = saved

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels._triton import dense
+from mmkernels.ops.bidirectional_cross_attention.op import Arguments
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.triton.attention import LOG2_E, load_tokens, store_tokens
 from mmkernels.triton.attention_forward import merge_shares, partial_sums
@@ -204,17 +205,8 @@ def _config(x: Tensor, widest: int) -> Config:
     return Config({"BLOCK_M": 64, "BLOCK_N": 64 if machine.arch >= 90 else 32}, 8, 1)
 
 
-def forward(
-    x_query: Tensor,
-    y_key: Tensor,
-    x_value: Tensor,
-    y_value: Tensor,
-    x_mask: Tensor | None,
-    y_mask: Tensor | None,
-    scale: float | None,
-    clamp: float | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_query, y_key, x_value, y_value, x_mask, y_mask, scale, clamp = a
     width = x_value.shape[3]
     outs = [empty_in_order_of(side, (*side.shape[:3], width)) for side in (x_query, y_key)]
     size = [(3, *side.shape[:3]) if training else (0,) for side in (x_query, y_key)]

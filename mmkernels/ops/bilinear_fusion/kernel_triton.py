@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops._rows import gradients_where_present
+from mmkernels.ops.bilinear_fusion.op import Arguments
 from mmkernels.ops.concat_linear.reference import where_present
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 
@@ -142,9 +143,8 @@ def _config(x: Tensor, rows: int) -> Config:
     return Config(sizes, num_warps=4 if few else 8, num_stages=3)
 
 
-def forward(
-    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int, presence: Tensor | None, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    x, y, x_weight, y_weight, rank, presence = a
     x, y = where_present((x, y), presence)
     rows, features = x.shape[0], x_weight.shape[0] // rank
     z = x.new_empty((rows, features))
@@ -162,17 +162,8 @@ def forward(
     return z, p, q
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    y: Tensor,
-    x_weight: Tensor,
-    y_weight: Tensor,
-    rank: int,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x, y, x_weight, y_weight, rank, presence = a
     (dz,) = grads
     x, y = where_present((x, y), presence)
     p, q = saved

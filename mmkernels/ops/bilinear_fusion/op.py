@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
@@ -10,9 +12,17 @@ from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.bilinear_fusion import reference
 
 
-def _bilinear_fusion_fake(
-    x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor, rank: int, presence: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    x: Tensor
+    y: Tensor
+    x_weight: Tensor
+    y_weight: Tensor
+    rank: int
+    presence: Tensor | None
+
+
+def _bilinear_fusion_fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, x_weight, _, rank, _ = a
     batch, projections = x.shape[0], x_weight.shape[0]
     kept = (projections, batch)
     return x.new_empty((batch, projections // rank)), x.new_empty(kept), x.new_empty(kept)
@@ -20,7 +30,7 @@ def _bilinear_fusion_fake(
 
 bilinear_fusion_op = DifferentiableOp(
     "bilinear_fusion",
-    "Tensor x, Tensor y, Tensor x_weight, Tensor y_weight, int rank, Tensor? presence",
+    Arguments,
     outputs="Tensor out",
     saved="Tensor x_projection, Tensor y_projection",
     reference=reference.bilinear_fusion,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -49,7 +49,8 @@ def _concat_linear_fake(a: Arguments) -> tuple[Tensor, Tensor]:
     return out, out.new_empty(out.shape if needs_preactivation(a) else 0)
 
 
-def _concat_linear_saved(a: Arguments) -> tuple[Tensor]:
+def _concat_linear_saved(*fields: Any) -> tuple[Tensor]:
+    a = Arguments(*fields)
     if not needs_preactivation(a):
         return (a.weight.new_empty(0),)
     return (reference.projection(a.xs, a.weight, a.bias, a.presence).contiguous(),)

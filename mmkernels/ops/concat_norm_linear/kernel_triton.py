@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear.kernel_triton import _config, _dz
+from mmkernels.ops.concat_norm_linear.op import Arguments
 from mmkernels.triton.epilogue import finish
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 
@@ -232,17 +233,8 @@ def _launch_rows(kernel: Any, xs: Sequence[Tensor], *args: Any, **constants: Any
     launch(kernel, grid, tuple(xs), strides, widths, *args, config=config, enable_fp_fusion=False, **constants)
 
 
-def forward(
-    xs: Sequence[Tensor],
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    activation: str | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    xs, norm_weight, norm_bias, weight, bias, norm, eps, activation = a
     features, width = weight.shape
     y = weight.new_empty((*xs[0].shape[:-1], features))
     keeps = training and activation is not None
@@ -265,31 +257,20 @@ def forward(
     return y, z, statistics if training else statistics.new_empty(0)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: str,
-    eps: float,
-    activation: str | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, norm_weight, norm_bias, weight, _, norm, _, activation = a
     count = len(xs)
     of_xs, (of_norm_weight, of_norm_bias, of_weight, of_bias) = needed[:count], needed[count:]
     *kept, statistics = saved  # kept: the output and nothing without an activation, else z
-    wants_a = any(of_xs) or of_norm_weight or of_norm_bias
+    wants_da = any(of_xs) or of_norm_weight or of_norm_bias
     z = None if activation is None else kept[0]
-    dz, dbias, _ = _dz(as_rows(grads[0]), z, None, activation, False, wants_a or of_weight, of_bias, False)
+    dz, dbias, _ = _dz(as_rows(grads[0]), z, None, activation, False, wants_da or of_weight, of_bias, False)
     sources = [as_rows(x) for x in xs]
     rows, width = dz.shape[0], weight.shape[1]
-    a = dz @ weight if wants_a else None
+    da = dz @ weight if wants_da else None
     means = statistics.new_empty((rows, 2)) if any(of_xs) else None
     if means is not None:
-        _launch_rows(_gradient_means, sources, a, norm_weight, statistics, means, rows, width, NORM=norm)
+        _launch_rows(_gradient_means, sources, da, norm_weight, statistics, means, rows, width, NORM=norm)
     config = Config({"BLOCK_M": 32, "BLOCK_N": 64})
     blocks = ceil_div(rows, config.constants["BLOCK_M"])
     n = weight.new_empty((rows, width)) if of_weight else None
@@ -303,7 +284,7 @@ def backward(
         column = columns.stop
         given, written = (
             [None if t is None else t[..., columns] for t in tensors]
-            for tensors in ((a, norm_weight, norm_bias), (n, dnorm_weight, dnorm_bias))
+            for tensors in ((da, norm_weight, norm_bias), (n, dnorm_weight, dnorm_bias))
         )
         if any(t is not None for t in (dx, *written)):
             launch(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
 from mmkernels.ops._norm import NORMS
+from mmkernels.ops.concat_tokens.op import Arguments
 
 _FORWARD_TEAMS = 16384  # a few rows each, so that no multiprocessor waits long for the last
 _BACKWARD_TEAMS = 2048  # several at a time for every multiprocessor of a large GPU, and few sums for torch to add up
@@ -23,19 +24,8 @@ def _split(xs: Sequence[Tensor], teams: int, least: int) -> tuple[int, int]:
     return max(each // share, 1), share
 
 
-def forward(
-    kernels: Library,
-    xs: Sequence[Tensor],
-    type_embedding: Tensor | None,
-    position_embeddings: Sequence[Tensor],
-    position_sources: Sequence[int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    training: bool,
-) -> Tensor:
+def forward(kernels: Library, a: Arguments, training: bool) -> Tensor:
+    xs, type_embedding, position_embeddings, position_sources, norm, norm_weight, norm_bias, eps, out_dtype = a
     batch, _, features = xs[0].shape
     out = xs[0].new_empty((batch, sum(x.shape[1] for x in xs), features), dtype=out_dtype)
     if out.numel():
@@ -53,20 +43,9 @@ def forward(
 
 
 def backward(
-    kernels: Library,
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    type_embedding: Tensor | None,
-    position_embeddings: Sequence[Tensor],
-    position_sources: Sequence[int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
+    xs, type_embedding, position_embeddings, position_sources, norm, norm_weight, norm_bias, eps, _ = a
     (g,) = grads
     batch, _, features = g.shape
     dtype = xs[0].dtype

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.concat_tokens.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, odd
 from mmkernels.triton.math import number, pick
 from mmkernels.triton.norm import norm_gradient, normalized, row_config
@@ -245,18 +246,8 @@ def _config(xs: Sequence[Tensor]) -> Config:
     return row_config(xs[0].shape[2], max(x.shape[1] for x in xs))
 
 
-def forward(
-    xs: Sequence[Tensor],
-    type_embedding: Tensor | None,
-    position_embeddings: Sequence[Tensor],
-    position_sources: Sequence[int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    training: bool,
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    xs, type_embedding, position_embeddings, position_sources, norm, norm_weight, norm_bias, eps, out_dtype = a
     batch, _, features = xs[0].shape
     lengths = [x.shape[1] for x in xs]
     out = xs[0].new_empty((batch, sum(lengths), features), dtype=out_dtype)
@@ -275,20 +266,8 @@ def forward(
     return out
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    type_embedding: Tensor | None,
-    position_embeddings: Sequence[Tensor],
-    position_sources: Sequence[int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, type_embedding, position_embeddings, position_sources, norm, norm_weight, _, eps, _ = a
     (g,) = grads
     batch, total, features = g.shape
     lengths = [x.shape[1] for x in xs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,29 +15,30 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.concat_tokens import reference
 
 
-def _concat_tokens_fake(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor]:
-    batch, _, features = xs[0].shape
-    return (xs[0].new_empty((batch, sum(x.shape[1] for x in xs), features), dtype=rest[-1] or xs[0].dtype),)
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    type_embedding: Tensor | None
+    position_embeddings: Sequence[Tensor]
+    position_sources: Sequence[int]
+    norm: str | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    out_dtype: torch.dtype | None
 
 
-def _native_supports(*args: Any) -> str | None:
-    # The backward's arguments end with saved and needed, the forward's with training.
-    out_dtype = next((a for a in args if isinstance(a, torch.dtype)), None)
-    return "out_dtype float64 is served by the reference alone" if out_dtype == torch.float64 else None
+def _concat_tokens_fake(a: Arguments) -> tuple[Tensor]:
+    batch, _, features = a.xs[0].shape
+    return (a.xs[0].new_empty((batch, sum(x.shape[1] for x in a.xs), features), dtype=a.out_dtype or a.xs[0].dtype),)
 
 
-def _cuda_supports(
-    xs: Sequence[Tensor],
-    type_embedding: Tensor | None,
-    position_embeddings: Sequence[Tensor],
-    position_sources: Sequence[int],
-    norm: str | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-) -> str | None:
-    if reason := _native_supports(out_dtype):
+def _native_supports(a: Arguments) -> str | None:
+    return "out_dtype float64 is served by the reference alone" if a.out_dtype == torch.float64 else None
+
+
+def _cuda_supports(a: Arguments) -> str | None:
+    xs, type_embedding, position_embeddings, _, norm, norm_weight, norm_bias, _, _ = a
+    if reason := _native_supports(a):
         return reason
     features = xs[0].shape[2]
     if features % 8 or (norm is not None and features > 4096):
@@ -47,10 +48,11 @@ def _cuda_supports(
     return misaligned(*xs, type_embedding, *position_embeddings, norm_weight, norm_bias)
 
 
-def _triton_supports(xs: Sequence[Tensor], *rest: Any) -> str | None:
-    if xs[0].shape[2] > 4096:
-        return f"{xs[0].shape[2]} features are more than the 4096 that a program holds"
-    return f"{len(xs)} sources, more than 32" if len(xs) > 32 else _native_supports(*rest)
+def _triton_supports(a: Arguments) -> str | None:
+    features = a.xs[0].shape[2]
+    if features > 4096:
+        return f"{features} features are more than the 4096 that a program holds"
+    return f"{len(a.xs)} sources, more than 32" if len(a.xs) > 32 else _native_supports(a)
 
 
 _KEPT = (
@@ -60,8 +62,7 @@ _KEPT = (
 
 concat_tokens_op = DifferentiableOp(
     "concat_tokens",
-    "Tensor[] xs, Tensor? type_embedding, Tensor[] position_embeddings, int[] position_sources, str? norm, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps, ScalarType? out_dtype",
+    Arguments,
     outputs="Tensor out",
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,

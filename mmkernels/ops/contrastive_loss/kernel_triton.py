@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops._products import matmul
+from mmkernels.ops.contrastive_loss.op import Arguments
 from mmkernels.triton.attention import LOG2_E
 from mmkernels.triton.contrastive import SLOPE_PAIRS, Gradients, config, cosines, gain, slope_stride, strips
 from mmkernels.triton.launch import ceil_div, dot_precision, launch, tiles
@@ -228,19 +229,8 @@ def _loss(merged: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return (share * total.log() - target * scale).sum(), merged[:2].clone()
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    row_labels: Tensor | None,
-    column_labels: Tensor | None,
-    label_smoothing: float,
-    symmetric: bool,
-    first_target: int,
-    total: int,
-    keeps_products: bool,
-    training: bool,
-) -> tuple[Tensor, ...]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, ...]:
+    x, y, logit_scale, row_labels, column_labels, label_smoothing, symmetric, first_target, total, keeps_products = a
     (rows, features), columns = x.shape, y.shape[0]
     nothing = x.new_empty((2, 0), dtype=torch.float32)
     if rows == 0 or columns == 0:
@@ -289,21 +279,8 @@ def forward(
     return loss, row_statistics, column_statistics, products
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    row_labels: Tensor | None,
-    column_labels: Tensor | None,
-    label_smoothing: float,
-    symmetric: bool,
-    first_target: int,
-    total: int,
-    keeps_products: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x, y, logit_scale, row_labels, column_labels, label_smoothing, symmetric, first_target, total, _ = a
     row_statistics, column_statistics, _ = saved
     (rows, features), columns = x.shape, y.shape[0]
     confidence = 1.0 - label_smoothing

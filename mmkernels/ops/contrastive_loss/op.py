@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
+from mmkernels._arguments import SymInt
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.contrastive_loss import reference
 
 
-def _contrastive_loss_fake(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    row_labels: Tensor | None,
-    column_labels: Tensor | None,
-    label_smoothing: float,
-    symmetric: bool,
-    first_target: Any,
-    total: Any,
-    keeps_products: bool,
-    *_: Any,
-) -> tuple[Tensor, ...]:
+class Arguments(NamedTuple):
+    x: Tensor
+    y: Tensor
+    logit_scale: Tensor
+    row_labels: Tensor | None
+    column_labels: Tensor | None
+    label_smoothing: float
+    symmetric: bool
+    first_target: SymInt
+    total: SymInt
+    keeps_products: bool
+
+
+def _contrastive_loss_fake(a: Arguments) -> tuple[Tensor, ...]:
+    x, y, symmetric, keeps_products = a.x, a.y, a.symmetric, a.keeps_products
     wide = accumulation_dtype(x)
     loss = x.new_empty((), dtype=wide)
     of_columns = (2, y.shape[0]) if symmetric else (0,)
@@ -34,8 +37,7 @@ def _contrastive_loss_fake(
 
 contrastive_loss_op = DifferentiableOp(
     "contrastive_loss",
-    "Tensor x, Tensor y, Tensor logit_scale, Tensor? row_labels, Tensor? column_labels, float label_smoothing, "
-    "bool symmetric, SymInt first_target, SymInt total, bool keeps_products",
+    Arguments,
     outputs="Tensor loss",
     # [2, rows]: the maximum of the products, negated where the scale is below 0, and Σ e^(z − its logit). Not that
     # of z: distances are taken before anything is rounded, so that no contraction can spoil them.

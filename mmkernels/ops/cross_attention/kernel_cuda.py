@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,49 +10,34 @@ from torch import Tensor
 from mmkernels._cuda import Library
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import scale_of
-from mmkernels.ops.cross_attention.op import empty_in_order_of, new_statistics
+from mmkernels.ops.cross_attention.op import Arguments, empty_in_order_of, new_statistics
 
 
-def _attention(
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    attn_bias: None,
-    sinks: None,
-    key_lengths: Tensor | None,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-    scale: float | None,
-    *_: Any,
-) -> short_keys.ShortKeys:
-    lengths = [] if key_lengths is None else [key_lengths]
-    factor = scale_of(scale, key.shape[3])
-    return short_keys.ShortKeys([key], [value], lengths, [0] * len(lengths), factor, mask=attn_mask)
+def _attention(a: Arguments) -> short_keys.ShortKeys:
+    lengths = [] if a.key_lengths is None else [a.key_lengths]
+    factor = scale_of(a.scale, a.key.shape[3])
+    return short_keys.ShortKeys([a.key], [a.value], lengths, [0] * len(lengths), factor, mask=a.attn_mask)
 
 
-def forward(
-    kernels: Library, query: Tensor, key: Tensor, value: Tensor, *options: Any
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    *of_attention, return_lse, training = options
-    out = empty_in_order_of(query, query.shape)
-    stats, statistics = new_statistics(query, return_lse or training)
-    short_keys.attend(kernels, query, _attention(key, value, *of_attention), out, statistics)
-    return out, [stats.sum(0)] if return_lse else [], stats if training else stats.new_empty(0)
+def forward(kernels: Library, a: Arguments, training: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    out = empty_in_order_of(a.query, a.query.shape)
+    stats, statistics = new_statistics(a.query, a.return_lse or training)
+    short_keys.attend(kernels, a.query, _attention(a), out, statistics)
+    return out, [stats.sum(0)] if a.return_lse else [], stats if training else stats.new_empty(0)
 
 
 def backward(
-    kernels: Library, grads: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor, *options: Any
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
-    attn_mask, *_, saved, (of_query, of_key, of_value, of_mask, *_) = options
+    query, key, value, attn_mask, *_ = a
+    of_query, of_key, of_value, of_mask, *_ = needed
     out, *_, (row_max, log_sum) = saved
     grad_out, grad_lse = grads[0], grads[1].contiguous() if len(grads) > 1 else None
-    attention = _attention(key, value, *options[:-2])
+    attention = _attention(a)
     stream = short_keys.Queries(query, grad_out, out, row_max, log_sum, grad_lse)
     dq, dk, dv = (
-        empty_in_order_of(x, x.shape) if needed else None
-        for x, needed in ((query, of_query), (key, of_key), (value, of_value))
+        empty_in_order_of(x, x.shape) if wanted else None
+        for x, wanted in ((query, of_query), (key, of_key), (value, of_value))
     )
     size = (*query.shape[:3], attention.total)
     dscores = query.new_empty(size, dtype=torch.float32) if of_mask else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmkernels._triton import dense
 from mmkernels.ops._attention_checks import scale_of
-from mmkernels.ops.cross_attention.op import empty_in_order_of, new_statistics
+from mmkernels.ops.cross_attention.op import Arguments, empty_in_order_of, new_statistics
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -29,55 +29,40 @@ def _one_mask(attn_mask: Tensor | None, attn_bias: Tensor | None) -> Tensor | No
     return total.masked_fill((attn_mask == -torch.inf) | (attn_bias == -torch.inf), -torch.inf)
 
 
-def _attention(
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    attn_bias: Tensor | None,
-    sinks: None,
-    key_lengths: Tensor | None,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    softcap: float,
-    scale: float | None,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    *_: Any,
-) -> Attention:
+def _attention(a: Arguments) -> Attention:
     return Attention(
-        keys=[dense(key)],
-        values=[dense(value)],
-        padding=[None if key_lengths is None else key_lengths.contiguous()],
-        scale=scale_of(scale, key.shape[3]),
-        softcap=softcap,
-        mask=_one_mask(attn_mask, attn_bias),
-        window=(window_left, window_right),
-        bottom_right=bottom_right,
-        dropout_p=dropout_p,
-        rng_state=rng_state,
+        keys=[dense(a.key)],
+        values=[dense(a.value)],
+        padding=[None if a.key_lengths is None else a.key_lengths.contiguous()],
+        scale=scale_of(a.scale, a.key.shape[3]),
+        softcap=a.softcap,
+        mask=_one_mask(a.attn_mask, a.attn_bias),
+        window=(a.window_left, a.window_right),
+        bottom_right=a.bottom_right,
+        dropout_p=a.dropout_p,
+        rng_state=a.rng_state,
     )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, list[Tensor], Tensor]:
-    *of_attention, return_lse, training = options
-    batch, heads, queries, _ = query.shape
-    out = empty_in_order_of(query, (batch, heads, queries, value.shape[3]))
-    stats, statistics = new_statistics(query, return_lse or training)
-    attend(dense(query), _attention(key, value, *of_attention), out, statistics, batch, queries)
-    return out, [stats.sum(0)] if return_lse else [], stats if training else stats.new_empty(0)
+def forward(a: Arguments, training: bool) -> tuple[Tensor, list[Tensor], Tensor]:
+    batch, heads, queries, _ = a.query.shape
+    out = empty_in_order_of(a.query, (batch, heads, queries, a.value.shape[3]))
+    stats, statistics = new_statistics(a.query, a.return_lse or training)
+    attend(dense(a.query), _attention(a), out, statistics, batch, queries)
+    return out, [stats.sum(0)] if a.return_lse else [], stats if training else stats.new_empty(0)
 
 
-def backward(grads: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor, *options: Any) -> list[Tensor]:
-    attn_mask, attn_bias, *_, saved, (of_query, of_key, of_value, of_mask, of_bias, *_) = options
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    query, key, value, attn_mask, attn_bias, *_ = a
+    of_query, of_key, of_value, of_mask, of_bias, *_ = needed
     out, *_, (row_max, log_sum) = saved
     grad_out, grad_lse = grads[0], grads[1].contiguous() if len(grads) > 1 else None
     batch, _, queries, _ = query.shape
     stream = Queries(dense(query), dense(grad_out), dense(out), row_max, log_sum, grad_lse, batch, queries)
-    attention = _attention(key, value, *options[:-2])
+    attention = _attention(a)
     dq, dk, dv = (
-        empty_in_order_of(x, x.shape) if needed else None
-        for x, needed in ((query, of_query), (key, of_key), (value, of_value))
+        empty_in_order_of(x, x.shape) if wanted else None
+        for x, wanted in ((query, of_query), (key, of_key), (value, of_value))
     )
     deltas = stream.deltas()
     if dq is not None:
@@ -86,8 +71,8 @@ def backward(grads: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor,
         key_gradients([stream], [deltas], attention, 0, key.shape[2], dk, dv, None)
     dscores = mask_gradient(stream, deltas, attention) if of_mask or of_bias else None
     dmask, dbias = (
-        dscores.sum_to_size(x.shape).to(x.dtype) if needed and dscores is not None and x is not None else None
-        for x, needed in ((attn_mask, of_mask), (attn_bias, of_bias))
+        dscores.sum_to_size(x.shape).to(x.dtype) if wanted and dscores is not None and x is not None else None
+        for x, wanted in ((attn_mask, of_mask), (attn_bias, of_bias))
     )
     if dmask is not None and dbias is not None and dmask.shape == dbias.shape:
         dbias = dbias.clone()  # the two may be one tensor

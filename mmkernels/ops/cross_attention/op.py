@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,25 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention import batching, reference
+
+
+class Arguments(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    attn_bias: Tensor | None
+    sinks: Tensor | None
+    key_lengths: Tensor | None
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    softcap: float
+    scale: float | None
+    dropout_p: float
+    rng_state: Tensor | None
+    enable_gqa: bool
+    return_lse: bool
 
 
 def empty_in_order_of(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -35,12 +54,11 @@ def _gradient(leaf: Tensor, name: str) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if name in ("query", "key", "value") else leaf.new_empty(leaf.shape)
 
 
-def _cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Any, ...]:
-    return_lse = options[-1]
-    rows = query.shape[:3]
+def _cross_attention_fake(a: Arguments) -> tuple[Any, ...]:
+    query, rows = a.query, a.query.shape[:3]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = [query.new_empty(rows, dtype=wide)] if return_lse else []
-    return empty_in_order_of(query, (*rows, value.shape[3])), lse, query.new_empty((2, *rows), dtype=wide)
+    lse = [query.new_empty(rows, dtype=wide)] if a.return_lse else []
+    return empty_in_order_of(query, (*rows, a.value.shape[3])), lse, query.new_empty((2, *rows), dtype=wide)
 
 
 def _reference(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -69,39 +87,35 @@ def unexpanded(mask: Tensor) -> Tensor:
     return mask
 
 
-def _cuda_supports(query: Tensor, key: Tensor, value: Tensor, *options: Any, backward: bool = False) -> str | None:
-    attn_mask, attn_bias, sinks, _, window_left, window_right, _, softcap, _, dropout_p, *_ = options
-    if sinks is not None:
+def _cuda_supports(a: Arguments, backward: bool = False) -> str | None:
+    if a.sinks is not None:
         return "its kernel has no sinks"
-    if attn_bias is not None:
+    if a.attn_bias is not None:
         return "its kernel takes attn_mask or attn_bias, not both"
-    if window_left >= 0 or window_right >= 0 or softcap or dropout_p > 0:
+    if a.window_left >= 0 or a.window_right >= 0 or a.softcap or a.dropout_p > 0:
         return "its kernel has no window, causal mask, softcap or dropout"
-    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
-        return f"attn_mask is {attn_mask.dtype}"
-    return short_keys.declines([query], [key], [value], backward)
+    if a.attn_mask is not None and a.attn_mask.dtype not in (torch.bool, torch.float32, a.query.dtype):
+        return f"attn_mask is {a.attn_mask.dtype}"
+    return short_keys.declines([a.query], [a.key], [a.value], backward)
 
 
-def _cuda_loses(query: Tensor, key: Tensor, *_: Any) -> str | None:
-    return short_keys.loses([key])
+def _cuda_loses(a: Arguments) -> str | None:
+    return short_keys.loses([a.key])
 
 
-def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *options: Any, heavy: bool = False) -> str | None:
-    if options[2] is not None:
+def _triton_supports(a: Arguments, heavy: bool = False) -> str | None:
+    if a.sinks is not None:
         return "its kernels have no sinks"
-    return too_wide_for_triton(query, value, heavy=heavy)
+    return too_wide_for_triton(a.query, a.value, heavy=heavy)
 
 
-def _triton_supports_backward(needed: Sequence[bool], *arguments: Any) -> str | None:
-    dropout_p = arguments[12]
-    return _triton_supports(*arguments, heavy=dropout_p > 0 or needed[3] or needed[4])
+def _triton_supports_backward(needed: Sequence[bool], a: Arguments) -> str | None:
+    return _triton_supports(a, heavy=a.dropout_p > 0 or needed[3] or needed[4])
 
 
 cross_attention_op = DifferentiableOp(
     "cross_attention",
-    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? attn_bias, Tensor? sinks, Tensor? key_lengths, "
-    "int window_left, int window_right, bool bottom_right, float softcap, float? scale, float dropout_p, "
-    "Tensor? rng_state, bool enable_gqa, bool return_lse",
+    Arguments,
     outputs="Tensor out, Tensor[] lse",
     saved="Tensor stats",  # row_max, a constant shift of the scores, and log_sum, which add up to the LSE
     reference=_reference,

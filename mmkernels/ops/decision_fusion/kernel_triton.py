@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.decision_fusion.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
 from mmkernels.triton.pool import modalities, presence_flags, present
 
@@ -242,9 +243,8 @@ def _weights(weights: Tensor | None, batch: int, count: int) -> tuple[Tensor | N
     return by_row, by_row.stride(0), by_row.stride(1)
 
 
-def forward(
-    logits: Sequence[Tensor], weights: Tensor | None, method: str, presence: Tensor | None, training: bool
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    logits, weights, method, presence = a
     zs = modalities(logits)
     batch, classes = zs[0].shape
     out = zs[0].new_empty(zs[0].shape)
@@ -263,15 +263,8 @@ def forward(
     return out
 
 
-def backward(
-    grads: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    weights: Tensor | None,
-    method: str,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    logits, weights, method, presence = a
     (g,) = grads
     zs = modalities(logits)
     batch, classes = zs[0].shape

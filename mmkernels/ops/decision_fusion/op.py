@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,11 +13,20 @@ from mmkernels.ops._pool import too_many_modalities
 from mmkernels.ops.decision_fusion import reference
 
 
-def _decision_fusion_fake(logits: Sequence[Tensor], *_: Any) -> tuple[Tensor]:
+class Arguments(NamedTuple):
+    logits: Sequence[Tensor]
+    weights: Tensor | None
+    method: str
+    presence: Tensor | None
+
+
+def _decision_fusion_fake(a: Arguments) -> tuple[Tensor]:
+    logits = a.logits
     return (logits[0].new_empty(logits[0].shape),)
 
 
-def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
+def _triton_supports(a: Arguments) -> str | None:
+    logits = a.logits
     if logits[0].shape[-1] > 8192:
         return f"{logits[0].shape[-1]} classes are more than the 8192 that a program holds"
     if logits[0].shape[0] >= 2**31:
@@ -27,7 +36,7 @@ def _triton_supports(logits: Sequence[Tensor], *_: Any) -> str | None:
 
 decision_fusion_op = DifferentiableOp(
     "decision_fusion",
-    "Tensor[] logits, Tensor? weights, str method, Tensor? presence",
+    Arguments,
     outputs="Tensor probabilities",
     reference=reference.decision_fusion,
     fake=_decision_fusion_fake,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.deformable_attention.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2, odd
 from mmkernels.triton.math import number
 from mmkernels.triton.sampling import corner_of, is_present, read_level, read_pixels, read_position
@@ -353,17 +354,8 @@ def _owner_config(features: int) -> Config:
     return Config({"SAMPLES": min(1024 // block, 16), "BLOCK": block}, num_warps=max(block // 32, 1), num_stages=2)
 
 
-def forward(
-    values: Sequence[Tensor],
-    locations: Tensor,
-    weights: Tensor,
-    presence: Tensor | None,
-    shapes: Sequence[int],
-    levels: Sequence[int],
-    points: Sequence[int],
-    discrete: bool,
-    training: bool,
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    values, locations, weights, presence, shapes, levels, points, discrete = a
     call = _Call(values, locations, weights, presence, shapes, levels, points, discrete)
     out = weights.new_empty((call.batch, call.queries, call.heads * call.features))
     config = _row_config(call.features)
@@ -381,19 +373,8 @@ def forward(
     return out
 
 
-def backward(
-    grads: Sequence[Tensor],
-    values: Sequence[Tensor],
-    locations: Tensor,
-    weights: Tensor,
-    presence: Tensor | None,
-    shapes: Sequence[int],
-    levels: Sequence[int],
-    points: Sequence[int],
-    discrete: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    values, locations, weights, presence, shapes, levels, points, discrete = a
     (g,) = grads
     call = _Call(values, locations, weights, presence, shapes, levels, points, discrete)
     of_values, (of_locations, of_weights) = needed[: len(values)], needed[len(values) : len(values) + 2]

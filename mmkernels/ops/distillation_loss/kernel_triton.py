@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.distillation_loss import linear, reference
+from mmkernels.ops.distillation_loss.op import Arguments
 from mmkernels.triton.launch import Config, launch, next_power_of_2
 from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
@@ -222,16 +223,8 @@ def _ignored(labels: Tensor | None, ignore_index: int) -> tuple[Tensor | None, T
     return ignored.view(torch.uint8), (~ignored).sum().clamp_min(1)
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    kind: str,
-    beta: float,
-    ignore_index: int,
-    training: bool,
-) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
+    student, teacher, labels, temperature, kind, beta, ignore_index = a
     rows, classes = student.shape
     losses = student.new_empty(rows, dtype=torch.float32)
     statistics = student.new_empty((rows, 6), dtype=torch.float32)
@@ -257,18 +250,8 @@ def _is_constant(kind: str, beta: float) -> bool:
     return kind == "jsd" and beta in (0.0, 1.0)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    kind: str,
-    beta: float,
-    ignore_index: int,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    student, teacher, labels, temperature, kind, beta, ignore_index = a
     rows, classes = student.shape
     results = [x.new_empty(x.shape if n else 0) for x, n in zip((student, teacher), needed, strict=False)]
     if _is_constant(kind, beta) or student.numel() == 0:

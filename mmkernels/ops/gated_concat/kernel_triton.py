@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.gated_concat.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 
 
@@ -158,7 +159,8 @@ def _input_gradient(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, training: bool) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
+    x, y, weight, bias = a
     xs = as_rows(x), as_rows(y)
     (rows, x_width), y_width, gates = xs[0].shape, xs[1].shape[1], weight.shape[0]
     gate = linear.forward(linear.Arguments([x, y], weight, bias, "sigmoid"), False)[0].view(rows, gates)
@@ -175,15 +177,8 @@ def forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, training:
     return out, gate if training else gate.new_empty(0)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x, y, weight, _ = a
     of_x, of_y, of_weight, of_bias = needed
     (gate,), dout = saved, as_rows(grads[0])
     xs = as_rows(x), as_rows(y)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.gated_fusion.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, tiles
 
 
@@ -238,15 +239,8 @@ def _project(
     )
 
 
-def forward(
-    xs: Sequence[Tensor],
-    value_weights: Sequence[Tensor],
-    value_biases: Sequence[Tensor],
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    presence: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    xs, value_weights, value_biases, gate_weight, gate_bias, presence = a
     count, features, gates = len(xs), value_weights[0].shape[0], gate_weight.shape[0]
     y = gate_weight.new_empty((*xs[0].shape[:-1], features))
     sources = [as_rows(x) for x in xs]
@@ -270,17 +264,8 @@ def forward(
     return y, values if training else values.new_empty(0), weights
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    value_weights: Sequence[Tensor],
-    value_biases: Sequence[Tensor],
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, value_weights, _, gate_weight, _, presence = a
     (values, weights), dy = saved, as_rows(grads[0])
     count, (rows, features), gates = len(xs), dy.shape, gate_weight.shape[0]
     of_xs, of_weights = needed[:count], needed[count : 2 * count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,17 @@ from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.gated_fusion import reference
 
 
-def _gated_fusion_fake(
-    xs: Sequence[Tensor],
-    value_weights: Sequence[Tensor],
-    value_biases: Sequence[Tensor],
-    gate_weight: Tensor,
-    gate_bias: Tensor | None,
-    presence: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    value_weights: Sequence[Tensor]
+    value_biases: Sequence[Tensor]
+    gate_weight: Tensor
+    gate_bias: Tensor | None
+    presence: Tensor | None
+
+
+def _gated_fusion_fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    xs, value_weights = a.xs, a.value_weights
     lead, features = xs[0].shape[:-1], value_weights[0].shape[0]
     out = xs[0].new_empty((*lead, features))
     values = out.new_empty((math.prod(lead), len(xs) * features))
@@ -36,8 +39,7 @@ def _gated_fusion_saved(*args: Any) -> tuple[Tensor, Tensor]:
 
 gated_fusion_op = DifferentiableOp(
     "gated_fusion",
-    "Tensor[] xs, Tensor[] value_weights, Tensor[] value_biases, Tensor gate_weight, Tensor? gate_bias, "
-    "Tensor? presence",
+    Arguments,
     outputs="Tensor out",
     saved="Tensor values, Tensor weights",  # h_i, and what each is weighted by; [rows, M·N]
     reference=reference.gated_fusion,

@@ -14,7 +14,7 @@ from mmkernels._cuda import Library
 from mmkernels.ops import _short_key_attention as short_keys
 from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
-from mmkernels.ops.joint_attention.op import statistics_of_streams
+from mmkernels.ops.joint_attention.op import Arguments, statistics_of_streams
 
 
 def _attentions(
@@ -36,21 +36,8 @@ def _attentions(
     return [short_keys.ShortKeys(keys, values, key_lengths, padded_streams, factor, bias=b) for b in biases]
 
 
-def forward(
-    kernels: Library,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_lengths: Sequence[Tensor],
-    padded_streams: Sequence[int],
-    stream_bias: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    return_lse: bool,
-    training: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def forward(kernels: Library, a: Arguments, training: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    queries, keys, values, key_lengths, padded_streams, stream_bias, scale, _, _, _, return_lse = a
     attentions = _attentions(queries, keys, values, key_lengths, padded_streams, stream_bias, scale)
     outs = [empty_in_order_of(q, q.shape) for q in queries]
     stats = queries[0].new_empty(2 * sum(math.prod(q.shape[:3]) for q in queries), dtype=torch.float32)
@@ -62,22 +49,9 @@ def forward(
 
 
 def backward(
-    kernels: Library,
-    grads: Sequence[Tensor],
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_lengths: Sequence[Tensor],
-    padded_streams: Sequence[int],
-    stream_bias: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    return_lse: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
+    queries, keys, values, key_lengths, padded_streams, stream_bias, scale, _, _, _, return_lse = a
     count, segments = len(queries), len(keys)
     grad_lses = grads[count:] if return_lse else [None] * count
     of_queries, of_keys = needed[:count], needed[count : count + segments]

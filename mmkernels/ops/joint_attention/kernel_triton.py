@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
-from mmkernels.ops.joint_attention.op import statistics_of_streams
+from mmkernels.ops.joint_attention.op import Arguments, statistics_of_streams
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -52,20 +52,20 @@ def _bias(stream_bias: Tensor | None) -> Tensor | None:
     return (stream_bias if stream_bias.dim() == 3 else stream_bias[None]).contiguous()
 
 
-def forward(
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_lengths: Sequence[Tensor],
-    padded_streams: Sequence[int],
-    stream_bias: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    return_lse: bool,
-    training: bool,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    (
+        queries,
+        keys,
+        values,
+        key_lengths,
+        padded_streams,
+        stream_bias,
+        scale,
+        softcap,
+        dropout_p,
+        rng_state,
+        return_lse,
+    ) = a
     bias = _bias(stream_bias)
     outs = [empty_in_order_of(q, (*q.shape[:3], values[0].shape[3])) for q in queries]
     stats = queries[0].new_empty(2 * sum(math.prod(q.shape[:3]) for q in queries), dtype=torch.float32)
@@ -81,22 +81,20 @@ def forward(
     return outs, lses, stats if training else stats.new_empty(0)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_lengths: Sequence[Tensor],
-    padded_streams: Sequence[int],
-    stream_bias: Tensor | None,
-    scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    rng_state: Tensor | None,
-    return_lse: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    (
+        queries,
+        keys,
+        values,
+        key_lengths,
+        padded_streams,
+        stream_bias,
+        scale,
+        softcap,
+        dropout_p,
+        rng_state,
+        return_lse,
+    ) = a
     count, segments = len(queries), len(keys)
     grad_lses = grads[count:] if return_lse else [None] * count
     statistics = statistics_of_streams(saved[-1], queries)

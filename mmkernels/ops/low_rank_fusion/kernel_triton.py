@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import gradients_where_present
 from mmkernels.ops.concat_linear.reference import where_present
+from mmkernels.ops.low_rank_fusion.op import Arguments
 from mmkernels.triton.launch import Config, dot_precision, launch, tiles
 
 
@@ -226,14 +227,8 @@ def _modalities(xs: Sequence[Tensor]) -> tuple[tuple[Any, ...], ...]:
     return tuple(xs), tuple(x.stride(0) for x in xs), tuple(x.shape[1] for x in xs)
 
 
-def forward(
-    xs: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    rank_weights: Tensor,
-    bias: Tensor | None,
-    presence: Tensor | None,
-    training: bool,
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    xs, factors, rank_weights, bias, presence = a
     xs = where_present(xs, presence)
     rows, (ranks, _, features) = xs[0].shape[0], factors[0].shape
     y = xs[0].new_empty((rows, features))
@@ -249,16 +244,8 @@ def forward(
     return y
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    rank_weights: Tensor,
-    bias: Tensor | None,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, factors, rank_weights, _, presence = a
     (dy,) = grads
     xs = where_present(xs, presence)
     count = len(xs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,19 +13,22 @@ from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.low_rank_fusion import reference
 
 
-def _low_rank_fusion_fake(
-    xs: Sequence[Tensor],
-    factors: Sequence[Tensor],
-    rank_weights: Tensor,
-    bias: Tensor | None,
-    presence: Tensor | None,
-) -> tuple[Tensor]:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    factors: Sequence[Tensor]
+    rank_weights: Tensor
+    bias: Tensor | None
+    presence: Tensor | None
+
+
+def _low_rank_fusion_fake(a: Arguments) -> tuple[Tensor]:
+    xs, factors = a.xs, a.factors
     return (xs[0].new_empty((xs[0].shape[0], factors[0].shape[2])),)
 
 
 low_rank_fusion_op = DifferentiableOp(
     "low_rank_fusion",
-    "Tensor[] xs, Tensor[] factors, Tensor rank_weights, Tensor? bias, Tensor? presence",
+    Arguments,
     outputs="Tensor out",
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,

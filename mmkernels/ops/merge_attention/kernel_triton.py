@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.merge_attention.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
 
 # Rows have up to three dims. The strides of lses depend on the length; those of outputs are multiples of D.
@@ -242,22 +243,18 @@ def _launch_rows(
     return True
 
 
-def forward(outputs: Sequence[Tensor], lses: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
+    outputs, lses = a
     out, lse = _in_own_order(outputs[0]), _in_own_order(lses[0])
     outputs, lses = _alike(outputs), _alike(lses)
     if _launch_rows(_forward, (tuple(outputs), tuple(lses), out, lse), (outputs[0], out), (lses[0], lse)):
         return out, lse
-    plain = forward([x.contiguous() for x in outputs], [x.contiguous() for x in lses], training)
+    plain = forward(Arguments([x.contiguous() for x in outputs], [x.contiguous() for x in lses]), training)
     return out.copy_(plain[0]), lse.copy_(plain[1])
 
 
-def backward(
-    grads: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    lses: Sequence[Tensor],
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    outputs, lses = a
     g, glse = grads
     parts = len(outputs)
     results = [_in_own_order(x) if n else None for x, n in zip((*outputs, *lses), needed, strict=True)]
@@ -271,7 +268,7 @@ def backward(
     matrices, vectors = (outputs[0], g, common[0]), (lses[0], glse, common[1])
     if not _launch_rows(_backward, tensors, matrices, vectors, LSES=any(needed[parts:])):
         dense_grads, dense_outputs, dense_lses = ([x.contiguous() for x in group] for group in (grads, outputs, lses))
-        plain = backward(dense_grads, dense_outputs, dense_lses, saved, needed)
+        plain = backward(dense_grads, Arguments(dense_outputs, dense_lses), saved, needed)
         written = [x if n else None for x, n in zip(plain, needed, strict=True)]
     for result, value in zip(results, written, strict=True):
         if result is not None and value is not None and result is not value:

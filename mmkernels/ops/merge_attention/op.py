@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,15 +13,22 @@ from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.merge_attention import reference
 
 
+class Arguments(NamedTuple):
+    outputs: Sequence[Tensor]
+    lses: Sequence[Tensor]
+
+
 def _in_own_order(tensor: Tensor) -> Tensor:
     return empty_in_order_of(tensor, tensor.shape)
 
 
-def _merge_attention_fake(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _merge_attention_fake(a: Arguments) -> tuple[Tensor, Tensor]:
+    outputs, lses = a
     return _in_own_order(outputs[0]), _in_own_order(lses[0])
 
 
-def _triton_supports(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> str | None:
+def _triton_supports(a: Arguments) -> str | None:
+    outputs, lses = a
     first = outputs[0]
     if len(outputs) > 64:
         return f"{len(outputs)} parts are more than the 64 that a program takes"
@@ -31,7 +39,7 @@ def _triton_supports(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> str |
 
 merge_attention_op = DifferentiableOp(
     "merge_attention",
-    "Tensor[] outputs, Tensor[] lses",
+    Arguments,
     outputs="Tensor out, Tensor lse",
     reference=reference.merge_attention,
     fake=_merge_attention_fake,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
+from mmkernels.ops.merge_embeddings.op import Arguments
 from mmkernels.ops.merge_embeddings.reference import check_count
 
 _CHUNK = 1024  # tokens of a count, the kernel's kMergeChunk
@@ -20,9 +21,8 @@ def _counts(mask: Tensor) -> Tensor | None:
     return None if tokens <= _UNCOUNTED else mask.new_empty(-(-tokens // _CHUNK), dtype=torch.int32)
 
 
-def forward(
-    kernels: Library, text: Tensor, modals: Sequence[Tensor], mask: Tensor, check: bool, training: bool
-) -> Tensor:
+def forward(kernels: Library, a: Arguments, training: bool) -> Tensor:
+    text, modals, mask, check = a
     if check:
         check_count(sum(m.shape[0] for m in modals), mask)
     out = text.new_empty(text.shape)
@@ -32,15 +32,9 @@ def forward(
 
 
 def backward(
-    kernels: Library,
-    grads: Sequence[Tensor],
-    text: Tensor,
-    modals: Sequence[Tensor],
-    mask: Tensor,
-    check: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
+    text, modals, mask, _ = a
     (g,) = grads
     of_text, *of_modals = needed[: 1 + len(modals)]
     dtext = text.new_empty(text.shape) if of_text else None

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.merge_embeddings.op import Arguments
 from mmkernels.ops.merge_embeddings.reference import check_count
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2, odd
 from mmkernels.triton.math import number
@@ -118,7 +119,8 @@ def _counts(mask: Tensor) -> tuple[Tensor, Tensor]:
     return flat.cumsum(0), flat
 
 
-def forward(text: Tensor, modals: Sequence[Tensor], mask: Tensor, check: bool, training: bool) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    text, modals, mask, check = a
     if check:
         check_count(sum(m.shape[0] for m in modals), mask)
     out = text.new_empty(text.shape)
@@ -135,15 +137,8 @@ def forward(text: Tensor, modals: Sequence[Tensor], mask: Tensor, check: bool, t
     return out
 
 
-def backward(
-    grads: Sequence[Tensor],
-    text: Tensor,
-    modals: Sequence[Tensor],
-    mask: Tensor,
-    check: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    text, modals, mask, _ = a
     (grad,) = grads
     batch, length, features = text.shape
     of_text, *of_modals = needed[: 1 + len(modals)]

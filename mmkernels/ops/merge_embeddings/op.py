@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,11 +14,20 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.merge_embeddings import reference
 
 
-def _merge_embeddings_fake(text: Tensor, *_: Any) -> tuple[Tensor]:
+class Arguments(NamedTuple):
+    text: Tensor
+    modals: Sequence[Tensor]
+    mask: Tensor
+    check: bool
+
+
+def _merge_embeddings_fake(a: Arguments) -> tuple[Tensor]:
+    text = a.text
     return (text.new_empty(text.shape),)
 
 
-def _cuda_supports(text: Tensor, modals: Sequence[Tensor], mask: Tensor, check: bool) -> str | None:
+def _cuda_supports(a: Arguments) -> str | None:
+    text, modals, mask, _ = a
     if text.shape[2] % 8:
         return f"{text.shape[2]} features: its kernel takes multiples of 8"
     if len(modals) > 64:
@@ -30,7 +39,7 @@ def _cuda_supports(text: Tensor, modals: Sequence[Tensor], mask: Tensor, check: 
 
 merge_embeddings_op = DifferentiableOp(
     "merge_embeddings",
-    "Tensor text, Tensor[] modals, Tensor mask, bool check",
+    Arguments,
     outputs="Tensor out",
     reference=reference.merge_embeddings,
     fake=_merge_embeddings_fake,

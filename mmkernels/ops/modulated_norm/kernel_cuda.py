@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmkernels._cuda import Library, aligned
 from mmkernels.ops._norm import NORMS
+from mmkernels.ops.modulated_norm.op import Arguments
 
 _FORWARD_TEAMS = 8192  # that no multiprocessor waits long for the last
 _BACKWARD_TEAMS = 1056  # eight for each multiprocessor of a large GPU, and few sums to write and to add up
@@ -20,17 +21,8 @@ def _run(x: Tensor, teams: int) -> int:
     return min(max(batch * length // teams, 1), 64)
 
 
-def forward(
-    kernels: Library,
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    training: bool,
-) -> Tensor:
+def forward(kernels: Library, a: Arguments, training: bool) -> Tensor:
+    x, shift, scale, norm, weight, bias, eps = a
     y = x.new_empty(x.shape)
     if x.numel():
         kernels("modulated_norm_fwd", x, shift, scale, weight, bias, NORMS.index(norm), eps, _run(x, _FORWARD_TEAMS), y)
@@ -38,18 +30,9 @@ def forward(
 
 
 def backward(
-    kernels: Library,
-    grads: Sequence[Tensor],
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
+    kernels: Library, grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor]:
+    x, shift, scale, norm, weight, bias, eps = a
     batch, length, features = x.shape
     run = _run(x, _BACKWARD_TEAMS)
     per_token = shift.shape[1] != 1

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.modulated_norm.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch
 from mmkernels.triton.norm import norm_gradient, normalized, row_config
 
@@ -165,16 +166,8 @@ def _run(x: Tensor, config: Config) -> int:
     return min(max(ceil_div(batch * ceil_div(length, rows), 2048), 1), 64) * rows
 
 
-def forward(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    training: bool,
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    x, shift, scale, norm, weight, bias, eps = a
     y = x.new_empty(x.shape)
     batch, length, features = x.shape
     config = row_config(features, length)
@@ -193,18 +186,8 @@ def forward(
     return y
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    norm: str | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x, shift, scale, norm, weight, bias, eps = a
     (g,) = grads
     batch, length, features = x.shape
     config = row_config(features, length)

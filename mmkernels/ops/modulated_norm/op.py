@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,20 +13,31 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
 from mmkernels.ops.modulated_norm import reference
 
 
-def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor]:
+class Arguments(NamedTuple):
+    x: Tensor
+    shift: Tensor
+    scale: Tensor
+    norm: str | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+
+
+def _modulated_norm_fake(a: Arguments) -> tuple[Tensor]:
+    x = a.x
     return (x.new_empty(x.shape),)
 
 
-def _cuda_supports(
-    x: Tensor, shift: Tensor, scale: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> str | None:
+def _cuda_supports(a: Arguments) -> str | None:
+    x, shift, scale, _, weight, bias, _ = a
     features = x.shape[2]
     if features % 8 or features > 4096:
         return f"{features} features: its kernel takes multiples of 8 up to 4096"
     return misaligned(x, shift, scale, weight, bias)
 
 
-def _triton_supports(x: Tensor, *_: Any) -> str | None:
+def _triton_supports(a: Arguments) -> str | None:
+    x = a.x
     return None if x.shape[2] <= 4096 else f"{x.shape[2]} features are more than the 4096 that a program holds"
 
 
@@ -45,7 +56,7 @@ _KEPT = (
 
 modulated_norm_op = DifferentiableOp(
     "modulated_norm",
-    "Tensor x, Tensor shift, Tensor scale, str? norm, Tensor? norm_weight, Tensor? norm_bias, float eps",
+    Arguments,
     outputs="Tensor out",
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.multimodal_cross_entropy import linear, reference
+from mmkernels.ops.multimodal_cross_entropy.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
 from mmkernels.triton.logits import no_logits, of_lanes, with_logits
 
@@ -172,20 +173,8 @@ def _kept(labels: Sequence[Tensor], modality: int) -> Tensor:
     return labels[modality if len(labels) > 1 else 0].contiguous()
 
 
-def forward(
-    logits: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    weights: Tensor | None,
-    log_vars: Tensor | None,
-    presence: Tensor | None,
-    modulation: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    robust: str | None,
-    q: float,
-    wide: bool,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, labels, weights, log_vars, presence, _, label_smoothing, ignore_index, robust, q, wide = a
     rows, count = logits[0].shape[0], len(logits)
     losses = logits[0].new_empty((count, rows), dtype=torch.float32)
     statistics = losses.new_empty((count, rows, 2))
@@ -210,22 +199,8 @@ def forward(
     return *outputs, statistics, means.clone()
 
 
-def backward(
-    grads: Sequence[Tensor],
-    logits: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    weights: Tensor | None,
-    log_vars: Tensor | None,
-    presence: Tensor | None,
-    modulation: Tensor | None,
-    label_smoothing: float,
-    ignore_index: int,
-    robust: str | None,
-    q: float,
-    wide: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    logits, labels, weights, log_vars, presence, modulation, label_smoothing, ignore_index, robust, q, _ = a
     of_total, of_means = (g.float() for g in grads)
     statistics, means = saved[0].contiguous(), saved[1]
     count, rows = len(logits), logits[0].shape[0]

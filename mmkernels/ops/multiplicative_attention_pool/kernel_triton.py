@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.multiplicative_attention_pool.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, launch, next_power_of_2
 from mmkernels.triton.pool import modalities, presence_flags, present
 
@@ -139,9 +140,8 @@ def _config(features: int) -> Config:
     return Config({"ROWS": max(2048 // block, 1), "BLOCK": block}, num_warps=warps, num_stages=1)
 
 
-def forward(
-    xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, scale: float, presence: Tensor | None, training: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    xs, query, weight, scale, presence = a
     views = modalities(xs)
     batch, features = views[0].shape
     projected = query if weight is None else query @ weight
@@ -158,16 +158,8 @@ def forward(
     return pooled, weights, query.new_empty(0) if weight is None or not training else projected
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    query: Tensor,
-    weight: Tensor | None,
-    scale: float,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, query, weight, scale, presence = a
     g, gweights = grads
     views = modalities(xs)
     batch, features = views[0].shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,21 +15,28 @@ from mmkernels.ops._products import matmul
 from mmkernels.ops.multiplicative_attention_pool import reference
 
 
-def _multiplicative_attention_pool_fake(
-    xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    query: Tensor
+    weight: Tensor | None
+    scale: float
+    presence: Tensor | None
+
+
+def _multiplicative_attention_pool_fake(a: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    xs, weight = a.xs, a.weight
     pooled, batch, count = pooled_fake(xs)
     projected = pooled.new_empty(0 if weight is None else pooled.shape)
     return pooled, pooled.new_empty((batch, count)), projected
 
 
-def _multiplicative_attention_pool_saved(
-    xs: Sequence[Tensor], query: Tensor, weight: Tensor | None, *_: Any
-) -> tuple[Tensor]:
+def _multiplicative_attention_pool_saved(*fields: Any) -> tuple[Tensor]:
+    _, query, weight, _, _ = fields
     return (query.new_empty(0) if weight is None else matmul(query, weight),)
 
 
-def _triton_supports(xs: Sequence[Tensor], *_: Any) -> str | None:
+def _triton_supports(a: Arguments) -> str | None:
+    xs = a.xs
     if reason := too_many_modalities(xs):
         return reason
     width = int(xs[0].shape[-1])
@@ -38,7 +45,7 @@ def _triton_supports(xs: Sequence[Tensor], *_: Any) -> str | None:
 
 multiplicative_attention_pool_op = DifferentiableOp(
     "multiplicative_attention_pool",
-    "Tensor[] xs, Tensor query, Tensor? weight, float scale, Tensor? presence",
+    Arguments,
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor projected",  # q W, [B, D], where there is a W
     reference=reference.multiplicative_attention_pool,

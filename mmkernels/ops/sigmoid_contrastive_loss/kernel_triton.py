@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmkernels.ops.sigmoid_contrastive_loss.op import Arguments
 from mmkernels.triton.contrastive import SLOPE_PAIRS, Gradients, config, cosines, gain, slope_stride, strips
 from mmkernels.triton.launch import dot_precision, launch, tiles
 from mmkernels.triton.math import sigmoid, softplus
@@ -91,17 +92,8 @@ def _slopes(
     tl.store(slopes + at, (d * gain).to(slopes.dtype.element_ty), mask=inside)
 
 
-def forward(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    first_target: int,
-    total: int,
-    of_x: bool,
-    of_y: bool,
-    training: bool,
-) -> tuple[Tensor, ...]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, ...]:
+    x, y, logit_scale, logit_bias, first_target, total, of_x, of_y = a
     (rows, features), columns = x.shape, y.shape[0]
     if training:
         return _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1), (of_x, of_y))
@@ -152,19 +144,8 @@ def _with_gradients(
     return means[0].clone(), dx, dy, means[1:].clone()
 
 
-def backward(
-    grads: Sequence[Tensor],
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    first_target: int,
-    total: int,
-    of_x: bool,
-    of_y: bool,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    x, y, logit_scale, logit_bias, first_target, total, _, _ = a
     dx, dy, scalars = saved
     if any(n and d.numel() != leaf.numel() for n, d, leaf in zip(needed, (dx, dy), (x, y), strict=False)):
         _, dx, dy, scalars = _with_gradients(x, y, logit_scale, logit_bias, first_target, max(total, 1), needed)

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.split_attention_pool.op import Arguments
 from mmkernels.triton.launch import Config, launch, tiles
 from mmkernels.triton.math import number, pick
 from mmkernels.triton.pool import modalities, needed_modalities, presence_flags, present
@@ -180,16 +181,8 @@ def _source_gradients(
 _TILES = Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8)
 
 
-def forward(
-    xs: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str | None,
-    presence: Tensor | None,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    xs, weight1, bias1, weight2, bias2, activation, presence = a
     views = modalities(xs)
     count, (batch, features) = len(views), views[0].shape
     flags, *flag_strides = presence_flags(presence, batch, count)
@@ -205,18 +198,8 @@ def forward(
     return pooled, weights, total.new_empty(0), total.new_empty(0), preactivation
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str | None,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, weight1, bias1, weight2, bias2, activation, presence = a
     (g, gweights), (_, weights, total, z, preactivation) = grads, saved
     views = modalities(xs)
     count, (batch, features) = len(views), views[0].shape

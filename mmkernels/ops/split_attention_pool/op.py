@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,19 +15,23 @@ from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
 from mmkernels.ops.split_attention_pool import reference
 
+
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    weight1: Tensor
+    bias1: Tensor
+    weight2: Tensor
+    bias2: Tensor
+    activation: str | None
+    presence: Tensor | None
+
+
 # Activations whose derivative follows from their value alone.
 _FROM_OUTPUT = (None, "relu", "tanh", "sigmoid")
 
 
-def _split_attention_pool_fake(
-    xs: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str | None,
-    presence: Tensor | None,
-) -> tuple[Tensor, ...]:
+def _split_attention_pool_fake(a: Arguments) -> tuple[Tensor, ...]:
+    xs, weight1, activation = a.xs, a.weight1, a.activation
     pooled, batch, count = pooled_fake(xs)
     hidden = pooled.new_empty((batch, weight1.shape[0]))
     preactivation = hidden.new_empty(0 if activation in _FROM_OUTPUT else hidden.shape)
@@ -34,15 +39,8 @@ def _split_attention_pool_fake(
     return pooled, weights, pooled.new_empty(pooled.shape), hidden, preactivation
 
 
-def _split_attention_pool_saved(
-    xs: Sequence[Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str | None,
-    presence: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _split_attention_pool_saved(*fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    xs, weight1, bias1, _, _, activation, presence = fields
     total = stacked(xs, presence)[0].sum(1)
     preactivation = linear(total, weight1, bias1)
     hidden = activate(preactivation, activation)
@@ -51,7 +49,7 @@ def _split_attention_pool_saved(
 
 split_attention_pool_op = DifferentiableOp(
     "split_attention_pool",
-    "Tensor[] xs, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, str? activation, Tensor? presence",
+    Arguments,
     outputs="Tensor pooled, Tensor weights",
     saved="Tensor sum, Tensor hidden, Tensor preactivation",  # g, z, and W₁ g + b₁ where z's derivative needs it
     reference=reference.split_attention_pool,

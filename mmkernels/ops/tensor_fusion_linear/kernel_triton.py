@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import gradients_where_present
 from mmkernels.ops.concat_linear.reference import where_present
+from mmkernels.ops.tensor_fusion_linear.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2
 
 _LENGTHS = ["rows", "share", "column"]
@@ -191,9 +192,8 @@ def _modalities(xs: Sequence[Tensor]) -> tuple[tuple[Any, ...], tuple[Any, ...],
     return xs, tuple(x.stride(0) for x in xs), tuple(x.shape[1] for x in xs)
 
 
-def forward(
-    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None, training: bool
-) -> Tensor:
+def forward(a: Arguments, training: bool) -> Tensor:
+    xs, weight, bias, presence = a
     xs = where_present(xs, presence)
     rows, (features, entries) = xs[0].shape[0], weight.shape
     config = _config(weight, rows)
@@ -212,15 +212,8 @@ def forward(
     return y.to(weight.dtype)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    xs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    presence: Tensor | None,
-    saved: Sequence[Tensor],
-    needed: Sequence[bool],
-) -> list[Tensor]:
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    xs, weight, _, presence = a
     (dy,) = grads
     xs = where_present(xs, presence)
     *of_inputs, of_weight, of_bias, _ = needed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,15 +13,21 @@ from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.tensor_fusion_linear import reference
 
 
-def _tensor_fusion_linear_fake(
-    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, presence: Tensor | None
-) -> tuple[Tensor]:
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    presence: Tensor | None
+
+
+def _tensor_fusion_linear_fake(a: Arguments) -> tuple[Tensor]:
+    xs, weight, _, _ = a
     return (weight.new_empty((xs[0].shape[0], weight.shape[0])),)
 
 
 tensor_fusion_linear_op = DifferentiableOp(
     "tensor_fusion_linear",
-    "Tensor[] xs, Tensor weight, Tensor? bias, Tensor? presence",
+    Arguments,
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,

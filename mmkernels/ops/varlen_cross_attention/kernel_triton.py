@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmkernels.ops._attention_checks import scale_of
 from mmkernels.ops.cross_attention.op import empty_in_order_of
+from mmkernels.ops.varlen_cross_attention.op import Arguments
 from mmkernels.triton.attention_backward import Queries
 from mmkernels.triton.attention_forward import attend
 from mmkernels.triton.attention_inputs import Attention
@@ -17,81 +18,43 @@ from mmkernels.triton.attention_key_gradients import key_gradients
 from mmkernels.triton.attention_query_gradient import query_gradient
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    window_left: int,
-    window_right: int,
-    bottom_right: bool,
-    scale: float | None,
-    softcap: float,
-    sinks: None,
-) -> Attention:
-    dim = query.shape[2]
+def _attention(a: Arguments) -> Attention:
     return Attention(
-        keys=[key],
-        values=[value],
+        keys=[a.key],
+        values=[a.value],
         padding=[None],
-        scale=scale_of(scale, dim),
-        softcap=softcap,
-        window=(window_left, window_right),
-        bottom_right=bottom_right,
-        query_ends=cu_seqlens_q.contiguous(),
-        key_ends=cu_seqlens_k.contiguous(),
+        scale=scale_of(a.scale, a.query.shape[2]),
+        softcap=a.softcap,
+        window=(a.window_left, a.window_right),
+        bottom_right=a.bottom_right,
+        query_ends=a.cu_seqlens_q.contiguous(),
+        key_ends=a.cu_seqlens_k.contiguous(),
     )
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *of_attention, return_lse, training = options
-    rows, heads, _ = query.shape
-    out = empty_in_order_of(query, (rows, heads, value.shape[2]))
-    stats = query.new_empty((2, heads, rows), dtype=torch.float32)
-    attention = _attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *of_attention)
-    wanted = (stats[0], stats[1]) if training or return_lse else None
-    attend(query, attention, out, wanted, cu_seqlens_q.shape[0] - 1, max_seqlen_q)
-    lse = (stats[0] + stats[1]).T.contiguous() if return_lse else stats.new_empty(0)
+def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, heads, _ = a.query.shape
+    out = empty_in_order_of(a.query, (rows, heads, a.value.shape[2]))
+    stats = a.query.new_empty((2, heads, rows), dtype=torch.float32)
+    wanted = (stats[0], stats[1]) if training or a.return_lse else None
+    attend(a.query, _attention(a), out, wanted, a.cu_seqlens_q.shape[0] - 1, a.max_seqlen_q)
+    lse = (stats[0] + stats[1]).T.contiguous() if a.return_lse else stats.new_empty(0)
     return out, lse, stats if training else stats.new_empty(0)
 
 
-def backward(
-    grads: Sequence[Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *rest: Any,
-) -> list[Tensor]:
-    *of_attention, return_lse, saved, needed = rest
+def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     out, *_, stats = saved
-    grad_log_sum = grads[1].T if return_lse else None
-    members = cu_seqlens_q.shape[0] - 1
-    stream = Queries(query, grads[0], out, stats[0], stats[1], grad_log_sum, members, max_seqlen_q)
-    attention = _attention(query, key, value, cu_seqlens_q, cu_seqlens_k, *of_attention)
-    dq, dk, dv = (
-        empty_in_order_of(x, x.shape) if wanted else None
-        for x, wanted in zip((query, key, value), needed, strict=False)
-    )
+    grad_log_sum = grads[1].T if a.return_lse else None
+    members = a.cu_seqlens_q.shape[0] - 1
+    stream = Queries(a.query, grads[0], out, stats[0], stats[1], grad_log_sum, members, a.max_seqlen_q)
+    attention = _attention(a)
+    dq, dk, dv = (empty_in_order_of(x, x.shape) if wanted else None for x, wanted in zip(a[:3], needed, strict=False))
     deltas = stream.deltas()
     if dq is not None:
         query_gradient(stream, deltas, attention, dq, with_bias=False)
     if dk is not None or dv is not None:
-        key_gradients([stream], [deltas], attention, 0, max_seqlen_k, dk, dv, None)
-    return [query.new_empty(0) if x is None else x for x in (dq, dk, dv, None, None, None)]
+        key_gradients([stream], [deltas], attention, 0, a.max_seqlen_k, dk, dv, None)
+    return [a.query.new_empty(0) if x is None else x for x in (dq, dk, dv, None, None, None)]
 
 
 def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mmkernels._arguments import SymInt
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
 from mmkernels._kernels import NativeKernels, TritonKernels
@@ -15,27 +16,40 @@ from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
 
 
-def _varlen_cross_attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return_lse = rest[-1]
-    rows, heads, _ = query.shape
-    out = empty_in_order_of(query, (rows, heads, value.shape[2]))
+class Arguments(NamedTuple):
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: SymInt
+    max_seqlen_k: SymInt
+    window_left: int
+    window_right: int
+    bottom_right: bool
+    scale: float | None
+    softcap: float
+    sinks: Tensor | None
+    return_lse: bool
+
+
+def _varlen_cross_attention_fake(a: Arguments) -> tuple[Tensor, ...]:
+    query, (rows, heads, _) = a.query, a.query.shape
+    out = empty_in_order_of(query, (rows, heads, a.value.shape[2]))
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    lse = query.new_empty((rows, heads) if return_lse else (0,), dtype=wide)
+    lse = query.new_empty((rows, heads) if a.return_lse else (0,), dtype=wide)
     return out, lse, query.new_empty((2, heads, rows), dtype=wide)
 
 
-def _triton_supports(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> str | None:
-    *_, sinks, _ = rest
-    if sinks is not None:
+def _triton_supports(a: Arguments) -> str | None:
+    if a.sinks is not None:
         return "its kernels have no sinks"
-    return too_wide_for_triton(query, value)
+    return too_wide_for_triton(a.query, a.value)
 
 
 varlen_cross_attention_op = DifferentiableOp(
     "varlen_cross_attention",
-    "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, int window_left, int window_right, bool bottom_right, float? scale, float softcap, "
-    "Tensor? sinks, bool return_lse",
+    Arguments,
     outputs="Tensor out, Tensor lse",
     saved="Tensor stats",  # row_max and log_sum
     reference=reference.varlen_cross_attention,
