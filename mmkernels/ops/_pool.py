@@ -109,7 +109,7 @@ def pooled_fake(xs: Sequence[Tensor]) -> tuple[Tensor, int, int]:
     return first.new_empty((first.shape[0], first.shape[-1])), first.shape[0], count
 
 
-def too_many_modalities(xs: Sequence[Tensor], *_: Any) -> str | None:
+def too_many_modalities(xs: Sequence[Tensor]) -> str | None:
     """Why Triton's kernels do not serve a call, or None."""
     _pooled, _batch, count = pooled_fake(xs)
     return None if count <= 64 else f"{count} modalities are more than the 64 that a program takes"

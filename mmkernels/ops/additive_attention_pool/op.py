@@ -39,6 +39,6 @@ additive_attention_pool_op = DifferentiableOp(
     reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
     cpu=NativeKernels("additive_attention_pool", weights=("weight", "query_weight")),
-    triton=TritonKernels(too_many_modalities),
+    triton=TritonKernels(lambda a: too_many_modalities(a.xs)),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -65,5 +65,5 @@ concat_norm_linear_op = DifferentiableOp(
     cpu=NativeKernels("concat_norm_linear", weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
-    keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda *args: args[-1] is None),  # without activation the output is z
+    keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda a: a.activation is None),  # without activation the output is z
 )

@@ -61,7 +61,7 @@ modulated_norm_op = DifferentiableOp(
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
     cpu=NativeKernels("modulated_norm"),
-    cuda=CudaKernels(_cuda_supports, loses=lambda x, *_: rows_lose(x.numel())),
+    cuda=CudaKernels(_cuda_supports, loses=lambda a: rows_lose(a.x.numel())),
     triton=TritonKernels(_triton_supports),
-    keeps=(_KEPT, lambda *args: args[3] is not None),
+    keeps=(_KEPT, lambda a: a.norm is not None),
 )
