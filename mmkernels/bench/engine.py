@@ -148,7 +148,7 @@ class Engine:
     Compiling is the dear part (seconds a row): the first rows are compiled, until COMPILING of the budget is spent on
     it. The rest belongs to the rows alike: of what is left of it, divided by the rows to come, TIMING is how long a row
     is timed, at least SHORTEST, at most `row_seconds`. `budget=None` compiles every row and times it for `row_seconds`;
-    0 compiles none and times each briefly. Every row is checked, whatever the budget.
+    0 compiles none and times each briefly. `spent` says when no further row should begin.
     """
 
     def __init__(
@@ -175,6 +175,10 @@ class Engine:
             return self.row_seconds
         left = self.budget - (time.perf_counter() - self.start) - max(self.for_compiling, 0.0)
         return min(max(TIMING * left / rows_left, SHORTEST), self.row_seconds)
+
+    def spent(self) -> bool:
+        """Whether the budget is, so that no further row begins."""
+        return time.perf_counter() - self.start >= self.budget
 
     def measure(self, op: str, case: Case, dtype: torch.dtype, rows_left: int = 1) -> Row:
         """Check and time one case, which is followed by `rows_left` - 1 others."""

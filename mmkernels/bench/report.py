@@ -118,7 +118,6 @@ def save_json(
     when: datetime,
 ) -> dict[str, Path]:
     """Write ``<op>-<timestamp>.json`` for each op, and all of them as ``latest.json``: op -> the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     head = {
         "when": when.isoformat(timespec="seconds"),
         "machine": machine,
