@@ -51,7 +51,21 @@ def test_ops_are_named_with_and_without_their_option(toy_folder: Path, words: li
         (["--ops", "nothing"], "no benchmark named 'nothing'; available: toy"),
         (["--dtypes", "int8"], "--dtypes: expected float32, bfloat16, float16; got int8"),
         (["--dtypes", ","], "--dtypes: expected float32, bfloat16, float16; got none"),
-        (["--threads", "0"], "--threads: expected at least 1; got 0"),
+        (["--threads", "0"], "--threads: expected numbers of at least 1, separated by commas; got '0'"),
+        (["--threads", "1,two"], "--threads: expected numbers of at least 1, separated by commas; got '1,two'"),
+        (["--pass", "backward"], "--pass: expected forward, training or both; got backward"),
+        (["--workload", "no such row"], "no row is left by --shapes 'default', --workload ['no such row']"),
+        (["--shapes", "huge"], "--shapes: expected default, quick, large, lengths, a file, or sizes such as"),
+        (["--shapes", "Lq=8"], "--shapes: no op takes 'Lq=8'; each takes some of these:\n  toy: n=6"),
+        (["--shapes", "n=six"], "n: expected a value such as 6; got six"),
+        (["--shapes", "n="], "expected NAME=VALUE,...; got 'n='"),
+        (["--providers", "ours@mars"], "--providers: expected compiled, eager, ours, ours@"),
+        (["--providers", "compiled@mars"], "compiled@mars: torch.compile has no backend 'mars' here"),
+        (["--compare", "nowhere.json"], "--compare: expected a file that a run left; nowhere.json: No such file"),
+        (["--compare", __file__], "such as bench_results/latest.json"),
+        (["--fail-below", "0"], "--fail-below: expected a ratio, more than 0; got 0"),
+        (["--plugin", "nowhere.py"], "--plugin: expected a Python file; nowhere.py is none"),
+        (["--update-readme", "--threads", "1,2"], "--update-readme: expected one number of threads"),
         (["--budget", "0"], "--budget: expected seconds, more than 0; got 0"),
         (["--budget", "-1"], "--budget: expected seconds, more than 0; got -1"),
         (["--budget", "nan"], "--budget: expected seconds, more than 0; got nan"),
@@ -180,23 +194,28 @@ def test_the_handler_of_an_interruption_is_put_back() -> None:
     assert seen == [True]
 
 
-def test_no_row_begins_when_the_budget_is_spent(
+def test_no_row_begins_for_which_the_budget_has_no_time(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (toy_folder / "slow.py").write_text((toy_folder / "toy.py").read_text())
     took, clock = [0.0], time.perf_counter
     monkeypatch.setattr(time, "perf_counter", lambda: clock() + took[0])
     measure = Engine.measure
 
     def slowly(self: Engine, op: str, case: Case, dtype: torch.dtype, rows_left: int) -> Row:
-        took[0] += 400.0
+        took[0] += {"slow": 1000.0, "toy": 10.0}[op]
         return measure(self, op, case, dtype, rows_left)
 
+    def measured() -> dict[str, int]:
+        ops = json.loads((toy_folder.parent / "results" / "latest.json").read_text())["ops"]
+        return {op: len(found["rows"]) for op, found in ops.items()}
+
     monkeypatch.setattr(Engine, "measure", slowly)
-    assert run(toy_folder, "--quick", "--budget", "1000") == 0
-    assert len(latest(toy_folder)) == 3
-    assert "The budget of 1000 s was spent: 1 of 4 rows were not measured." in capsys.readouterr().out
+    assert run(toy_folder, "--quick", "--budget", "2600") == 0
+    assert measured() == {"slow": 2, "toy": 4}  # a third row of the slow op would end at 3020
+    assert "The budget of 2600 s was spent: 2 of 8 rows were not measured." in capsys.readouterr().out
     assert run(toy_folder, "--quick", "--budget", "300") == 0
-    assert len(latest(toy_folder)) == 1  # a budget has a row, however small it is
+    assert measured() == {"slow": 1}  # a budget has a row, however small it is
 
 
 def test_the_bar_tells_what_is_left_by_the_pace_and_never_past_the_budget() -> None:

@@ -5,27 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import zip_longest
+from typing import Any
 
 import torch
 
 from mmkernels._info import collect
 
-from . import report, suite
+from . import compare, providers, report, shapes, suite, summary
 from .case import Case
 from .engine import Engine, Row
 from .machine import Ceilings, caption, measure_ceilings
-from .options import DTYPES, available, parse
+from .options import DTYPES, available, parse, refuse
+from .plugin import Provider
 from .progress import Interruption, Progress
 from .timing import clock
 
 ROW_SECONDS, QUICK_ROW_SECONDS = 2.0, 0.1  # of timing, at most
 INTERRUPTED = 130  # the shell's status of what Ctrl-C ended
 
-Work = tuple[str, Case, torch.dtype]  # one row to measure, the op's name first
+Work = tuple[str, Case, torch.dtype, int]  # one row to measure: op, case, dtype, threads
 
 
 @dataclass
@@ -34,13 +36,21 @@ class Measured:
 
     baselines: dict[str, str]
     rows: list[Row] = field(default_factory=list)
-    ceilings: Ceilings | None = None  # None where the run ended before they were known
+    ceilings: dict[int, Ceilings] = field(default_factory=dict)  # by threads; none where the run ended before
     planned: int = 0  # rows asked for
+    names: frozenset[str] = frozenset()  # of what competes
+    providers: Mapping[str, Provider] = field(default_factory=dict)
+
+
+def mentioned(case: Case, texts: Sequence[str]) -> bool:
+    """Whether the row has one of the texts in it, or none is asked for."""
+    row = f"{case.group} {case.shape} {case.note}".lower()
+    return not texts or any(text.lower() in row for text in texts)
 
 
 def chosen(cases: Iterable[Case], args: argparse.Namespace) -> list[Case]:
     """The cases that were asked for; those that keep a GPU busy come first there, and not at all on a CPU."""
-    asked = [case for case in cases if args.shapes in f"{case.group} {case.shape} {case.note}"]
+    asked = [case for case in cases if mentioned(case, args.workload)]
     asked = [case for case in asked if case.quick or not args.quick]
     return [case for case in asked if case.gpu and args.device != "cpu"] + [case for case in asked if not case.gpu]
 
@@ -53,44 +63,87 @@ def in_turn(queues: Iterable[Sequence[Work]]) -> list[Work]:
 def plan(args: argparse.Namespace) -> tuple[list[Work], Measured]:
     """What to measure, in order. Ops, dtypes and passes take turns, so that what the budget has only for the first rows
     reaches each of them."""
-    folder = suite.benchmarks_dir()
-    suites = {op: suite.load(folder, op) for op in args.ops or available()}
+    suites = load_suites(args)
+    try:
+        everyone = {**providers.builtin(args.device), **args.plugged.providers}
+        names = providers.selected(args.providers, suites, args.plugged.providers, args.device)
+    except ValueError as wrong:
+        refuse(f"--providers: {wrong}")
     work = in_turn(
         in_turn(
-            [(op, case, DTYPES[name]) for case in chosen(given.cases(), args) if case.training is training]
+            [
+                (op, case, DTYPES[name], threads)
+                for case in chosen(given.cases(), args)
+                for threads in args.threads
+                if case.training is (turn == "training")
+            ]
             for name in args.dtypes
-            for training in (False, True)
+            for turn in args.passes
         )
         for op, given in suites.items()
     )
     if not work:
-        raise SystemExit(f"bench: no row matches --shapes {args.shapes!r}")
-    return work, Measured({op: given.baseline for op, given in suites.items()}, planned=len(work))
+        refuse(f"no row is left by --shapes {args.shapes!r}, --workload {args.workload!r} and what else was asked for")
+    baselines = {op: given.baseline for op, given in suites.items()}
+    return work, Measured(baselines, planned=len(work), names=names, providers=everyone)
+
+
+def load_suites(args: argparse.Namespace) -> dict[str, suite.Suite]:
+    """The suites of the ops, with the shapes that were asked for."""
+    own = args.plugged.ops
+    ops = args.ops or [*available(), *(op for op in own if op not in available())]
+    try:
+        whole = {op: own[op]() if op in own else suite.load(suite.benchmarks_dir(), op) for op in ops}
+        asked = {op: shapes.of_suite(given, args.shapes, args.given) for op, given in whole.items()}
+    except ValueError as wrong:
+        refuse(str(wrong))
+    fitting = {op: given for op, given in asked.items() if given.forward or given.training}
+    if args.given and not fitting:
+        refuse(f"--shapes: no op takes {args.shapes!r}; each takes some of these:\n{shapes.fields_of(whole)}")
+    if args.given and len(fitting) < len(asked):
+        print(f"--shapes fits {', '.join(fitting)} alone.")
+    return {op: shapes.of_one(given) if args.latency else given for op, given in fitting.items()}
 
 
 def measure(
     args: argparse.Namespace, start: float, work: Sequence[Work], into: Measured, interruption: Interruption
 ) -> None:
-    """Measure the rows in their order until all are done or the budget is spent, the first one in any case."""
+    """Measure the rows in their order, the first one in any case, then those for which the budget has time: as much as
+    the op's longest row took."""
     dtypes = {name: DTYPES[name] for name in args.dtypes}
-    into.ceilings = ceilings = measure_ceilings(dtypes, args.threads, args.device)
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        into.ceilings[threads] = measure_ceilings(dtypes, max(args.threads), args.device)
     engine = Engine(
-        now=clock(args.threads, args.device),
+        now=clock(max(args.threads), args.device),  # one clock for all that is compared
         device=args.device,
         calls=1 if args.device == "cpu" else 10,
-        ceilings=ceilings,
+        ceilings=into.ceilings[args.threads[0]],
         row_seconds=QUICK_ROW_SECONDS if args.quick else ROW_SECONDS,
         compile=not (args.no_compile or args.quick),
         budget=args.budget,
         start=start,
+        names=into.names,
+        providers=into.providers,
+        latency=args.latency,
+        memory=args.memory,
     )
+    longest: dict[str, float] = {}  # seconds of an op's rows so far
     progress = Progress(len(work), start, args.budget)
     try:
-        for i, (op, case, dtype) in enumerate(work):
-            if interruption.pressed or (i and engine.spent()):
+        for i, (op, case, dtype, threads) in enumerate(work):
+            if interruption.pressed:
                 break
+            if i and engine.left() <= longest.get(op, 0.0):
+                continue
+            begin = time.perf_counter()
             progress.begin(f"{op} {case.group} {case.shape} {str(dtype)[6:]}")
-            into.rows.append(engine.measure(op, case, dtype, rows_left=len(work) - i))
+            torch.set_num_threads(threads)
+            engine.ceilings = into.ceilings[threads]
+            row = engine.measure(op, case, dtype, rows_left=len(work) - i)
+            row.threads = threads if len(args.threads) > 1 else 0
+            into.rows.append(row)
+            longest[op] = max(longest.get(op, 0.0), time.perf_counter() - begin)
             progress.end()
     finally:
         progress.close()
@@ -109,22 +162,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.output.mkdir()
         print(f"Created: {args.output}")
     interruption = Interruption()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads[0])
     try:
-        machine = {**collect(), "device": args.device}
+        machine = {**collect(), "device": args.device, "thread_counts": args.threads}
         print(f"{caption(machine)}\nEvery row: correctness first, gradients included, then the times.", flush=True)
         with interruption.noticed():
             measure(args, start, work, measured, interruption)
     finally:
         torch.set_num_threads(before)
-    rows, ceilings = measured.rows, measured.ceilings
-    if interruption.pressed and (not rows or ceilings is None):
+    rows = measured.rows
+    if not rows:
         print("Interrupted before the first row: nothing was measured.")
         return INTERRUPTED
-    assert ceilings is not None
     order = {key: i for i, key in enumerate((op, name) for op in measured.baselines for name in args.dtypes)}
-    rows.sort(key=lambda row: order[row.op, row.dtype])
-    show(args, measured, ceilings, machine, when)
+    rows.sort(key=lambda row: (order[row.op, row.dtype], row.threads))
+    failed = show(args, measured, machine, when)
     missing = measured.planned - len(rows)
     if interruption.pressed:
         print(f"Interrupted: {len(rows)} of {measured.planned} rows, which are kept.")
@@ -132,20 +184,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"The budget of {args.budget:g} s was spent: {missing} of {measured.planned} rows were not measured.")
     wrong = [row for row in rows if row.error is not None]
     print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong.")
-    return INTERRUPTED if interruption.pressed else 1 if wrong else 0
+    return INTERRUPTED if interruption.pressed else 1 if wrong or failed else 0
 
 
-def show(
-    args: argparse.Namespace, measured: Measured, ceilings: Ceilings, machine: dict[str, object], when: datetime
-) -> None:
-    """Print the table and write the files."""
-    rows = measured.rows
+def show(args: argparse.Namespace, measured: Measured, machine: dict[str, Any], when: datetime) -> bool:
+    """Print the table and write the files; whether --fail-below was not met."""
+    rows, ceilings = measured.rows, next(iter(measured.ceilings.values()))
     baselines = {op: name for op, name in measured.baselines.items() if any(row.op == op for row in rows)}
-    saved = report.save_json(args.output, rows, baselines, machine, ceilings, when)  # first: nothing else can lose it
+    changes = None if args.baseline is None else compare.changes(rows, args.baseline, args.threads[0])
+    as_json = [asdict(change) for change in changes or ()]
+    # First of all: nothing that comes after can lose it.
+    saved = report.save_json(args.output, rows, baselines, machine, measured.ceilings, when, as_json)
     print("\n" + report.text_table(rows, baselines) + "\n")
-    print(f"Machine: {caption(machine)}; {ceilings}.\n{report.BOUND}")
-    print(f"Ours ran on: {report.served_by(rows)}.")
-    for line in report.gaps(rows):
+    for threads, reached in measured.ceilings.items():
+        on = f" on {threads} thread{'s' * (threads > 1)}" if len(measured.ceilings) > 1 else ""
+        print(f"Machine{on}: {caption(machine)}; {reached}.")
+    print(f"{report.BOUND}\nOurs ran on: {report.served_by(rows)}.")
+    for line in (*report.gaps(rows), *report.latency_lines(rows), *report.memory_lines(rows)):
         print(line)
     for op, path in saved.items():
         written = [str(path)]
@@ -165,6 +220,14 @@ def show(
     if args.report:
         args.report.write_text(report.markdown_rows(rows, baselines, machine, ceilings, when))
         print(f"Written: {args.report}")
+    print()
+    if changes is not None:
+        print("\n".join(compare.words(changes, args.baseline, machine["machine"]["cpu"])))
+    print("\n".join(summary.words(rows, baselines)))
+    slow = [] if args.fail_below is None else compare.below(rows, changes, args.fail_below)
+    for line in slow:
+        print(f"Below {args.fail_below:g}: {line}")
+    return bool(slow)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from . import suite
+from . import compare, plugin, providers, suite
+from .shapes import PRESETS, specifications
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,12 +23,18 @@ EXAMPLES = """\
 examples:
   python -m mmkernels bench --quick                          a few small rows of every op
   python -m mmkernels bench concat_linear cross_attention    two ops, all of their rows
-  python -m mmkernels bench cross_attention --dtypes bfloat16 --threads 2
+  python -m mmkernels bench cross_attention --shapes B=2,H=8,Lq=1024,Lk=77,D=64 --providers ours,torch,ours@avx2
+  python -m mmkernels bench cross_attention --shapes lengths --pass forward --threads 1,2
+  python -m mmkernels bench modulated_norm --latency --memory
   python -m mmkernels bench --budget 60 --report table.md    a minute, every row in Markdown as well
+  python -m mmkernels bench --quick --compare bench_results/latest.json --fail-below 0.8
+  python -m mmkernels bench scaled_softmax --plugin my_ops.py
 
 ops: {ops}
 
-Exit status: 0, 1 if a result was wrong, 2 if the command line was, 130 if interrupted.
+shapes: {shapes}
+
+Exit status: 0, 1 if a result was wrong or --fail-below was not met, 2 if the command line was, 130 if interrupted.
 """
 
 
@@ -40,18 +49,32 @@ def available() -> list[str]:
 def build_parser() -> argparse.ArgumentParser:
     named = ", ".join(available()) or "none: run from a checkout of the project"
     ops = textwrap.fill(named, 100, subsequent_indent="     ", break_on_hyphens=False)
+    presets = "".join(f"\n  {name:9} {what}" for name, what in PRESETS.items())
+    shapes = f"{presets}\n  B=2,...   sizes by letter or field; several with ';' between, or one a line in a file"
     parser = argparse.ArgumentParser(
         prog="python -m mmkernels bench",
         description="Check every op against float64, then time it against plain torch.",
-        epilog=EXAMPLES.format(ops=ops),
+        epilog=EXAMPLES.format(ops=ops, shapes=shapes.strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     budget = "of the whole run; what it has no time for is left out and named (default: %(default)g)"
     parser.add_argument("op", nargs="*", metavar="OP", help="what to measure (default: all that are listed below)")
     parser.add_argument("--ops", default="", metavar="OP,...", help="the same, separated by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", help=f"comma-separated of {', '.join(DTYPES)}")
-    parser.add_argument("--shapes", default="", metavar="TEXT", help="only rows that mention TEXT")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; CPU time with 1, else wall time")
+    add = parser.add_argument
+    workload = "only rows whose group, shape or note mentions TEXT; may be given several times"
+    add("--workload", action="append", default=[], metavar="TEXT", help=workload)
+    shapes_help = f"{', '.join(PRESETS)}, a file, or sizes such as B=2,H=8,Lq=1024,Lk=77,D=64 (see below)"
+    add("--shapes", default="default", metavar="WHICH", help=shapes_help)
+    add("--providers", default="", metavar="NAME,...", help=providers.NAMES)
+    add("--pass", dest="passes", default="forward,training", metavar="PASS,...", help="forward, training or both")
+    add("--threads", default="1", metavar="N,...", help="torch threads; CPU time with 1 alone, else wall time")
+    add("--latency", action="store_true", help="batches of 1, single calls on the wall clock: p50, p90, p99")
+    add("--memory", action="store_true", help="also the bytes at the peak, and what autograd keeps")
+    add("--compare", type=Path, metavar="FILE", help="an earlier run's latest.json, to say what is faster and slower")
+    fail = "exit with 1 if a row is slower than RATIO times the run of --compare, or torch where there is none"
+    add("--fail-below", type=float, metavar="RATIO", help=fail)
+    add("--plugin", type=Path, metavar="FILE", help="Python that adds ops and providers (docs/benchmarking.md)")
     parser.add_argument("--quick", action="store_true", help="a few small rows, briefly, nothing compiled")
     parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help=budget)
     parser.add_argument("--no-compile", action="store_true", help="leave the torch.compile column out")
@@ -70,6 +93,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse(problem: str) -> NoReturn:
+    """Leave as for a wrong command line: what is wrong shows when the benchmarks are loaded."""
+    print(f"python -m mmkernels bench: error: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options, checked; leaves with status 2 where they are wrong."""
     parser = build_parser()
@@ -80,13 +109,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--dtypes: expected {', '.join(DTYPES)}; got none")
     if unknown := [name for name in args.dtypes if name not in DTYPES]:
         parser.error(f"--dtypes: expected {', '.join(DTYPES)}; got {', '.join(unknown)}")
-    if args.threads < 1:
-        parser.error(f"--threads: expected at least 1; got {args.threads}")
+    args.passes = list(dict.fromkeys(_listed(args.passes)))
+    if not args.passes or (unknown := [name for name in args.passes if name not in ("forward", "training")]):
+        parser.error(f"--pass: expected forward, training or both; got {', '.join(args.passes) or 'none'}")
+    counts = _listed(args.threads)
+    if not counts or not all(count.isdecimal() and int(count) > 0 for count in counts):
+        parser.error(f"--threads: expected numbers of at least 1, separated by commas; got {args.threads!r}")
+    args.threads = list(dict.fromkeys(map(int, counts)))
+    if args.fail_below is not None and not (args.fail_below > 0 and math.isfinite(args.fail_below)):
+        parser.error(f"--fail-below: expected a ratio, more than 0; got {args.fail_below:g}")
     if not (args.budget > 0 and math.isfinite(args.budget)):
         parser.error(f"--budget: expected seconds, more than 0; got {args.budget:g}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: expected a device that is here; got cuda, and torch sees no GPU")
-    if problem := unknown_op(args.ops):
+    args.providers = _listed(args.providers)
+    try:
+        args.given = specifications(args.shapes)
+    except ValueError as wrong:
+        parser.error(f"--shapes: {wrong}")
+    try:
+        args.baseline = None if args.compare is None else compare.read(args.compare)
+    except ValueError as wrong:
+        parser.error(f"--compare: {wrong}")
+    try:
+        args.plugged = plugin.Plugin() if args.plugin is None else plugin.load(args.plugin)
+    except ValueError as wrong:
+        parser.error(f"--plugin: {wrong}")
+    if args.update_readme and (len(args.threads) > 1 or args.latency or args.given):
+        parser.error("--update-readme: expected one number of threads, no --latency and no shapes of one's own")
+    if problem := unknown_op(args.ops, args.plugged.ops):
         parser.error(problem)
     if problem := unwritable_folder(args.output):
         parser.error(f"--output: {problem}")
@@ -99,9 +150,9 @@ def _listed(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def unknown_op(asked: Sequence[str]) -> str | None:
+def unknown_op(asked: Sequence[str], plugged: Collection[str] = ()) -> str | None:
     """What to say of ops that have no benchmark, None where all have one."""
-    there = available()
+    there = sorted({*available(), *plugged})
     if not there:
         return "no benchmarks/ folder: run from a checkout of the project"
     for name in asked:

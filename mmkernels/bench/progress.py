@@ -58,7 +58,7 @@ class Progress:
         self.rows, self.start, self.budget, self.first = rows, start, budget, time.perf_counter()
         self.terminal = sys.stderr.isatty()
         every = 0.1 if self.terminal else 15.0  # a log file needs a line now and then, not ten a second
-        form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
+        form = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} rows{postfix}"
         self.bar: Any = tqdm(total=rows, dynamic_ncols=True, mininterval=every, bar_format=form)
 
     def begin(self, label: str) -> None:
