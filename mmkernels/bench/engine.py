@@ -24,7 +24,6 @@ Run = Callable[[], tuple[Tensor, ...]]
 # Shares of the budget. Of what is not for compiling, a row's share pays for its check first, which may run plain
 # bfloat16 at a hundredth of ours' speed, so that only a part of it is promised to the timing.
 COMPILING, TIMING = 0.35, 0.4
-REPORTING = 0.05
 SHORTEST = 0.05  # seconds of timing that every row gets
 LATENCY_CALLS = 100  # the least whose 99th percentile is one of them
 PERCENTILES = (50, 90, 99)
@@ -227,8 +226,8 @@ class Engine:
         return min(max(TIMING * left / rows_left, SHORTEST), self.row_seconds)
 
     def left(self) -> float:
-        """Seconds of the budget, without those in which the reports are written."""
-        return (1 - REPORTING) * self.budget - (time.perf_counter() - self.start)
+        """Seconds of the budget."""
+        return self.budget - (time.perf_counter() - self.start)
 
     def measure(self, op: str, case: Case, dtype: torch.dtype, rows_left: int = 1) -> Row:
         """Check and time one case, which is followed by `rows_left` - 1 others."""

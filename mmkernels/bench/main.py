@@ -15,7 +15,7 @@ import torch
 
 from mmkernels._info import collect
 
-from . import compare, providers, report, shapes, suite, summary
+from . import compare, html, providers, report, shapes, suite, summary
 from .case import Case
 from .engine import Engine, Row
 from .machine import Ceilings, caption, measure_ceilings
@@ -25,6 +25,8 @@ from .progress import Interruption, Progress
 from .timing import clock
 
 ROW_SECONDS, QUICK_ROW_SECONDS = 2.0, 0.1  # of timing, at most
+PLOTTING = 0.4  # seconds of the budget for each op's plot, where they are no more than
+MOST_REPORTING = 0.15  # of it
 INTERRUPTED = 130  # the shell's status of what Ctrl-C ended
 
 Work = tuple[str, Case, torch.dtype, int]  # one row to measure: op, case, dtype, threads
@@ -128,22 +130,24 @@ def measure(
         latency=args.latency,
         memory=args.memory,
     )
-    longest: dict[str, float] = {}  # seconds of an op's rows so far
+    longest: dict[str, float] = {}  # seconds of an op's rows so far, without compiling
+    reporting = min(PLOTTING * len(into.baselines), MOST_REPORTING * args.budget)
     progress = Progress(len(work), start, args.budget)
     try:
         for i, (op, case, dtype, threads) in enumerate(work):
             if interruption.pressed:
                 break
-            if i and engine.left() <= longest.get(op, 0.0):
+            if i and engine.left() - reporting <= longest.get(op, 0.0):
                 continue
-            begin = time.perf_counter()
+            begin, compiling = time.perf_counter(), engine.for_compiling
             progress.begin(f"{op} {case.group} {case.shape} {str(dtype)[6:]}")
             torch.set_num_threads(threads)
             engine.ceilings = into.ceilings[threads]
             row = engine.measure(op, case, dtype, rows_left=len(work) - i)
             row.threads = threads if len(args.threads) > 1 else 0
             into.rows.append(row)
-            longest[op] = max(longest.get(op, 0.0), time.perf_counter() - begin)
+            took = time.perf_counter() - begin - (compiling - engine.for_compiling)
+            longest[op] = max(longest.get(op, 0.0), took)
             progress.end()
     finally:
         progress.close()
@@ -217,13 +221,18 @@ def show(args: argparse.Namespace, measured: Measured, machine: dict[str, Any], 
         report.update_readme(root / "README.md", report.markdown_table(rows, baselines, machine, ceilings, when))
         (root / "docs" / "measured.md").write_text(report.markdown_rows(rows, baselines, machine, ceilings, when))
         print(f"Updated: {root / 'README.md'} and docs/measured.md")
-    if args.report:
-        args.report.write_text(report.markdown_rows(rows, baselines, machine, ceilings, when))
+    page = html.page(rows, baselines, machine, measured.ceilings, when, changes or ())
+    (args.output / "report.html").write_text(page, encoding="utf-8")
+    if args.report is not None:
+        as_page = args.report.suffix.lower() in (".html", ".htm")
+        text = page if as_page else report.markdown_rows(rows, baselines, machine, ceilings, when)
+        args.report.write_text(text, encoding="utf-8")
         print(f"Written: {args.report}")
     print()
     if changes is not None:
         print("\n".join(compare.words(changes, args.baseline, machine["machine"]["cpu"])))
     print("\n".join(summary.words(rows, baselines)))
+    print(f"Report: {args.output / 'report.html'}")
     slow = [] if args.fail_below is None else compare.below(rows, changes, args.fail_below)
     for line in slow:
         print(f"Below {args.fail_below:g}: {line}")

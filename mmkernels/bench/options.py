@@ -83,11 +83,14 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("bench_results"),
         metavar="DIR",
-        help="for JSON and plots; made if only its last folder is missing (default: %(default)s)",
+        help="for JSON, plots and report.html; made if only its last folder is missing (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="also write every row here, in Markdown; its folder has to exist"
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write every row here, in Markdown, or the page where it ends in .html; its folder has to exist",
     )
     parser.add_argument("--update-readme", action="store_true", help="rewrite README's table, docs/measured.md")
     return parser
