@@ -211,18 +211,17 @@ def _roofline(rows: Sequence[Row], setting: str, ceilings: Mapping[int, Ceilings
     reached = ceilings.get(there[0].threads) or next(iter(ceilings.values()))
     near, far = max(reached.memory.values()), min(reached.memory.values())
     roofs = [_roof(there[0].peak, rate, points) for rate in dict.fromkeys((far, near))]
-    drawn = plot(points, [roof for roof in roofs if roof.points], "floating operations per byte", "GF/s")
+    drawn = plot(points, roofs, "floating operations per byte", "GF/s")
     words = f"Roofline, {setting}: {there[0].peak / 1e9:.0f} GF/s; {near / 1e9:.0f} GB/s near and {far / 1e9:.0f} far"
     return f'<figure class="roofline"><figcaption>{escape(words)}</figcaption>{drawn}</figure>'
 
 
 def _roof(peak: float, rate: float, points: Sequence[Point]) -> Line:
-    """What the machine reaches by the operations per byte, where that is within the decades of the points."""
-    x0, x1 = decades(p.x for p in points)
-    y0, y1 = decades(p.y for p in points)
-    xs = [10.0 ** (x0 + (x1 - x0) * i / 100) for i in range(101)]
-    places = [(x, min(peak, rate * x) / 1e9) for x in xs]
-    return Line([place for place in places if 10.0**y0 <= place[1] <= 10.0**y1], "roof")
+    """What the machine reaches by the operations per byte: a slope and a level, straight on logarithmic axes."""
+    ridge = peak / rate
+    first, last = decades([*(p.x for p in points), ridge])
+    left, right = 10.0**first, 10.0**last
+    return Line([(left, left * rate / 1e9), (ridge, peak / 1e9), (right, peak / 1e9)], "roof")
 
 
 # --- memory and machine -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 460, 290
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 52, 24, 10, 40
 MOST_TICKS = 7
 
 
@@ -41,9 +41,9 @@ def number(value: float) -> str:
 
 
 def plot(points: Sequence[Point], lines: Sequence[Line], x_name: str, y_name: str) -> str:
-    """The points, all positive, and lines; the axes span the decades of the points."""
-    x0, x1 = decades(p.x for p in points)
-    y0, y1 = decades(p.y for p in points)
+    """The points and lines, all positive; the axes span the decades of both."""
+    places = [(p.x, p.y) for p in points] + [place for line in lines for place in line.points]
+    (x0, x1), (y0, y1) = (decades(values) for values in zip(*places, strict=True))
     wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
