@@ -120,9 +120,11 @@ def test_every_measured_row_is_a_dot_and_growing_shapes_are_joined() -> None:
 
 
 def test_a_slope_of_the_roof_is_the_memorys_rate_and_its_ridge_the_products() -> None:
-    points = [svg.Point(0.2, 1.0, "ours forward", ""), svg.Point(50.0, 150.0, "ours forward", "")]
-    assert html._roof(2e11, 1e10, points).points == [(0.1, 1.0), (20.0, 200.0), (100.0, 200.0)]
-    assert html._roof(2e11, 1e9, points).points == [(0.1, 0.1), (200.0, 200.0), (1000.0, 200.0)]  # the ridge is beyond
+    assert html._roof(2e11, 1e10, (-1, 2)).points == [(0.1, 1.0), (20.0, 200.0), (100.0, 200.0)]
+    page = some_page(some_rows())
+    for figure in re.findall(r'<figure class="roofline">.*?</figure>', page):
+        lines = re.findall(r'class="roof" points="([^"]+)"', figure)
+        assert len(lines) == 2 and len({line.split(",")[0] for line in lines}) == 1  # both begin at the border
 
 
 @pytest.mark.parametrize(

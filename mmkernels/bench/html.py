@@ -210,18 +210,19 @@ def _roofline(rows: Sequence[Row], setting: str, ceilings: Mapping[int, Ceilings
         return ""
     reached = ceilings.get(there[0].threads) or next(iter(ceilings.values()))
     near, far = max(reached.memory.values()), min(reached.memory.values())
-    roofs = [_roof(there[0].peak, rate, points) for rate in dict.fromkeys((far, near))]
+    peak = there[0].peak
+    span = decades([*(point.x for point in points), peak / near, peak / far])
+    roofs = [_roof(peak, rate, span) for rate in dict.fromkeys((far, near))]
     drawn = plot(points, roofs, "floating operations per byte", "GF/s")
-    words = f"Roofline, {setting}: {there[0].peak / 1e9:.0f} GF/s; {near / 1e9:.0f} GB/s near and {far / 1e9:.0f} far"
+    words = f"Roofline, {setting}: {peak / 1e9:.0f} GF/s; {near / 1e9:.0f} GB/s near and {far / 1e9:.0f} far"
     return f'<figure class="roofline"><figcaption>{escape(words)}</figcaption>{drawn}</figure>'
 
 
-def _roof(peak: float, rate: float, points: Sequence[Point]) -> Line:
-    """What the machine reaches by the operations per byte: a slope and a level, straight on logarithmic axes."""
-    ridge = peak / rate
-    first, last = decades([*(p.x for p in points), ridge])
-    left, right = 10.0**first, 10.0**last
-    return Line([(left, left * rate / 1e9), (ridge, peak / 1e9), (right, peak / 1e9)], "roof")
+def _roof(peak: float, rate: float, span: tuple[int, int]) -> Line:
+    """What the machine reaches by the operations per byte, from one power of ten to another: a slope and a level,
+    straight on logarithmic axes."""
+    left, right = (10.0**power for power in span)
+    return Line([(left, left * rate / 1e9), (peak / rate, peak / 1e9), (right, peak / 1e9)], "roof")
 
 
 # --- memory and machine -----------------------------------------------------------------------------------------------
