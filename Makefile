@@ -15,14 +15,17 @@ CLANG_FORMAT := clang-format
 endif
 
 export MMKERNELS_TEST_ISA = 1
+COMPILE_ELSEWHERE = MMKERNELS_REQUIRE_NATIVE=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
 COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-plan test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-compare bench-plan test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
+	@echo 'make bench-compare BASE=main~1'
+	@echo '               measure that commit, then this tree, and say what became faster and slower'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -37,7 +40,23 @@ help:
 
 bench: build-here
 	$(PY) examples/photo_text.py
-	$(PY) -m mmkernels bench $(ARGS)
+	$(PY) -m mmkernels bench --memory $(ARGS)
+
+# BASE is checked out and built in a worktree of its own, and measured by its own benchmark right before this tree:
+# BASE_ARGS are for one that knows other options than ARGS.
+BASE ?= main~1
+BASE_ARGS ?= $(ARGS)
+BASE_TREE := build/bench_base
+bench-compare: build-here
+	@git rev-parse --quiet --verify '$(BASE)^{commit}' >/dev/null || \
+	  { echo 'make bench-compare: BASE: expected a commit; got $(BASE)' >&2; exit 2; }
+	@mkdir -p bench_results
+	-@git worktree remove --force $(BASE_TREE) 2>/dev/null
+	git worktree add --quiet --force --detach $(BASE_TREE) '$(BASE)'
+	cd $(BASE_TREE) && MMKERNELS_THIS_MACHINE=1 $(COMPILE_ELSEWHERE) && \
+	  $(abspath $(PY)) -m mmkernels bench $(BASE_ARGS) --output $(CURDIR)/bench_results/base
+	$(PY) -m mmkernels bench $(ARGS) --compare bench_results/base/latest.json
+	@git worktree remove --force $(BASE_TREE)
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)

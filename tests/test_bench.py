@@ -4,60 +4,25 @@ from __future__ import annotations
 
 import json
 import runpy
-import textwrap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from bench_toys import run, toy_benchmarks
 from environment import DEVICE
 from torch import Tensor
 
-from mmkernels.bench import Workload, machine, main, report
+from mmkernels.bench import Workload, main, report
 from mmkernels.bench.case import Case, Problem
 from mmkernels.bench.engine import COMPILING, SHORTEST, TIMING, Engine, Row, check
 from mmkernels.bench.machine import Ceilings
 from mmkernels.bench.suite import available_ops, load
-from mmkernels.bench.timing import clock, gemm_rate, interleaved, memory_rates
+from mmkernels.bench.timing import clock, interleaved, memory_rates
 
 ROOT = Path(__file__).resolve().parents[1]
-
-TOY_BENCHMARK = """
-    from dataclasses import dataclass
-    import torch
-    from mmkernels.bench import Suite, Workload
-
-    @dataclass(frozen=True)
-    class Shape(Workload):
-        n: int
-
-        def __str__(self):
-            return f"{self.n}x{self.n}"
-
-        def inputs(self):
-            return {"ab": [torch.randn(self.n, self.n) for _ in range(2)], "c": torch.randn(self.n, self.n)}
-
-        def ours(self, ab, c):
-            return ab[0] @ ab[1] + c
-
-        def plain(self, ab, c):
-            return ab[0] @ ab[1] + c
-
-        def baseline(self, ab, c):
-            return torch.addmm(c, *ab)
-
-        def flops(self):
-            return 2.0 * self.n**3
-
-        def outputs(self):
-            return self.n**2
-
-    SMALL = (Shape("toy", 6, quick=True),)
-    SUITE = Suite("torch.addmm", {"forward": SMALL, "long": [Shape("toy", 7)]}, {"training": SMALL})
-"""
 
 
 def case(ours: Callable[..., Tensor], *, training: bool = False) -> Case:
@@ -94,18 +59,7 @@ class WrongGradient(torch.autograd.Function):
 
 @pytest.fixture
 def toy_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    (folder / "toy.py").write_text(textwrap.dedent(TOY_BENCHMARK))
-    monkeypatch.setattr(main, "benchmarks_dir", lambda: folder)
-    monkeypatch.setattr(machine, "gemm_rate", partial(gemm_rate, n=64, budget=0.01))
-    monkeypatch.setattr(machine, "memory_rates", partial(memory_rates, sizes=(1 << 16, 1 << 20), budget=0.01))
-    return folder
-
-
-def run(folder: Path, *options: str) -> int:
-    pytest.importorskip("tqdm")
-    return main.main([*options, "--output", str(folder.parent / "results")])
+    return toy_benchmarks(tmp_path, monkeypatch)
 
 
 def test_a_run_leaves_table_json_and_plot(toy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,19 +82,10 @@ def test_a_run_leaves_table_json_and_plot(toy_folder: Path, capsys: pytest.Captu
     assert plot.with_suffix(".json").is_file()
 
 
-def test_options_choose_rows_and_unknown_names_are_refused(
-    toy_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(toy_folder, "--shapes", "long", "--dtypes", "float16", "--no-compile", "--budget", "0.1") == 0
+def test_options_choose_rows(toy_folder: Path) -> None:
+    assert run(toy_folder, "--workload", "LONG", "--dtypes", "float16", "--no-compile", "--budget", "0.1") == 0
     (row,) = json.loads((toy_folder.parent / "results" / "latest.json").read_text())["ops"]["toy"]["rows"]
     assert (row["group"], row["dtype"]) == ("long", "float16")
-    with pytest.raises(SystemExit, match="no row matches"):
-        run(toy_folder, "--shapes", "no such shape")
-    with pytest.raises(ValueError, match="no benchmark named 'nothing'; available: toy"):
-        run(toy_folder, "--ops", "nothing")
-    with pytest.raises(SystemExit):
-        run(toy_folder, "--dtypes", "int8")
-    assert "expected float32, bfloat16, float16, got int8" in capsys.readouterr().err
 
 
 def test_the_number_of_threads_is_restored(toy_folder: Path) -> None:
@@ -244,7 +189,7 @@ def test_ops_dtypes_and_passes_take_turns(toy_folder: Path, monkeypatch: pytest.
         return measure(self, op, case, dtype, rows_left)
 
     monkeypatch.setattr(Engine, "measure", recording)
-    assert run(toy_folder, "--no-compile", "--budget", "0") == 0
+    assert run(toy_folder, "--no-compile") == 0
     kinds = [(dtype, group) for dtype in ("float32", "bfloat16") for group in ("forward", "training")]
     kinds += [("float32", "long"), ("bfloat16", "long")]
     assert measured == [(op, *kind) for kind in kinds for op in ("other", "toy")]

@@ -25,6 +25,9 @@ class Problem:
     others: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
     # As others, but the first call compiles for seconds, which is paid from the budget's share for that.
     compiling: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    # A provider, called with the workload and the arguments that plain torch takes, as a function of the leaves.
+    provided: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+    fixed: tuple[Tensor, ...] = ()  # what is bound in: masks, lengths, labels
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,5 @@ class Case:
     training: bool = False  # forward and backward, otherwise forward under no_grad
     quick: bool = False  # part of a --quick run
     gpu: bool = False  # too large for a CPU's run
+    length: float = 0.0  # what time is plotted against; 0 where there is none
+    series: str = ""  # rows that differ in length alone share it

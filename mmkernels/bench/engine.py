@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from . import memory
 from .case import Case, Problem
 from .machine import Ceilings
-from .timing import Clock, interleaved
+from .plugin import Provider
+from .providers import ours_elsewhere
+from .timing import Clock, clock, in_rounds, interleaved, lower_quartiles, percentile
 
 Run = Callable[[], tuple[Tensor, ...]]
 
@@ -20,6 +25,8 @@ Run = Callable[[], tuple[Tensor, ...]]
 # bfloat16 at a hundredth of ours' speed, so that only a part of it is promised to the timing.
 COMPILING, TIMING = 0.35, 0.4
 SHORTEST = 0.05  # seconds of timing that every row gets
+LATENCY_CALLS = 100  # the least whose 99th percentile is one of them
+PERCENTILES = (50, 90, 99)
 SLOW = 1.0  # seconds of a call that the check has timed well enough, where a row has no more time
 
 # A baseline is not held to the precision rule, only to computing the same thing.
@@ -44,6 +51,17 @@ class Row:
     missing: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     backend: str = ""  # that served ours
+    threads: int = 0  # 0: as many as the run says
+    length: float = 0.0  # `Workload.total_length`
+    series: str = ""  # `Workload.series`
+    training: bool = False
+    latency: dict[str, dict[str, float | None]] = field(default_factory=dict)  # seconds by contender and percentile
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)  # bytes: "peak" and, where it trains, "kept"
+
+    @property
+    def setting(self) -> str:
+        """The dtype, and the threads where a run has several numbers of them."""
+        return self.dtype + (f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else "")
 
     @property
     def gflops(self) -> float:
@@ -124,6 +142,28 @@ def check(problem: Problem, grad_out: Tensor | None, now: Clock = time.perf_coun
     return {"ours": ticks[1] - ticks[0], "torch": ticks[2] - ticks[1]}
 
 
+def disagreement(run: Run, expected: tuple[Tensor, ...]) -> str | None:
+    """How a provider's result differs from the baseline's; None where it is the same up to rounding."""
+    for i, (got, wanted) in enumerate(zip(run(), expected, strict=True)):
+        what = f"gradient {i - 1}" if i else "output"
+        if got.shape != wanted.shape:
+            return f"{what} has shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
+        distance = ((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30)).item()
+        if not distance <= 2 * BASELINE_TOLERANCE[wanted.dtype]:
+            return f"{what} differs by {distance:.1e}"
+    return None
+
+
+def within(context: Callable[[], AbstractContextManager[object]], run: Run) -> Run:
+    """The call inside of a context, its backward as well."""
+
+    def inside() -> tuple[Tensor, ...]:
+        with context():
+            return run()
+
+    return inside
+
+
 def serving_backend(problem: Problem) -> str:
     """The backend that ours runs on; "none" where it calls no op of the package."""
     from mmkernels import explain
@@ -148,7 +188,7 @@ class Engine:
     Compiling is the dear part (seconds a row): the first rows are compiled, until COMPILING of the budget is spent on
     it. The rest belongs to the rows alike: of what is left of it, divided by the rows to come, TIMING is how long a row
     is timed, at least SHORTEST, at most `row_seconds`. `budget=None` compiles every row and times it for `row_seconds`;
-    0 compiles none and times each briefly. Every row is checked, whatever the budget.
+    0 compiles none and times each briefly. `left` says whether another row should begin.
     """
 
     def __init__(
@@ -162,12 +202,21 @@ class Engine:
         start: float | None = None,
         device: str = "cpu",
         calls: int = 1,
+        names: frozenset[str] | None = None,
+        providers: Mapping[str, Provider] = MappingProxyType({}),
+        latency: bool = False,
+        memory: bool = False,
     ) -> None:
         self.now, self.ceilings, self.row_seconds, self.device, self.calls = now, ceilings, row_seconds, device, calls
+        self.names, self.providers, self.latency, self.memory = names, providers, latency, memory
         self.budget = float("inf") if budget is None else budget
         self.start = time.perf_counter() if start is None else start
         self.compile = compile
         self.for_compiling = COMPILING * self.budget if compile else 0.0  # seconds left of that share
+
+    def competes(self, name: str) -> bool:
+        """Whether a contender was asked for."""
+        return self.names is None or name in self.names
 
     def timing_seconds(self, rows_left: int) -> float:
         """How long to time a row that is followed by `rows_left` - 1 others."""
@@ -175,6 +224,10 @@ class Engine:
             return self.row_seconds
         left = self.budget - (time.perf_counter() - self.start) - max(self.for_compiling, 0.0)
         return min(max(TIMING * left / rows_left, SHORTEST), self.row_seconds)
+
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return self.budget - (time.perf_counter() - self.start)
 
     def measure(self, op: str, case: Case, dtype: torch.dtype, rows_left: int = 1) -> Row:
         """Check and time one case, which is followed by `rows_left` - 1 others."""
@@ -189,10 +242,14 @@ class Engine:
             bytes=moved,
             peak=self.ceilings.gemm[name],
             bound=self.ceilings.bound(case.flops, moved, name),
+            length=case.length,
+            series=case.series,
+            training=case.training,
         )
         try:
             self._fill(row, case, dtype, rows_left)
-        except (AssertionError, RuntimeError) as wrong:  # a wrong result, or an op that fails: the other rows go on
+        # A wrong result, an op that fails, or sizes that it does not take: the other rows go on.
+        except (AssertionError, RuntimeError, ValueError) as wrong:
             row.seconds, row.error = {}, f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         return row
 
@@ -206,17 +263,16 @@ class Engine:
                     grad_out = torch.randn_like(problem.ours(*problem.leaves))
             once = check(problem, grad_out, self.now)
         row.backend = serving_backend(problem)
-        contenders = {
-            "ours": as_run(problem.ours, problem.leaves, grad_out),
-            "torch": as_run(problem.torch, problem.leaves, grad_out),
-        }
-        others = dict(problem.others)
-        if row.backend == "cuda":
+        contenders = {"ours": as_run(problem.ours, problem.leaves, grad_out)}
+        if self.competes("torch"):
+            contenders["torch"] = as_run(problem.torch, problem.leaves, grad_out)
+        others = {name: other for name, other in problem.others.items() if self.competes(name)}
+        if row.backend == "cuda" and self.competes("triton"):
             others["triton"] = partial(on_triton, problem.ours)
         for name, other in others.items():
             self._add(contenders, row, name, partial(as_run, other, problem.leaves, grad_out))
-        compiling = {name: partial(as_run, f, problem.leaves, grad_out) for name, f in problem.compiling.items()}
-        for name, make in {"compiled": partial(self.compiled, problem, grad_out), **compiling}.items():
+        self._add_providers(contenders, row, problem, grad_out)
+        for name, make in self._compiling(problem, grad_out).items():
             if not self.compile:
                 row.missing[name] = "not asked for"
             elif self.for_compiling <= 0:
@@ -227,9 +283,66 @@ class Engine:
                 self.for_compiling -= time.perf_counter() - begin
         seconds = self.timing_seconds(rows_left)
         # On a GPU the first call also compiled ours.
-        slow = {name: taken for name, taken in once.items() if self.device == "cpu" and taken > max(seconds, SLOW)}
+        slow = {
+            name: taken
+            for name, taken in once.items()
+            if name in contenders and self.device == "cpu" and taken > max(seconds, SLOW)
+        }
         quick = {name: run for name, run in contenders.items() if name not in slow}
-        row.seconds = interleaved(quick, self.now, seconds, min_rounds=1, calls=self.calls) | slow
+        if self.memory:
+            self._measure_memory(row, problem, grad_out, {n: r for n, r in quick.items() if n in ("ours", "torch")})
+        if self.latency:
+            self._measure_latency(row, quick, seconds, sum(once[name] for name in quick if name in once))
+            row.seconds |= slow
+        else:
+            row.seconds = interleaved(quick, self.now, seconds, min_rounds=1, calls=self.calls) | slow
+
+    def _compiling(self, problem: Problem, grad_out: Tensor | None) -> dict[str, Callable[[], Run]]:
+        """The contenders whose first call compiles."""
+        made: dict[str, Callable[[], Run]] = {"compiled": partial(self.compiled, problem, grad_out)}
+        made |= {name: partial(as_run, f, problem.leaves, grad_out) for name, f in problem.compiling.items()}
+        for name in sorted(self.names or ()):
+            if name.startswith("compiled@"):
+                made[name] = partial(self.compiled, problem, grad_out, name.partition("@")[2])
+        return {name: make for name, make in made.items() if self.competes(name)}
+
+    def _add_providers(self, contenders: dict[str, Run], row: Row, problem: Problem, grad_out: Tensor | None) -> None:
+        """What was asked for beside the benchmark's own contenders; a wrong result leaves a gap."""
+        made: dict[str, Run] = {}
+        for name, provider in self.providers.items():
+            if self.competes(name) and provider.serves(row.op) and problem.provided is not None:
+                made[name] = as_run(problem.provided(provider.run), problem.leaves, grad_out)
+        for name, context in ours_elsewhere(self.device).items() if self.names else ():
+            if self.competes(name):
+                made[name] = within(context, as_run(problem.ours, problem.leaves, grad_out))
+        if not made:
+            return
+        expected = as_run(problem.torch, problem.leaves, grad_out)()
+        for name, run in made.items():
+            self._add(contenders, row, name, partial(lambda run: run, run))
+            if name in contenders and (wrong := disagreement(run, expected)) is not None:
+                del contenders[name]
+                row.missing[name] = f"computes something else: {wrong}"
+
+    def _measure_latency(self, row: Row, contenders: Mapping[str, Run], seconds: float, once: float) -> None:
+        """Single calls on the wall clock, 100 of each unless those are too many for the row."""
+        rounds = max(1, min(LATENCY_CALLS, int(max(seconds, SLOW) / max(once, 1e-9))))
+        samples = in_rounds(contenders, clock(0, self.device), seconds, min_rounds=rounds)
+        row.latency = {
+            name: {f"p{percent}": percentile(taken, percent) for percent in PERCENTILES}
+            for name, taken in samples.items()
+        }
+        row.seconds = lower_quartiles(samples)
+
+    def _measure_memory(
+        self, row: Row, problem: Problem, grad_out: Tensor | None, contenders: Mapping[str, Run]
+    ) -> None:
+        functions = {"ours": problem.ours, "torch": problem.torch}
+        for name, run in contenders.items():
+            row.memory[name] = {"peak": memory.peak(run, self.device)}
+            if grad_out is not None:
+                forward = partial(functions[name], *problem.leaves)
+                row.memory[name]["kept"] = memory.kept(forward, (*problem.leaves, *problem.fixed))
 
     @staticmethod
     def _add(contenders: dict[str, Run], row: Row, name: str, make: Callable[[], Run]) -> None:
@@ -243,7 +356,7 @@ class Engine:
             contenders[name] = run
 
     @staticmethod
-    def compiled(problem: Problem, grad_out: Tensor | None) -> Run:
+    def compiled(problem: Problem, grad_out: Tensor | None, backend: str = "inductor") -> Run:
         """The plain formula under torch.compile; its first call compiles."""
         torch._dynamo.reset()  # each shape gets its own static code, never a cached dynamic one
-        return as_run(torch.compile(problem.eager, dynamic=False), problem.leaves, grad_out)
+        return as_run(torch.compile(problem.eager, dynamic=False, backend=backend), problem.leaves, grad_out)

@@ -56,6 +56,7 @@ def caption(info: dict[str, Any]) -> str:
         return f"{gpu}; torch {versions['torch']}, triton {versions['triton']}"
     isa = f"mmkernels on {native['isa']}" if native["reason"] is None else "mmkernels without its native library"
     torch_isa = torch.backends.cpu.get_cpu_capability() + (" and AMX" if machine.get("amx") else "")
-    plural = "" if machine["threads"] == 1 else "s"
+    counts = info.get("thread_counts") or [machine["threads"]]
+    threads = f"{' and '.join(map(str, counts))} thread{'' if counts == [1] else 's'}"
     torch_version = info["versions"]["torch"]
-    return f"{machine['cpu']}, {machine['threads']} thread{plural}; {isa}, torch {torch_version} on {torch_isa}"
+    return f"{machine['cpu']}, {threads}; {isa}, torch {torch_version} on {torch_isa}"

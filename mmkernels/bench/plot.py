@@ -25,10 +25,10 @@ def save_plot(path: Path, op: str, rows: Sequence[Row], baseline: str, caption: 
 
     rows = [row for row in rows if row.op == op and "ours" in row.seconds]
     groups = list(dict.fromkeys(row.group for row in rows))
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    dtypes = list(dict.fromkeys(row.setting for row in rows))
     if not rows:
         return
-    panels = {(g, d): [r for r in rows if (r.group, r.dtype) == (g, d)] for g in groups for d in dtypes}
+    panels = {(g, d): [r for r in rows if (r.group, r.setting) == (g, d)] for g in groups for d in dtypes}
     tallest = [max(len(panels[g, d]) for d in dtypes) for g in groups]
     height = sum(tallest) * 0.42 + len(groups) * 0.75 + 1.7
     plt.rcParams.update(

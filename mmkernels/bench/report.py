@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ BOUND = (
     "over 100 % of it, data stayed in a nearer cache."
 )
 
-GroupKey = tuple[str, str, str]  # op, dtype, group
+GroupKey = tuple[str, str, str]  # op, dtype (and threads), group
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
@@ -32,7 +32,7 @@ def geometric_mean(values: Iterable[float | None]) -> float | None:
 def grouped(rows: Sequence[Row]) -> dict[GroupKey, list[Row]]:
     groups: dict[GroupKey, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.op, row.dtype, row.group), []).append(row)
+        groups.setdefault((row.op, row.setting, row.group), []).append(row)
     return groups
 
 
@@ -109,22 +109,56 @@ def gaps(rows: Sequence[Row]) -> list[str]:
     return [f"{name}: {reason} ({count} of {len(rows)} rows)" for (name, reason), count in counts.items()]
 
 
+def _rates(ceilings: Ceilings) -> dict[str, dict[str, float]]:
+    return {
+        "gemm_gflops": {name: rate / 1e9 for name, rate in ceilings.gemm.items()},
+        "memory_gbytes": {str(size): rate / 1e9 for size, rate in ceilings.memory.items()},
+    }
+
+
+def latency_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per row and contender with its percentiles in milliseconds."""
+    lines = []
+    for row in rows:
+        for name, percentiles in row.latency.items():
+            cells = ", ".join(f"{percent} {milliseconds(taken)}" for percent, taken in percentiles.items())
+            lines.append(f"  {row.op} {row.group} {row.shape} {row.setting}, {name}: {cells}")
+    return ["Latency of single calls, ms:", *lines] if lines else []
+
+
+def memory_lines(rows: Sequence[Row]) -> list[str]:
+    """A line per op: the bytes of its rows at the peak and those that autograd keeps, ours and torch's."""
+    lines = []
+    for op in dict.fromkeys(row.op for row in rows):
+        cells = []
+        for what in ("peak", "kept"):
+            both = [row.memory for row in rows if row.op == op and all(what in taken for taken in row.memory.values())]
+            ours, torchs = (sum(taken[who][what] for taken in both if len(taken) > 1) for who in ("ours", "torch"))
+            if torchs:
+                cells.append(f"{what} {ours / torchs:.0%} of torch's ({ours / 1e6:.3g} of {torchs / 1e6:.3g} MB)")
+        if cells:
+            lines.append(f"  {op}: {', '.join(cells)}")
+    return ["Memory beyond the inputs, summed over an op's rows:", *lines] if lines else []
+
+
 def save_json(
     folder: Path,
     rows: Sequence[Row],
     baselines: dict[str, str],
     machine: dict[str, Any],
-    ceilings: Ceilings,
+    ceilings: Mapping[int, Ceilings],
     when: datetime,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Path]:
     """Write ``<op>-<timestamp>.json`` for each op, and all of them as ``latest.json``: op -> the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    head = {
+    head: dict[str, Any] = {
         "when": when.isoformat(timespec="seconds"),
         "machine": machine,
-        "gemm_gflops": {name: rate / 1e9 for name, rate in ceilings.gemm.items()},
-        "memory_gbytes": {str(size): rate / 1e9 for size, rate in ceilings.memory.items()},
+        **_rates(next(iter(ceilings.values()))),
+        "ceilings_by_threads": {str(threads): _rates(reached) for threads, reached in ceilings.items()},
     }
+    if changes:
+        head["changes"] = changes
     paths, everything = {}, {}
     for op, baseline in baselines.items():
         content = {"baseline": baseline, "rows": [row.as_json() for row in rows if row.op == op]}
@@ -139,7 +173,7 @@ def markdown_table(
     rows: Sequence[Row], baselines: dict[str, str], machine: dict[str, Any], ceilings: Ceilings, when: datetime
 ) -> str:
     """The README's section: geometric means by group."""
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    dtypes = list(dict.fromkeys(row.setting for row in rows))
     groups = grouped(rows)
     lines = [
         f"{caption(machine)}. {when:%Y-%m-%d}. Measured with it: {ceilings}. Backend: {served_by(rows)}.",
@@ -178,7 +212,7 @@ def markdown_rows(
                 continue
             seconds = [row.seconds["ours"], row.bound, *(row.seconds.get(name) for name in names)]
             mine, bound, *others = ("–" if s is None else f"{milliseconds(s)} ms" for s in seconds)
-            cells = [row.group, f"{row.shape} ({row.note})", row.dtype, mine, bound, f"{row.fraction:.0%}"]
+            cells = [row.group, f"{row.shape} ({row.note})", row.setting, mine, bound, f"{row.fraction:.0%}"]
             cells += [megabytes(row), *others, *(times(row.speedup(name)) for name in names)]
             cells += [f"{row.gflops:.0f}", f"{row.gbytes:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")

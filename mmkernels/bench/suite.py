@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,9 @@ from torch import Tensor
 from .case import Case, Problem
 
 Arguments = Mapping[str, Any]  # by the names that the op has for them
+
+# The field of a workload that is its length, the first that it has: what grows while a model stays the same.
+LENGTHS = ("keys", "queries", "lengths", "length", "x", "rows", "pairs", "batch")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,22 @@ class Workload:
             return itemsize * float(3 * inputs + 2 * fixed + (2 + self.kept) * self.outputs())
         return itemsize * float(inputs + fixed + self.outputs())
 
+    def length_field(self) -> str | None:
+        """The name of the field that time is plotted against: a size, or sizes whose sum it is."""
+        there = {f.name for f in fields(self)}
+        return next((name for name in LENGTHS if name in there), None)
+
+    def total_length(self) -> float:
+        """The number of keys, tokens, rows or examples, 0 where no field says."""
+        name = self.length_field()
+        held = 0 if name is None else getattr(self, name)
+        return float(sum(held)) if isinstance(held, tuple) else float(held)
+
+    def series(self) -> str:
+        """What is the same for workloads that differ in their length alone."""
+        length = self.length_field()
+        return ", ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in (length, "quick"))
+
     def problem(self, training: bool, dtype: torch.dtype) -> Problem:
         """The workload on the default device, as the engine takes it."""
         leaves: list[Tensor] = []
@@ -98,7 +117,8 @@ class Workload:
             names += [name] if one else [f"{name}[{i}]" for i in range(len(tensors))]
             places[name] = start if one else slice(start, len(leaves))
         options = _in_dtype(self.options(), dtype)
-        of_leaves = partial(_of_leaves, places=places, options=self.torch_options(options), dtype=dtype)
+        of_torch = self.torch_options(options)
+        of_leaves = partial(_of_leaves, places=places, options=of_torch, dtype=dtype)
         as_it_is = type(self).baseline is Workload.baseline
         plain, device = of_leaves(self.plain), torch.get_default_device().type
         return Problem(
@@ -109,6 +129,8 @@ class Workload:
             eager=plain,
             others={name: of_leaves(other) for name, other in self.others(device).items()},
             compiling={name: of_leaves(other) for name, other in self.compiling(device).items()},
+            provided=lambda run: of_leaves(partial(run, self)),
+            fixed=tuple(t for given in (options, of_torch) for t in given.values() if isinstance(t, Tensor)),
         )
 
 
@@ -163,6 +185,8 @@ class Suite:
                     training=training,
                     quick=work.quick,
                     gpu=work.gpu,
+                    length=work.total_length(),
+                    series=work.series(),
                 )
 
 

@@ -28,12 +28,12 @@ def clock(threads: int, device: str = "cpu") -> Clock:
     return now
 
 
-def interleaved(
+def in_rounds(
     contenders: Mapping[str, Callable[[], object]], now: Clock, budget: float, min_rounds: int = 3, calls: int = 1
-) -> dict[str, float]:
-    """Lower-quartile seconds of each contender. They run in turn, so that a change of clock speed or a busy moment
-    meets all of them alike; the quartile is robust against the rest, a cold first round included. ``calls`` that follow
-    each other are timed together, so that a GPU's queue does not run empty between them."""
+) -> dict[str, list[float]]:
+    """Seconds of each contender's calls, in ascending order. They run in turn, so that a change of clock speed or a
+    busy moment meets all of them alike. ``calls`` that follow each other are timed together, so that a GPU's queue does
+    not run empty between them."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start, rounds = time.perf_counter(), 0
     while rounds < min_rounds or time.perf_counter() - start < budget:
@@ -43,7 +43,27 @@ def interleaved(
                 run()
             samples[name].append((now() - begin) / calls)
         rounds += 1
-    return {name: sorted(taken)[len(taken) // 4] for name, taken in samples.items()}
+    return {name: sorted(taken) for name, taken in samples.items()}
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], object]], now: Clock, budget: float, min_rounds: int = 3, calls: int = 1
+) -> dict[str, float]:
+    """Lower-quartile seconds of each contender: robust against a busy machine and a cold first round."""
+    return lower_quartiles(in_rounds(contenders, now, budget, min_rounds, calls))
+
+
+def lower_quartiles(samples: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Of samples in ascending order."""
+    return {name: taken[len(taken) // 4] for name, taken in samples.items()}
+
+
+def percentile(samples: Sequence[float], percent: int) -> float | None:
+    """Of samples in ascending order, the least that `percent` % of them do not exceed; None where they are too few for
+    one to lie beyond it."""
+    if len(samples) * (100 - percent) < 100:
+        return None
+    return samples[-(-len(samples) * percent // 100) - 1]
 
 
 def shortest(run: Callable[[], object], now: Clock, budget: float) -> float:
