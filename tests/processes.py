@@ -52,8 +52,11 @@ def results_of_ranks(script: str, ranks: int, folder: Path, *arguments: str, sec
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
-def take_part(work: Callable[..., Any], timeout: float = 60) -> None:
-    """Be the rank that the command line says, and leave what ``work(rank, ranks, *arguments)`` returns."""
+def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = True) -> None:
+    """Be the rank that the command line says, and leave what ``work(rank, ranks, *arguments)`` returns.
+
+    ``to_the_end``: the ranks wait for one another before they go.
+    """
     rank, ranks, folder, arguments = _command_line()
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -64,8 +67,9 @@ def take_part(work: Callable[..., Any], timeout: float = 60) -> None:
         timeout=timedelta(seconds=timeout),
     )
     torch.save(work(rank, ranks, *arguments), folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if to_the_end:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _command_line() -> tuple[int, int, Path, Sequence[str]]:
