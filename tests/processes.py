@@ -27,16 +27,20 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def results_of_ranks(script: str, ranks: int, folder: Path, *arguments: str, seconds: float = 240) -> list[Any]:
-    """What each rank returned; all of them are gone when the time is over."""
+def environment_of_ranks() -> dict[str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mmk.__file__).parents[1])}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return environment
+
+
+def results_of_ranks(script: str, ranks: int, folder: Path, *arguments: str, seconds: float = 240) -> list[Any]:
+    """What each rank returned; all of them are gone when the time is over."""
     path = Path(__file__).with_name(script)
     processes = [
         subprocess.Popen(
             [sys.executable, str(path), str(rank), str(ranks), str(folder), *arguments],
-            env=environment,
+            env=environment_of_ranks(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

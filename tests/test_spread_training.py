@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import needs_gloo, results_of_ranks
+from processes import environment_of_ranks, needs_gloo, results_of_ranks
 from spread_training import WAYS, in_one_process, loaded, model
 
 pytestmark = needs_gloo
@@ -52,3 +55,15 @@ def test_what_four_processes_save_two_and_one_load(
     for state in (*of_four, *(rank["loaded"] for rank in of_two), alone):
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], x) for name, x in expected.items())
+
+
+def test_the_example_has_the_losses_of_one_process() -> None:
+    script = Path(__file__).parents[1] / "examples" / "distributed_training.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=environment_of_ranks(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] != ["step"]]
+    assert len(rows) == 20
+    for _, one, many in rows:
+        assert float(many) == pytest.approx(float(one), abs=1e-4)
+    assert float(rows[-1][1]) < 0.5 * float(rows[0][1])
