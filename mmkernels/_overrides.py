@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -28,8 +29,18 @@ def _spliced(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def is_overridden(*values: Any) -> bool:
-    """Whether one of the values, lists of them included, has a ``__torch_function__``, or a mode listens."""
-    return not torch.compiler.is_compiling() and has_torch_function(_spliced(values))
+    """Whether one of the values, lists of them included, has a ``__torch_function__`` or is a DTensor, or a mode
+    listens."""
+    if torch.compiler.is_compiling():
+        return False
+    flat = _spliced(values)
+    return has_torch_function(flat) or _is_spread(flat)
+
+
+def _is_spread(values: tuple[Any, ...]) -> bool:
+    """Whether one is a DTensor, which nobody has before the import."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(x, tensors.DTensor) for x in values)
 
 
 @functools.cache
@@ -38,7 +49,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 
 
 def overridden_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
-    """The result of ``__torch_function__`` for the call that has these arguments by name."""
+    """The result of ``__torch_function__``, or of the sharding rules, for the call with these arguments by name."""
     args, options = [], {}
     for parameter in _parameters(function):
         value = given[parameter.name]
@@ -46,7 +57,12 @@ def overridden_call(function: Callable[..., Any], given: Mapping[str, Any]) -> A
             args.append(value)
         elif value is not parameter.default:
             options[parameter.name] = value
-    return handle_torch_function(function, _spliced((*args, *options.values())), *args, **options)
+    flat = _spliced((*args, *options.values()))
+    if not has_torch_function(flat):
+        from mmkernels.distributed.sharded_call import sharded_call  # which few programs need
+
+        return sharded_call(function, {p.name: given[p.name] for p in _parameters(function)})
+    return handle_torch_function(function, flat, *args, **options)
 
 
 def leaf_of_traces(forward: _Forward) -> _Forward:

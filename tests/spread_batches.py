@@ -1,18 +1,13 @@
-"""One rank of a batch that is spread over processes: ``python spread_batches.py <rank> <ranks> <folder>``.
-
-Makes every case's call on its rows, and leaves the results in the folder.
-"""
+"""One rank of a batch that is spread over processes: makes every case's call on its rows."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from processes import take_part
 from torch import Tensor
 
 import mmkernels as mmk
@@ -91,21 +86,11 @@ def messages(rank: int, rows: slice) -> list[str]:
     return found
 
 
-def main(rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        store=torch.distributed.FileStore(str(folder / "store"), ranks),
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=60),
-    )
+def work(rank: int, ranks: int) -> dict[str, Any]:
     rows, world = rows_of(rank, ranks), torch.distributed.group.WORLD
     found = {name: case.results(rows, world) for name, case in CASES.items()}
-    torch.save({"results": found, "messages": messages(rank, rows)}, folder / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return {"results": found, "messages": messages(rank, rows)}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    take_part(work)

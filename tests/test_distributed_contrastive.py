@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from environment import DEVICE
+from processes import needs_gloo, results_of_ranks
 from spread_batches import CASES, COUNTS, rows_of
 
 import mmkernels as mmk
 from mmkernels.testing import assert_close_to_oracle
 
-absent = not torch.distributed.is_available() or not torch.distributed.is_gloo_available()
-pytestmark = pytest.mark.skipif(absent or DEVICE != "cpu", reason="the processes meet by gloo, on the CPU")
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     """Number of ranks -> what each of them found."""
-    found = {}
-    package = str(Path(mmk.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    for ranks in COUNTS:
-        folder = tmp_path_factory.mktemp(f"world{ranks}")
-        script = Path(__file__).with_name("spread_batches.py")
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(ranks), str(folder)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            said = [process.communicate(timeout=240)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert all(process.returncode == 0 for process in processes), "\n".join(said)
-        found[ranks] = [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
-    return found
+    return {
+        ranks: results_of_ranks("spread_batches.py", ranks, tmp_path_factory.mktemp(f"world{ranks}"))
+        for ranks in COUNTS
+    }
 
 
 @pytest.mark.parametrize("ranks", COUNTS)

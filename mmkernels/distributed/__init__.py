@@ -1,4 +1,11 @@
-"""Ops over a batch that is spread over the ranks of a ``torch.distributed`` group: what ``group=`` leads to.
+"""Ops over tensors that are spread over the ranks of a ``torch.distributed`` group.
 
-Imported by the first call that has a group.
+The losses over a spread batch are what ``group=`` of the public functions leads to.
 """
+
+from __future__ import annotations
+
+from mmkernels.distributed.context_parallel import context_parallel_attention
+from mmkernels.distributed.sequence_shards import shard_positions
+
+__all__ = ["context_parallel_attention", "shard_positions"]

@@ -6,7 +6,8 @@ that the ranks agree on what needs a gradient. Gradients are summed over the ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,38 @@ from torch import Tensor
 
 from mmkernels.ops import _checks as checks
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_group(op: str, argument: str, group: object) -> None:
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise checks.type_error(op, argument, "a torch.distributed.ProcessGroup or None", type(group).__name__)
+    if dist.get_rank(group) < 0:
+        raise checks.value_error(op, argument, "one that this process belongs to", "one that it does not belong to")
+
+
+@contextlib.contextmanager
+def answers_of_ranks(op: str) -> Iterator[None]:
+    """Around collectives and their waits: the error of a rank that died or does not come names the op."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own classes of them derive from it
+        raise RuntimeError(f"{op}: group: expected every rank to take part in time; got {error}") from error
+
+
+def told_by_ranks(
+    op: str, group: Any, device: torch.device, counts: Sequence[int], facts: Sequence[tuple[str, int]]
+) -> list[list[int]]:
+    """The counts of each rank, once all are seen to agree on the facts; every rank gives as many."""
+    mine = torch.tensor([*counts, *(fact for _, fact in facts)], dtype=torch.int64, device=device)
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    with answers_of_ranks(op):
+        dist.all_gather(of_ranks, mine, group=group)
+        table = torch.stack(of_ranks).tolist()
+    for i, (name, _) in enumerate(facts, len(counts)):
+        if len({row[i] for row in table}) > 1:
+            raise checks.value_error(op, "group", f"ranks that agree on their {name}", [row[i] for row in table])
+    return [row[: len(counts)] for row in table]
 
 
 class Batch:
@@ -29,24 +61,16 @@ class Batch:
     """
 
     def __init__(self, op: str, rows: Tensor, tensors: Sequence[Tensor | None], group: Any) -> None:
-        if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-            raise checks.type_error(op, "group", "a torch.distributed.ProcessGroup or None", type(group).__name__)
+        check_group(op, "group", group)
+        self.op = op
         self.group = group
         self.rank = dist.get_rank(group)
-        if self.rank < 0:
-            raise checks.value_error(op, "group", "one that this process belongs to", "one that it does not belong to")
         wants = torch.is_grad_enabled()
         # 0 for an absent tensor, 1 for one without a gradient, 2 with one.
         kinds = [0 if t is None else 2 if wants and t.requires_grad else 1 for t in tensors]
-        mine = torch.tensor([*rows.shape, _DTYPES.index(rows.dtype), *kinds], dtype=torch.int64, device=rows.device)
-        of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(of_ranks, mine, group=group)
-        table = torch.stack(of_ranks).tolist()
-        names = ["", "features", "dtype", *["tensors that are given and that require gradients"] * len(kinds)]
-        for i in range(1, len(names)):
-            if len({row[i] for row in table}) > 1:
-                got = [row[i] for row in table]
-                raise checks.value_error(op, "group", f"ranks that agree on their {names[i]}", got)
+        facts = [("features", rows.shape[1]), ("dtype", DTYPES.index(rows.dtype))]
+        facts += [("tensors that are given and that require gradients", kind) for kind in kinds]
+        table = told_by_ranks(op, group, rows.device, [rows.shape[0]], facts)
         self.counts = [row[0] for row in table]
 
     @property
@@ -77,7 +101,8 @@ class Batch:
 def _summed(x: Tensor, batch: Batch) -> Tensor:
     """The ranks' tensors added up, in at least float32."""
     total = x.to(torch.promote_types(x.dtype, torch.float32), copy=True, memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=batch.group)
+    with answers_of_ranks(batch.op):
+        dist.all_reduce(total, group=batch.group)
     return total
 
 
@@ -89,7 +114,8 @@ class _Gather(torch.autograd.Function):
         padded[: x.shape[0]] = x
         parts = [torch.empty_like(padded) for _ in batch.counts]
         if padded.numel():
-            dist.all_gather(parts, padded, group=batch.group)
+            with answers_of_ranks(batch.op):
+                dist.all_gather(parts, padded, group=batch.group)
         return torch.cat([part[:count] for part, count in zip(parts, batch.counts, strict=True)])
 
     @staticmethod

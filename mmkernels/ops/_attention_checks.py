@@ -28,8 +28,8 @@ def is_bottom_right(op: str, alignment: CausalAlignment) -> bool:
     return alignment == "bottom_right"
 
 
-def check_key_lengths(op: str, argument: str, lengths: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The lengths as int64."""
+def check_key_lengths(op: str, argument: str, lengths: Tensor, query: Tensor, keys: int) -> Tensor:
+    """The lengths as int64, none beyond the number of ``keys``."""
     checks.check_tensor(op, argument, lengths)
     if lengths.dtype not in (torch.int32, torch.int64):
         raise checks.type_error(op, argument, "dtype int32 or int64", lengths.dtype)
@@ -38,8 +38,8 @@ def check_key_lengths(op: str, argument: str, lengths: Tensor, query: Tensor, ke
     checks.check_same_device(op, argument, lengths, "query", query.device)
     if checks.eager_values_readable(lengths) and lengths.numel() > 0:
         low, high = (int(x) for x in torch.aminmax(lengths))
-        if low < 0 or high > key.shape[2]:
-            raise checks.value_error(op, argument, f"values in [0, {key.shape[2]}]", f"[{low}, {high}]")
+        if low < 0 or high > keys:
+            raise checks.value_error(op, argument, f"values in [0, {keys}]", f"[{low}, {high}]")
     return lengths.to(torch.int64)
 
 

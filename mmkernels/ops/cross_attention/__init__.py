@@ -143,7 +143,7 @@ def cross_attention(
     if is_overridden(query, key, value, attn_mask, attn_bias, sinks, key_lengths):
         return overridden_call(cross_attention, locals())
     name = "cross_attention"
-    query, key, value = _check_inputs(name, query, key, value, enable_gqa)
+    query, key, value = check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
         attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
     if attn_bias is not None:
@@ -153,7 +153,7 @@ def cross_attention(
     if sinks is not None:
         sinks = attention.check_sinks(name, sinks, query, query.shape[1])
     if key_lengths is not None:
-        key_lengths = attention.check_key_lengths(name, "key_lengths", key_lengths, query, key)
+        key_lengths = attention.check_key_lengths(name, "key_lengths", key_lengths, query, key.shape[2])
     left, right = (-1, -1) if window is None else attention.check_window(name, window)
     if is_causal:
         right = 0
@@ -221,7 +221,7 @@ def scaled_dot_product_attention(
     lead: torch.Size | None = None
     if not _leading_dims_agree(query, key, value, enable_gqa):
         query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)
-    query, key, value = _check_inputs(name, query, key, value, enable_gqa)
+    query, key, value = check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
         attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
     masks, window = (attn_mask, None, None, None), (-1, 0 if is_causal else -1, False)
@@ -252,9 +252,7 @@ def _attend(
     return cross_attention_op(query, key, value, *masks, *window, *options)
 
 
-def _check_inputs(
-    op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def check_inputs(op: str, query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, cast where autocast is on, once their types, dtypes, devices and shapes fit."""
     for argument, tensor in (("query", query), ("key", key), ("value", value)):
         if (

@@ -116,7 +116,7 @@ def joint_attention(
     if outputs is None:
         if is_overridden(queries, keys, values, key_lengths, stream_bias):
             return overridden_call(joint_attention, locals())
-        inputs = _checked(queries, keys, values, key_lengths, stream_bias, enable_gqa)
+        inputs = checked_streams(_NAME, queries, keys, values, key_lengths, stream_bias, enable_gqa)
         if scale is not None:
             scale = checks.check_number(_NAME, "scale", scale)
         softcap = attention.check_softcap(_NAME, softcap)
@@ -129,7 +129,8 @@ def joint_attention(
     return list(outputs)
 
 
-def _checked(
+def checked_streams(
+    op: str,
     queries: Sequence[Tensor],
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -138,62 +139,62 @@ def _checked(
     enable_gqa: bool,
 ) -> tuple[Any, ...]:
     """The op's tensors and which streams are padded, once they fit."""
-    first = fusion.first_source(_NAME, queries, "queries")
-    fusion.first_source(_NAME, keys, "keys")
-    fusion.first_source(_NAME, values, "values")
+    first = fusion.first_source(op, queries, "queries")
+    fusion.first_source(op, keys, "keys")
+    fusion.first_source(op, values, "values")
     device = first.device
     if checks.autocast_is_on(device):
         queries, keys, values = fusion.autocast(device, queries, keys, values)
         first = queries[0]
         stream_bias = stream_bias.float() if isinstance(stream_bias, Tensor) else stream_bias
     if first.dtype not in checks.FLOATING:
-        raise checks.type_error(_NAME, "queries[0]", "dtype float32, bfloat16, float16 or float64", first.dtype)
+        raise checks.type_error(op, "queries[0]", "dtype float32, bfloat16, float16 or float64", first.dtype)
     if len(values) != len(keys):
-        raise checks.value_error(_NAME, "values", f"{len(keys)} tensors as in keys", len(values))
+        raise checks.value_error(op, "values", f"{len(keys)} tensors as in keys", len(values))
     for argument, streams in (("queries", queries), ("keys", keys), ("values", values)):
         for i, stream in enumerate(streams):
-            checks.check_tensor(_NAME, f"{argument}[{i}]", stream)
+            checks.check_tensor(op, f"{argument}[{i}]", stream)
             if stream.dim() != 4:
                 shape = f"shape {tuple(stream.shape)}"
-                raise checks.value_error(_NAME, f"{argument}[{i}]", "4 dims (B, H, L, D)", shape)
-            fusion.check_kind(_NAME, f"{argument}[{i}]", stream, first, "queries[0]")
+                raise checks.value_error(op, f"{argument}[{i}]", "4 dims (B, H, L, D)", shape)
+            fusion.check_kind(op, f"{argument}[{i}]", stream, first, "queries[0]")
     batch, heads, _, features = first.shape
     key_heads, width = keys[0].shape[1] if enable_gqa else heads, values[0].shape[3]
     if key_heads != heads and (key_heads == 0 or heads % key_heads != 0):
-        raise checks.value_error(_NAME, "keys[0]", f"a number of heads that divides the queries' {heads}", key_heads)
+        raise checks.value_error(op, "keys[0]", f"a number of heads that divides the queries' {heads}", key_heads)
     for argument, streams, of_streams in (("queries", queries, heads), ("keys", keys, key_heads)):
         for i, stream in enumerate(streams):
-            _check_shape(f"{argument}[{i}]", stream, (batch, of_streams, None, features))
+            _check_shape(op, f"{argument}[{i}]", stream, (batch, of_streams, None, features))
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-        _check_shape(f"values[{i}]", value, (batch, key_heads, key.shape[2], width))
+        _check_shape(op, f"values[{i}]", value, (batch, key_heads, key.shape[2], width))
     rows, columns = (sum(stream.shape[2] for stream in streams) for streams in (queries, keys))
-    checks.check_count(_NAME, "keys", "scores", batch, heads, rows, columns)
+    checks.check_count(op, "keys", "scores", batch, heads, rows, columns)
     lengths, padded_streams = [], []
     if key_lengths is not None:
         if not isinstance(key_lengths, (list, tuple)):
-            raise checks.type_error(_NAME, "key_lengths", "a list of tensors or None", type(key_lengths).__name__)
+            raise checks.type_error(op, "key_lengths", "a list of tensors or None", type(key_lengths).__name__)
         if len(key_lengths) != len(keys):
-            raise checks.value_error(_NAME, "key_lengths", f"{len(keys)} entries, one per key stream", len(key_lengths))
+            raise checks.value_error(op, "key_lengths", f"{len(keys)} entries, one per key stream", len(key_lengths))
         for i, (given, key) in enumerate(zip(key_lengths, keys, strict=True)):
             if given is not None:
-                lengths.append(attention.check_key_lengths(_NAME, f"key_lengths[{i}]", given, first, key))
+                lengths.append(attention.check_key_lengths(op, f"key_lengths[{i}]", given, first, key.shape[2]))
                 padded_streams.append(i)
     if stream_bias is not None:
-        _check_bias(stream_bias, first, len(queries), len(keys))
+        _check_bias(op, stream_bias, first, len(queries), len(keys))
     return list(queries), list(keys), list(values), lengths, padded_streams, stream_bias
 
 
-def _check_shape(argument: str, stream: Tensor, shape: tuple[int | None, ...]) -> None:
+def _check_shape(op: str, argument: str, stream: Tensor, shape: tuple[int | None, ...]) -> None:
     if any(want is not None and size != want for size, want in zip(stream.shape, shape, strict=True)):
         expected = fusion.shape_text(tuple("L" if n is None else n for n in shape))
-        raise checks.value_error(_NAME, argument, f"shape {expected}", tuple(stream.shape))
+        raise checks.value_error(op, argument, f"shape {expected}", tuple(stream.shape))
 
 
-def _check_bias(bias: Tensor, first: Tensor, queries: int, keys: int) -> None:
-    checks.check_tensor(_NAME, "stream_bias", bias)
+def _check_bias(op: str, bias: Tensor, first: Tensor, queries: int, keys: int) -> None:
+    checks.check_tensor(op, "stream_bias", bias)
     if bias.dtype not in (first.dtype, torch.float32):
-        raise checks.type_error(_NAME, "stream_bias", f"dtype {first.dtype} or torch.float32", bias.dtype)
-    checks.check_same_device(_NAME, "stream_bias", bias, "queries[0]", first.device)
+        raise checks.type_error(op, "stream_bias", f"dtype {first.dtype} or torch.float32", bias.dtype)
+    checks.check_same_device(op, "stream_bias", bias, "queries[0]", first.device)
     if bias.shape not in ((queries, keys), (first.shape[1], queries, keys)):
         expected = f"shape {(queries, keys)} or {(first.shape[1], queries, keys)}"
-        raise checks.value_error(_NAME, "stream_bias", expected, tuple(bias.shape))
+        raise checks.value_error(op, "stream_bias", expected, tuple(bias.shape))

@@ -1,0 +1,81 @@
+"""Captions that find their photo and their sound, trained by several processes; beside it by one, with the same losses.
+
+    torchrun --nproc-per-node 2 examples/distributed_training.py
+
+Each rank has its rows of every batch. The contrastive losses are those of the whole batch: embeddings travel, the
+scores of all pairs never do. DistributedDataParallel averages gradients where those of this loss are to be added up,
+which the factor makes good. The data are random: three linear views of one hidden vector.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mmkernels as mmk
+
+BATCH, STEPS, HIDDEN, WIDTH = 64, 20, 8, 32
+SIZES = (24, 40, 16)  # features of captions, photos and sounds
+SCALE = 10.0  # 1 / temperature
+
+
+class Encoders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, 64), nn.GELU(), nn.Linear(64, WIDTH)) for size in SIZES
+        )
+
+    def forward(self, *views: Tensor) -> list[Tensor]:
+        return [F.normalize(encoder(x), dim=-1) for encoder, x in zip(self.encoders, views, strict=True)]
+
+
+def batches() -> list[list[Tensor]]:
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    views = [torch.randn(HIDDEN, size, generator=generator) for size in SIZES]
+    hidden = [torch.randn(BATCH, HIDDEN, generator=generator) for _ in range(STEPS)]
+    return [[x @ view + 0.1 * torch.randn(BATCH, view.shape[1], generator=generator) for view in views] for x in hidden]
+
+
+def train(model: nn.Module, rows: slice, group: dist.ProcessGroup | None) -> list[float]:
+    """The loss of each step, of the whole batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    factor = dist.get_world_size(group) if group is not None else 1
+    losses = []
+    for views in batches():
+        text, image, sound = model(*(view[rows] for view in views))
+        loss = sum(mmk.contrastive_loss(text, other, SCALE, group=group) for other in (image, sound))
+        optimizer.zero_grad()
+        (factor * loss).backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main() -> None:
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.set_default_device("cuda")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    model = Encoders()
+    torch.manual_seed(0)
+    alone = Encoders()
+    rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    together = train(DistributedDataParallel(model), rows, dist.group.WORLD)
+    if rank == 0:
+        print(f"step   one process   {ranks} processes")
+        for step, (one, many) in enumerate(zip(train(alone, slice(None), None), together, strict=True)):
+            print(f"{step:4}   {one:11.6f}   {many:11.6f}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

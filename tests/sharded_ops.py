@@ -1,0 +1,149 @@
+"""One rank of calls of every op on DTensors: with all placed alike, and with any placement of each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from processes import take_part
+from test_layouts import OPS, Inputs, at, function_of, prepared
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import mmkernels as mmk
+
+SHAPES = {2: (2,), 4: (2, 2)}
+MIXTURES = {2: 4, 4: 1}
+SKIPPED = {"spatial_shapes"}
+
+
+def placed(x: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+    """The whole tensor, which every rank has, placed; in sums that are still to be taken rank 0 has all of it."""
+    if not any(p.is_partial() for p in placements):
+        return distribute_tensor(x, mesh, placements)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    holds = all(not p.is_partial() or coordinate[i] == 0 for i, p in enumerate(placements))
+    plain = distribute_tensor(x, mesh, [Replicate() if p.is_partial() else p for p in placements]).to_local()
+    plain = plain if holds else torch.zeros_like(plain)
+    return DTensor.from_local(plain, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def any_placement(x: Tensor, mesh: DeviceMesh, draw: random.Random) -> list[Placement]:
+    ways: list[Placement] = [Replicate(), *(Shard(i) for i in range(x.dim()))]
+    if x.is_floating_point():
+        ways.append(Partial())
+    return [draw.choice(ways) for _ in range(mesh.ndim)]
+
+
+def results(function: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs, and gradients of a weighted sum of them."""
+    places = [(name, i) for name, i in at(inputs) if name not in SKIPPED]
+    leaves = [inputs[name] if i is None else inputs[name][i] for name, i in places]
+    leaves = [x for x in leaves if x.is_floating_point()]
+    outs = [x for x in tree_leaves(function(**inputs)) if isinstance(x, Tensor)]
+    total: Any = 0
+    for i, x in enumerate(outs):
+        total = total + (x.masked_fill(x == -torch.inf, 0) ** 2).sum() * (i + 1.5)
+    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+    return outs, [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
+
+
+def spread(inputs: Inputs, mesh: DeviceMesh, draw: random.Random | None) -> Inputs:
+    """The inputs as DTensors: those of dim 0 on it, or, with ``draw``, anywhere."""
+
+    def of(x: Tensor) -> Tensor:
+        alike: list[Placement] = [Shard(0) if x.dim() else Replicate(), *[Replicate()] * (mesh.ndim - 1)]
+        there = placed(x.detach(), mesh, any_placement(x, mesh, draw) if draw else alike)
+        return there.requires_grad_(x.is_floating_point())
+
+    return of_tensors(inputs, of)
+
+
+def of_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The inputs with every tensor changed."""
+    return {name: value if name in SKIPPED else tree_map_only(Tensor, change, value) for name, value in inputs.items()}
+
+
+def worst(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error, beside the largest of what is expected; inf where a shape is another one."""
+    largest = 0.0
+    for a, b in zip(got, expected, strict=True):
+        whole = a.full_tensor() if isinstance(a, DTensor) else a
+        if whole.shape != b.shape:
+            return float("inf")
+        whole, b = (x.masked_fill(x == -torch.inf, -7.0) for x in (whole, b))
+        if b.numel():
+            largest = max(largest, float((whole - b).detach().abs().max() / (b.detach().abs().max() + 1e-3)))
+    return largest
+
+
+def errors(name: str, mesh: DeviceMesh) -> dict[str, float]:
+    """Of each way to place the tensors."""
+    inputs = prepared(name, torch.float64)
+    if "lses" in inputs:
+        inputs["lses"] = [x.double() for x in inputs["lses"]]
+    plain = of_tensors(inputs, lambda x: x.detach().requires_grad_(x.is_floating_point()))
+    function = function_of(name)
+    expected = results(function, plain)
+    found = {}
+    for i in range(-1, MIXTURES[dist.get_world_size()]):
+        draw = None if i < 0 else random.Random(f"{name} {i}")
+        outs, gradients = results(function, spread(inputs, mesh, draw))
+        found["alike" if i < 0 else f"mixture {i}"] = max(worst(outs, expected[0]), worst(gradients, expected[1]))
+    return found
+
+
+def kept_placements(mesh: DeviceMesh) -> dict[str, str]:
+    """Where what is already placed well stays."""
+
+    def over(dim: int, *shape: int) -> DTensor:
+        return distribute_tensor(torch.randn(shape), mesh, [Shard(dim)])
+
+    def whole(*shape: int) -> DTensor:
+        return distribute_tensor(torch.randn(shape), mesh, [Replicate()])
+
+    heads = mmk.cross_attention(over(1, 3, 4, 5, 8), over(1, 3, 2, 6, 8), over(1, 3, 2, 6, 8), enable_gqa=True)
+    queries = mmk.cross_attention(over(2, 3, 4, 5, 8), whole(3, 4, 6, 8), whole(3, 4, 6, 8))
+    batch = mmk.cross_attention(over(0, 3, 4, 5, 8), over(0, 3, 4, 6, 8), over(0, 3, 4, 6, 8), is_causal=True)
+    columns = mmk.concat_linear([whole(3, 4), whole(3, 2)], over(0, 8, 6), over(0, 8), activation="gelu")
+    rows = mmk.concat_linear([over(0, 3, 4), over(0, 3, 2)], whole(8, 6))
+    local = mmk.contrastive_loss(over(0, 6, 4), over(0, 6, 4), 2.0)
+    named = {"heads": heads, "queries": queries, "batch": batch, "columns": columns, "rows": rows, "loss": local}
+    return {name: str(x.placements) for name, x in named.items()}
+
+
+def messages(mesh: DeviceMesh) -> list[str]:
+    x = distribute_tensor(torch.randn(2, 2, 4, 8), mesh, [Shard(0)])
+    found = []
+    for call in (
+        lambda: mmk.cross_attention(x, x, torch.randn(2, 2, 4, 8)),
+        lambda: mmk.cross_attention(x, x, x, dropout_p=0.5),
+    ):
+        try:
+            call()
+        except (TypeError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+def work(rank: int, ranks: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", SHAPES[ranks])
+    found: dict[str, Any] = {"errors": {}}
+    for name in OPS:
+        try:
+            found["errors"][name] = errors(name, mesh)
+        except Exception as error:
+            raise RuntimeError(f"in {name}") from error
+    if ranks == 2:
+        found |= {"kept": kept_placements(mesh), "messages": messages(mesh)}
+    return found
+
+
+if __name__ == "__main__":
+    take_part(work)

@@ -1,0 +1,60 @@
+"""Every op of DTensors, wherever they are placed, is that of the whole tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from processes import needs_gloo, results_of_ranks
+from sharded_ops import SHAPES
+from test_layouts import OPS
+
+import mmkernels as mmk
+from mmkernels.distributed.sharding_rules import RULES
+
+pytestmark = needs_gloo
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Number of ranks -> what each of them found."""
+    return {
+        ranks: results_of_ranks("sharded_ops.py", ranks, tmp_path_factory.mktemp(f"world{ranks}")) for ranks in SHAPES
+    }
+
+
+@pytest.mark.parametrize("ranks", SHAPES)
+@pytest.mark.parametrize("name", OPS)
+def test_any_placement_gives_the_outputs_and_gradients_of_the_whole(
+    name: str, ranks: int, worlds: dict[int, list[dict[str, Any]]]
+) -> None:
+    for world in worlds[ranks]:
+        errors = world["errors"][name]
+        assert len(errors) > 1
+        assert max(errors.values()) < 1e-9, errors
+
+
+def test_what_is_placed_well_stays_there(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    assert worlds[2][0]["kept"] == {
+        "heads": "(Shard(dim=1),)",
+        "queries": "(Shard(dim=2),)",
+        "batch": "(Shard(dim=0),)",
+        "columns": "(Shard(dim=1),)",
+        "rows": "(Shard(dim=0),)",
+        "loss": "(Replicate(),)",
+    }
+
+
+def test_plain_tensors_among_them_and_dropout_are_refused(worlds: dict[int, list[dict[str, Any]]]) -> None:
+    for world in worlds[2]:
+        mixed, dropout = world["messages"]
+        assert mixed == "cross_attention: value: expected a DTensor, as others are; got Tensor"
+        assert dropout.startswith("cross_attention: dropout_p: expected 0 for DTensors")
+
+
+def test_every_op_has_a_rule_and_every_output_the_dims_that_may_be_sharded() -> None:
+    ops = {name for name in mmk.__all__ if callable(getattr(mmk, name)) and not isinstance(getattr(mmk, name), type)}
+    assert ops - {"explain", "use_backend"} == set(RULES)
+    for name, rule in RULES.items():
+        for output in rule.outputs:
+            assert set(rule.free.split()) <= set(output.split()), name
