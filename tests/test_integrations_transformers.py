@@ -17,6 +17,7 @@ from torch import nn
 from mmkernels.integrations import _blocks, accelerate, restore
 from mmkernels.integrations import torch as of_torch
 from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.testing import same_bits
 
 NO_MODELS = why_no_models()
@@ -226,6 +227,80 @@ def test_hooks_and_wrappers_of_children_are_run(name):
     ours, our_gradient = run(model, inputs, outputs)
     for got, same in [*zip(ours, plain, strict=True), [joined(g, sorted(g)) for g in (our_gradient, plain_gradient)]]:
         assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
+
+
+LAYERS = {
+    "clip": "CLIPEncoderLayer",
+    "siglip": "SiglipEncoderLayer",
+    "blip": "BlipEncoderLayer",
+    "llama": "LlamaDecoderLayer",
+    "whisper": "WhisperEncoderLayer",
+    "coca": "ResidualAttentionBlock",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_last_residual_of_a_layer_joins_its_feed_forward_network(name, monkeypatch):
+    model, inputs, outputs = build(name)
+    report = accelerate(model)
+    layers = [entry.path for entry in report.replaced if entry.what == LAYERS[name]]
+    assert layers and not any(entry.what == LAYERS[name] for entry in report.left)
+    seen = []
+    monkeypatch.setattr(
+        _blocks, "concat_linear", lambda *args, **options: seen.append(options) or concat_linear(*args, **options)
+    )
+    run(model, inputs, outputs)
+    assert sum(options.get("residual") is not None for options in seen) >= len(layers)
+    assert any(options.get("activation") is not None for options in seen)
+
+
+@pytest.mark.parametrize("name", ["clip", "llama", "whisper", "coca"])
+def test_hooks_of_feed_forward_networks_are_run(name):
+    model, inputs, outputs = build(name)
+    for path, module in model.named_modules():
+        if path.endswith((".mlp", ".fc2", ".mlp.gelu")):
+            module.register_forward_hook(lambda module, args, out: out * 1.5)
+    plain = run(model, inputs, outputs)[0]
+    accelerate(model)
+    for got, same in zip(run(model, inputs, outputs)[0], plain, strict=True):
+        assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same))
+
+
+@pytest.mark.parametrize("name", ["clip", "llama", "whisper"])
+def test_layers_still_checkpoint(name):
+    model, inputs, outputs = build(name)
+    model.train()
+    if name == "whisper":
+        model.config.dropout = 0.0
+        for module in model.modules():
+            module.__dict__.update(
+                {k: 0.0 for k in ("dropout", "layerdrop") if isinstance(module.__dict__.get(k), float)}
+            )
+    plain, plain_gradient = run(model, inputs, outputs)
+    accelerate(model)
+    model.activation_checkpointing_enable()
+    passes = []
+    layer = next(m for m in model.modules() if type(m).__name__ == LAYERS[name])
+    norm = layer.layer_norm1 if name == "clip" else layer.input_layernorm if name == "llama" else layer.final_layer_norm
+    norm.register_forward_hook(lambda *_: passes.append(1))
+    ours, our_gradient = run(model, inputs, outputs)
+    assert len(passes) == 2, "once forward, once in the backward"
+    for got, same in [*zip(ours, plain, strict=True), [joined(g, sorted(g)) for g in (our_gradient, plain_gradient)]]:
+        assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
+
+
+def test_an_activation_is_known_by_its_library_and_not_by_its_name_alone():
+    from open_clip.transformer import QuickGELU as of_open_clip
+    from transformers.activations import ACT2FN
+
+    class QuickGELU(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x
+
+    assert _blocks.activation_name(of_open_clip()) == _blocks.activation_name(ACT2FN["quick_gelu"]) == "quick_gelu"
+    assert _blocks.activation_name(QuickGELU()) is None
+    x = random(5, 7)
+    torch.testing.assert_close(_blocks._ACTIVATIONS["quick_gelu"](x), of_open_clip()(x))
 
 
 GENERATING = ["llama", "mistral_with_windows", "gemma_2_with_softcap_and_windows", "gpt_oss_with_sinks"]

@@ -61,6 +61,7 @@ def source_hash(function: Callable[..., Any]) -> str:
 # Which file has the swaps of the classes of a library, by the first word of their modules' names.
 _TABLES = {
     "diffusers": "mmkernels.integrations.diffusers",
+    "open_clip": "mmkernels.integrations.open_clip",
     "torch": "mmkernels.integrations.torch",
     "transformers": "mmkernels.integrations.transformers.swaps",
 }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmkernels.integrations._blocks import (
     SERVED,
-    activation_name,
+    activated,
     dropout_p,
     linear,
     masking,
@@ -133,12 +133,7 @@ def _decoder_layer(
 
 def _feed_forward(module: Any, x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:
     """residual + dropout(linear2(dropout(activation(linear1(x)))))"""
-    activation = activation_name(module.activation)
-    if activation is None:
-        hidden = module.activation(linear(module.linear1, x))
-    else:
-        hidden = linear(module.linear1, x, activation=activation)
-    hidden = module.dropout(hidden)
+    hidden = module.dropout(activated(module.linear1, module.activation, x))
     if dropout_p(dropout) == 0.0:
         return linear(module.linear2, hidden, residual=residual)
     return residual + dropout(linear(module.linear2, hidden))
