@@ -32,6 +32,10 @@ def _products_of_every_size_on_every_machine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
     linear = Swap(of_torch._linear, "concat_linear", (source_hash(nn.Linear.forward),))
     monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.linear.Linear", linear)
+    patches = Swap(
+        of_torch._patches, "concat_linear", (source_hash(nn.Conv2d.forward),), concerns=of_torch._embeds_patches
+    )
+    monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.conv.Conv2d", patches)
 
 
 def run(model, inputs, outputs):
@@ -227,6 +231,38 @@ def test_hooks_and_wrappers_of_children_are_run(name):
     ours, our_gradient = run(model, inputs, outputs)
     for got, same in [*zip(ours, plain, strict=True), [joined(g, sorted(g)) for g in (our_gradient, plain_gradient)]]:
         assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [(32, 32), (35, 55), (7, 32)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_patches_is_a_product(dtype, size, bias, monkeypatch):
+    monkeypatch.setattr(of_torch, "_LARGE_PATCH", 0)
+    model = nn.Sequential(nn.Conv2d(3, 24, (8, 16), (8, 16), bias=bias)).to(dtype)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    assert [entry.with_ for entry in accelerate(model).replaced] == ["concat_linear"]
+    if size[0] < 8:
+        with pytest.raises(RuntimeError, match="Kernel size"):
+            model(random(2, 3, *size).to(dtype))
+        return
+    seen = []
+    monkeypatch.setattr(of_torch, "concat_linear", lambda *args: seen.append(args) or concat_linear(*args))
+    results = []
+    for m, kind in ((model, dtype), (plain, dtype), (exact, torch.float64)):
+        x = random(2, 3, *size).to(dtype).to(kind).requires_grad_()
+        out = m(x)
+        out.backward(random(*out.shape, seed=3).to(dtype).to(kind))
+        results.append([t.double() for t in (out.detach(), x.grad, *(p.grad for p in m.parameters()))])
+    assert len(seen) == 1
+    for got, same, oracle in zip(*results, strict=True):
+        norm = float(torch.linalg.vector_norm(oracle))
+        assert distance(got, oracle) <= 2 * distance(same, oracle) + torch.finfo(dtype).eps * norm
+
+
+def test_other_convolutions_are_no_entries_of_the_report():
+    kinds = [{"stride": 4}, {"stride": 8, "padding": 1}, {"stride": 8, "groups": 2}, {"stride": 8, "dilation": 2}]
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 8, **kind) for kind in kinds], nn.Conv2d(4, 4, 1))
+    assert list(accelerate(model, strict=True)) == []
 
 
 LAYERS = {

@@ -146,6 +146,29 @@ def _linear(module: nn.Linear, input: Tensor) -> Tensor:
     return F.linear(input, weight, module.bias)
 
 
+def _patches(module: nn.Conv2d, input: Tensor) -> Tensor:
+    """A convolution of patches side by side, as a product of the patches, (B, H'·W', C·h·w); channels are last then."""
+    weight, bias = module.weight, module.bias
+    height, width = weight.shape[2:]
+    pays = input.dtype == torch.bfloat16 and width % 8 == 0  # else torch's are as fast, but for large ones
+    pays = (pays or height * width >= _LARGE_PATCH) and takes_products(input, weight)
+    fits = input.dim() == 4 and input.shape[1] == weight.shape[1] and type(weight) is nn.Parameter
+    if not (fits and pays) or input.shape[2] < height or input.shape[3] < width:
+        return nn.Conv2d.forward(module, input)
+    down, across = input.shape[2] // height, input.shape[3] // width
+    x = input[:, :, : down * height, : across * width].unflatten(3, (across, width)).unflatten(2, (down, height))
+    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return concat_linear([x], weight.flatten(1), bias).transpose(1, 2).unflatten(2, (down, across))
+
+
+def _embeds_patches(module: Any) -> bool:
+    side_by_side = module.stride == module.kernel_size and module.padding in ((0, 0), "valid")
+    return side_by_side and module.dilation == (1, 1) and module.groups == 1 and min(module.kernel_size) >= 8
+
+
+_LARGE_PATCH = 1024
+
+
 def _no_projection(module: nn.Module) -> str | None:
     return None if type(module.out_proj).__name__ == "NonDynamicallyQuantizableLinear" else "its out_proj is wrapped"
 
@@ -159,3 +182,4 @@ SWAPS = {
 }
 if products_pay():
     SWAPS["torch.nn.modules.linear.Linear"] = Swap(_linear, "concat_linear", ("7e11a09e2b61",))
+    SWAPS["torch.nn.modules.conv.Conv2d"] = Swap(_patches, "concat_linear", ("096628d11471",), concerns=_embeds_patches)
