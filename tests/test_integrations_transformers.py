@@ -519,6 +519,18 @@ def test_a_mask_that_is_absent_means_what_the_module_says(bert):
         torch.testing.assert_close(attention(module, q, k, v, None, is_causal=given)[0], expected)
 
 
+def test_the_example_prints_reports_and_times():
+    code = (
+        "import sys, runpy; sys.argv[1:] = ['--small']; runpy.run_path('examples/accelerate_model.py', {}, '__main__')"
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", code]  # which finds the package that these tests do
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
+    assert printed.count("replaced, 0 left") == printed.count("ms before") == 2
+    assert "CLIPAttention with cross_attention" in printed
+    assert "BiMultiHeadAttention with bidirectional_cross_attention" in printed
+
+
 @pytest.mark.parametrize("kind, said", [("flex_attention", "is"), ("eager", "was chosen to be")])
 def test_models_with_an_attention_of_another_kind_are_left(kind, said):
     model, _, _ = build("llama")
