@@ -14,7 +14,7 @@ DTYPES = [pytest.param(t, id=str(t)[6:]) for t in (torch.float32, torch.bfloat16
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 few_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2])
 
-ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu")
 
 # Two-dimensional tensors with the same values, laid out otherwise in memory.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -113,6 +113,7 @@ def test_the_reference_is_the_sum_of_a_linear_layer_per_modality() -> None:
         "silu": total * sigmoid,
         "tanh": 2 / (1 + torch.exp(-2 * total)) - 1,
         "sigmoid": sigmoid,
+        "quick_gelu": total / (1 + torch.exp(-1.702 * total)),
     }
     for activation in ACTIVATIONS:
         options: dict[str, Any] = {"activation": activation, "presence": presence}

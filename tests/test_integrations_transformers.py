@@ -17,6 +17,7 @@ from torch import nn
 from mmkernels.integrations import _blocks, accelerate, restore
 from mmkernels.integrations import torch as of_torch
 from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.testing import same_bits
 
 NO_MODELS = why_no_models()
@@ -31,6 +32,10 @@ def _products_of_every_size_on_every_machine(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
     linear = Swap(of_torch._linear, "concat_linear", (source_hash(nn.Linear.forward),))
     monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.linear.Linear", linear)
+    patches = Swap(
+        of_torch._patches, "concat_linear", (source_hash(nn.Conv2d.forward),), concerns=of_torch._embeds_patches
+    )
+    monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.conv.Conv2d", patches)
 
 
 def run(model, inputs, outputs):
@@ -228,6 +233,112 @@ def test_hooks_and_wrappers_of_children_are_run(name):
         assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
 
 
+@DTYPES
+@pytest.mark.parametrize("size", [(32, 32), (35, 55), (7, 32)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_patches_is_a_product(dtype, size, bias, monkeypatch):
+    monkeypatch.setattr(of_torch, "_LARGE_PATCH", 0)
+    model = nn.Sequential(nn.Conv2d(3, 24, (8, 16), (8, 16), bias=bias)).to(dtype)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    assert [entry.with_ for entry in accelerate(model).replaced] == ["concat_linear"]
+    if size[0] < 8:
+        with pytest.raises(RuntimeError, match="Kernel size"):
+            model(random(2, 3, *size).to(dtype))
+        return
+    seen = []
+    monkeypatch.setattr(of_torch, "concat_linear", lambda *args: seen.append(args) or concat_linear(*args))
+    results = []
+    for m, kind in ((model, dtype), (plain, dtype), (exact, torch.float64)):
+        x = random(2, 3, *size).to(dtype).to(kind).requires_grad_()
+        out = m(x)
+        out.backward(random(*out.shape, seed=3).to(dtype).to(kind))
+        results.append([t.double() for t in (out.detach(), x.grad, *(p.grad for p in m.parameters()))])
+    assert len(seen) == 1
+    for got, same, oracle in zip(*results, strict=True):
+        norm = float(torch.linalg.vector_norm(oracle))
+        assert distance(got, oracle) <= 2 * distance(same, oracle) + torch.finfo(dtype).eps * norm
+
+
+def test_other_convolutions_are_no_entries_of_the_report():
+    kinds = [{"stride": 4}, {"stride": 8, "padding": 1}, {"stride": 8, "groups": 2}, {"stride": 8, "dilation": 2}]
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 8, **kind) for kind in kinds], nn.Conv2d(4, 4, 1))
+    assert list(accelerate(model, strict=True)) == []
+
+
+LAYERS = {
+    "clip": "CLIPEncoderLayer",
+    "siglip": "SiglipEncoderLayer",
+    "blip": "BlipEncoderLayer",
+    "llama": "LlamaDecoderLayer",
+    "whisper": "WhisperEncoderLayer",
+    "coca": "ResidualAttentionBlock",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_last_residual_of_a_layer_joins_its_feed_forward_network(name, monkeypatch):
+    model, inputs, outputs = build(name)
+    report = accelerate(model)
+    layers = [entry.path for entry in report.replaced if entry.what == LAYERS[name]]
+    assert layers and not any(entry.what == LAYERS[name] for entry in report.left)
+    seen = []
+    monkeypatch.setattr(
+        _blocks, "concat_linear", lambda *args, **options: seen.append(options) or concat_linear(*args, **options)
+    )
+    run(model, inputs, outputs)
+    assert sum(options.get("residual") is not None for options in seen) >= len(layers)
+    assert any(options.get("activation") is not None for options in seen)
+
+
+@pytest.mark.parametrize("name", ["clip", "llama", "whisper", "coca"])
+def test_hooks_of_feed_forward_networks_are_run(name):
+    model, inputs, outputs = build(name)
+    for path, module in model.named_modules():
+        if path.endswith((".mlp", ".fc2", ".mlp.gelu")):
+            module.register_forward_hook(lambda module, args, out: out * 1.5)
+    plain = run(model, inputs, outputs)[0]
+    accelerate(model)
+    for got, same in zip(run(model, inputs, outputs)[0], plain, strict=True):
+        assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same))
+
+
+@pytest.mark.parametrize("name", ["clip", "llama", "whisper"])
+def test_layers_still_checkpoint(name):
+    model, inputs, outputs = build(name)
+    model.train()
+    if name == "whisper":
+        model.config.dropout = 0.0
+        for module in model.modules():
+            module.__dict__.update(
+                {k: 0.0 for k in ("dropout", "layerdrop") if isinstance(module.__dict__.get(k), float)}
+            )
+    plain, plain_gradient = run(model, inputs, outputs)
+    accelerate(model)
+    model.activation_checkpointing_enable()
+    passes = []
+    layer = next(m for m in model.modules() if type(m).__name__ == LAYERS[name])
+    norm = layer.layer_norm1 if name == "clip" else layer.input_layernorm if name == "llama" else layer.final_layer_norm
+    norm.register_forward_hook(lambda *_: passes.append(1))
+    ours, our_gradient = run(model, inputs, outputs)
+    assert len(passes) == 2, "once forward, once in the backward"
+    for got, same in [*zip(ours, plain, strict=True), [joined(g, sorted(g)) for g in (our_gradient, plain_gradient)]]:
+        assert distance(got, same) <= 1e-3 * float(torch.linalg.vector_norm(same[same.isfinite()]))
+
+
+def test_an_activation_is_known_by_its_library_and_not_by_its_name_alone():
+    from open_clip.transformer import QuickGELU as of_open_clip
+    from transformers.activations import ACT2FN
+
+    class QuickGELU(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x
+
+    assert _blocks.activation_name(of_open_clip()) == _blocks.activation_name(ACT2FN["quick_gelu"]) == "quick_gelu"
+    assert _blocks.activation_name(QuickGELU()) is None
+    x = random(5, 7)
+    torch.testing.assert_close(_blocks._ACTIVATIONS["quick_gelu"](x), of_open_clip()(x))
+
+
 GENERATING = ["llama", "mistral_with_windows", "gemma_2_with_softcap_and_windows", "gpt_oss_with_sinks"]
 
 
@@ -406,6 +517,18 @@ def test_a_mask_that_is_absent_means_what_the_module_says(bert):
     ):
         expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
         torch.testing.assert_close(attention(module, q, k, v, None, is_causal=given)[0], expected)
+
+
+def test_the_example_prints_reports_and_times():
+    code = (
+        "import sys, runpy; sys.argv[1:] = ['--small']; runpy.run_path('examples/accelerate_model.py', {}, '__main__')"
+    )
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-W", "ignore", "-c", code]  # which finds the package that these tests do
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout
+    assert printed.count("replaced, 0 left") == printed.count("ms before") == 2
+    assert "CLIPAttention with cross_attention" in printed
+    assert "BiMultiHeadAttention with bidirectional_cross_attention" in printed
 
 
 @pytest.mark.parametrize("kind, said", [("flex_attention", "is"), ("eager", "was chosen to be")])

@@ -88,13 +88,18 @@ def test_casts_to_and_from_bfloat16_convert_values(other: torch.dtype, _: Any) -
 
 
 @on_triton
-@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"])
+@pytest.mark.parametrize("kind", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu"])
 def test_activations_and_derivatives_are_torchs(kind: str, _: Any) -> None:
     functions = torch.nn.functional
-    plain = {"gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"), "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+    plain = {
+        "gelu_tanh": lambda x: functions.gelu(x, approximate="tanh"),
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
     sizes = torch.logspace(-4, 3, 255, device=DEVICE)
     x = torch.cat([sizes, -sizes, torch.zeros(2, device=DEVICE)]).double().requires_grad_()
-    expected = plain.get(kind, getattr(functions, kind.removesuffix("_tanh"), None))(x)
+    expected = plain.get(kind, getattr(functions, kind, None))(x)
     (derivative,) = torch.autograd.grad(expected.sum(), x)
     y, d = torch.empty(512, device=DEVICE), torch.empty(512, device=DEVICE)
     launch(_activation, (1,), x.detach().float(), y, d, KIND=kind, N=512)

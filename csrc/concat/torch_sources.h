@@ -138,9 +138,13 @@ inline std::vector<int64_t> output_sizes(const at::TensorList& xs, int64_t featu
   return sizes;
 }
 
-constexpr std::pair<std::string_view, Activation> kActivationNames[] = {
-    {"relu", Activation::relu}, {"gelu", Activation::gelu}, {"gelu_tanh", Activation::gelu_tanh},
-    {"silu", Activation::silu}, {"tanh", Activation::tanh}, {"sigmoid", Activation::sigmoid}};
+constexpr std::pair<std::string_view, Activation> kActivationNames[] = {{"relu", Activation::relu},
+                                                                        {"gelu", Activation::gelu},
+                                                                        {"gelu_tanh", Activation::gelu_tanh},
+                                                                        {"silu", Activation::silu},
+                                                                        {"tanh", Activation::tanh},
+                                                                        {"sigmoid", Activation::sigmoid},
+                                                                        {"quick_gelu", Activation::quick_gelu}};
 
 // What modalities that fit together share: the leading dims, the sum of the last ones, the dtype.
 struct SharedShape {

@@ -92,6 +92,16 @@ struct Silu {  // z · σ(z)
   }
 };
 
+struct QuickGelu {  // z · σ(1.702 z)
+  static constexpr bool kFromOutput = false;
+  static constexpr float kSlope = 1.702f;
+  static MMK_INLINE vf value(vf z) { return z * sigmoid(z * set1(kSlope)); }
+  static MMK_INLINE vf derivative(vf z) {
+    const vf u = z * set1(kSlope), s = sigmoid(u);
+    return s * fma(u, set1(1.f) - s, set1(1.f));
+  }
+};
+
 template <class Function>
 MMK_INLINE void with_activation(Activation kind, Function f) {
   switch (kind) {
@@ -109,6 +119,8 @@ MMK_INLINE void with_activation(Activation kind, Function f) {
       return f(Tanh{});
     case Activation::sigmoid:
       return f(Sigmoid{});
+    case Activation::quick_gelu:
+      return f(QuickGelu{});
   }
 }
 

@@ -24,7 +24,8 @@ __device__ __forceinline__ float sigmoid_of(float x) {
 constexpr float kSqrtHalf = 0.7071067811865476f;
 constexpr float kSqrt8OverPi = 1.5957691216057308f;
 constexpr float kInverseSqrt2Pi = 0.3989422804014327f;
-constexpr float kCubic = 0.044715f;  // of the tanh approximation of gelu
+constexpr float kCubic = 0.044715f;    // of the tanh approximation of gelu
+constexpr float kQuickSlope = 1.702f;  // of quick_gelu's sigmoid
 
 /// (1 + tanh u) / 2 of that approximation, without its cancellation.
 __device__ __forceinline__ float gelu_tanh_gate(float x) { return sigmoid_of((x + x * x * x * kCubic) * kSqrt8OverPi); }
@@ -57,6 +58,9 @@ __device__ __forceinline__ void activate(float (&z)[kVector], Activation activat
       break;
     case Activation::sigmoid:
       change_each(z, [](float x) { return sigmoid_of(x); });
+      break;
+    case Activation::quick_gelu:
+      change_each(z, [](float x) { return x * sigmoid_of(kQuickSlope * x); });
       break;
   }
 }
@@ -93,6 +97,12 @@ __device__ __forceinline__ void differentiate(float (&z)[kVector], Activation ac
     case Activation::sigmoid:
       if (!from_output) change_each(z, [](float x) { return sigmoid_of(x); });
       change_each(z, [](float y) { return y * (1.0f - y); });
+      break;
+    case Activation::quick_gelu:
+      change_each(z, [](float x) {
+        const float s = sigmoid_of(kQuickSlope * x);
+        return s * (1.0f + kQuickSlope * x * (1.0f - s));
+      });
       break;
   }
 }

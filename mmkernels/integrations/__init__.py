@@ -1,6 +1,6 @@
 """Existing models, faster by one line: ``accelerate(model)``.
 
-One file or folder per library, torch and transformers, imported only where a model of it is met. `accelerate` swaps the
+One file or folder per library, imported only where a model of it is met. `accelerate` swaps the
 ``forward`` of single modules for one over this library's ops and reports what it swapped and what it left, with the
 reason; `restore` takes it back.
 """

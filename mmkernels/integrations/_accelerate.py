@@ -128,7 +128,7 @@ class Selection:
 def _unknown_attentions(model: nn.Module, entries: list[Entry]) -> Iterator[Entry]:
     """Attentions that nothing is known for, nor for what they are inside of or what is inside of them."""
     known = {entry.path for entry in entries}
-    inside_of_known = tuple(f"{path}." for path in known if path)
+    inside_of_known = tuple(f"{e.path}." for e in entries if e.path and e.with_ != "concat_linear")
     around_known = {path[:i] for path in known for i, c in enumerate(path) if c == "."}
     for path, module in model.named_modules():
         if not type(module).__name__.endswith(("Attention", "Attn", "AttentionPool", "AttentionBlock")):

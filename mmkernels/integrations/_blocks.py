@@ -75,16 +75,27 @@ _ACTIVATIONS: dict[str, Any] = {
     "silu": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
 }
+
+
+def activated(child: nn.Module, activation: Any, x: Tensor) -> Tensor:
+    """activation(child(x)), of a function or module."""
+    name = activation_name(activation)
+    return activation(linear(child, x)) if name is None else linear(child, x, activation=name)
 
 
 def is_plain_linear(child: nn.Module) -> bool:
     """A linear that does what its weight and bias say; one whose forward `accelerate` has swapped is."""
     if "forward" not in child.__dict__:
         return is_plain(child, nn.Linear)
-    hooks = (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks)
     swapped = type(child) is nn.Linear and isinstance(child.__dict__["forward"], SwappedForward)
-    return swapped and not any((*hooks, *_GLOBAL_HOOKS)) and type(child.weight) is nn.Parameter
+    return swapped and not is_hooked(child) and type(child.weight) is nn.Parameter
+
+
+def is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any((*hooks, *_GLOBAL_HOOKS))
 
 
 def activation_name(activation: Any) -> str | None:
@@ -98,6 +109,8 @@ def activation_name(activation: Any) -> str | None:
     if not isinstance(activation, nn.Module) or not is_plain(activation, type(activation)):
         return None
     name = type(activation).__name__
+    if type(activation).__module__.partition(".")[0] not in ("torch", "transformers", "open_clip", "timm"):
+        return None
     if isinstance(activation, nn.GELU):
         return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
     known = {
@@ -108,6 +121,8 @@ def activation_name(activation: Any) -> str | None:
         "Sigmoid": "sigmoid",
         "GELUActivation": "gelu",
         "GELUTanh": "gelu_tanh",
+        "QuickGELUActivation": "quick_gelu",
+        "QuickGELU": "quick_gelu",
     }
     if getattr(activation, "act", F.gelu) is not F.gelu and name == "GELUActivation":
         return None

@@ -39,12 +39,14 @@ class Swap:
         with_: the ops that it calls.
         sources: the hashes of what it is a replacement of.
         why_not: says of a module why it cannot be replaced, or None.
+        concerns: whether it is about a module at all; by default all of the class.
     """
 
     function: Callable[..., Any]
     with_: str
     sources: tuple[str, ...]
     why_not: Callable[[nn.Module], str | None] | None = None
+    concerns: Callable[[nn.Module], bool] | None = None
 
 
 @functools.cache
@@ -61,6 +63,7 @@ def source_hash(function: Callable[..., Any]) -> str:
 # Which file has the swaps of the classes of a library, by the first word of their modules' names.
 _TABLES = {
     "diffusers": "mmkernels.integrations.diffusers",
+    "open_clip": "mmkernels.integrations.open_clip",
     "torch": "mmkernels.integrations.torch",
     "transformers": "mmkernels.integrations.transformers.swaps",
 }
@@ -124,7 +127,8 @@ class Place:
 
 def place_in(module: nn.Module) -> Place | None:
     """What of the module can be swapped, or is."""
-    if (swap := find_swap(type(module))) is not None:
+    swap = find_swap(type(module))
+    if swap is not None and (swap.concerns is None or swap.concerns(module)):
         return Place(module, "forward", swap)
     processor = module.__dict__.get("processor")
     if isinstance(processor, SwappedProcessor):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmkernels.integrations._blocks import (
     SERVED,
-    activation_name,
+    activated,
     dropout_p,
     linear,
     masking,
@@ -133,12 +133,7 @@ def _decoder_layer(
 
 def _feed_forward(module: Any, x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:
     """residual + dropout(linear2(dropout(activation(linear1(x)))))"""
-    activation = activation_name(module.activation)
-    if activation is None:
-        hidden = module.activation(linear(module.linear1, x))
-    else:
-        hidden = linear(module.linear1, x, activation=activation)
-    hidden = module.dropout(hidden)
+    hidden = module.dropout(activated(module.linear1, module.activation, x))
     if dropout_p(dropout) == 0.0:
         return linear(module.linear2, hidden, residual=residual)
     return residual + dropout(linear(module.linear2, hidden))
@@ -149,6 +144,29 @@ def _linear(module: nn.Linear, input: Tensor) -> Tensor:
     if type(weight) is nn.Parameter and takes_products(input, weight):
         return concat_linear([input], weight, module.bias)
     return F.linear(input, weight, module.bias)
+
+
+def _patches(module: nn.Conv2d, input: Tensor) -> Tensor:
+    """A convolution of patches side by side, as a product of the patches, (B, H'·W', C·h·w); channels are last then."""
+    weight, bias = module.weight, module.bias
+    height, width = weight.shape[2:]
+    pays = input.dtype == torch.bfloat16 and width % 8 == 0  # else torch's are as fast, but for large ones
+    pays = (pays or height * width >= _LARGE_PATCH) and takes_products(input, weight)
+    fits = input.dim() == 4 and input.shape[1] == weight.shape[1] and type(weight) is nn.Parameter
+    if not (fits and pays) or input.shape[2] < height or input.shape[3] < width:
+        return nn.Conv2d.forward(module, input)
+    down, across = input.shape[2] // height, input.shape[3] // width
+    x = input[:, :, : down * height, : across * width].unflatten(3, (across, width)).unflatten(2, (down, height))
+    x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return concat_linear([x], weight.flatten(1), bias).transpose(1, 2).unflatten(2, (down, across))
+
+
+def _embeds_patches(module: Any) -> bool:
+    side_by_side = module.stride == module.kernel_size and module.padding in ((0, 0), "valid")
+    return side_by_side and module.dilation == (1, 1) and module.groups == 1 and min(module.kernel_size) >= 8
+
+
+_LARGE_PATCH = 1024
 
 
 def _no_projection(module: nn.Module) -> str | None:
@@ -164,3 +182,4 @@ SWAPS = {
 }
 if products_pay():
     SWAPS["torch.nn.modules.linear.Linear"] = Swap(_linear, "concat_linear", ("7e11a09e2b61",))
+    SWAPS["torch.nn.modules.conv.Conv2d"] = Swap(_patches, "concat_linear", ("096628d11471",), concerns=_embeds_patches)

@@ -188,7 +188,7 @@ class SplitAttentionPool(nn.Module):
         features: D, the width of every modality.
         modalities: M.
         hidden_features: A.
-        activation: None, "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
+        activation: None, "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid" or "quick_gelu".
         device, dtype: of the parameters.
 
     Example:

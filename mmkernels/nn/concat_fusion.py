@@ -29,7 +29,7 @@ class ConcatFusion(nn.Module):
         in_features: K_i, the width of each modality.
         out_features: N.
         bias: whether there is a bias.
-        activation: None, "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
+        activation: None, "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid" or "quick_gelu".
         missing: what stands for a modality that is absent: "zeros", or "learned", a vector per modality, learned with
             the rest, that starts as zeros.
         device, dtype: of the parameters.

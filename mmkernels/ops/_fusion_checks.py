@@ -11,8 +11,8 @@ from torch import Tensor
 from mmkernels.ops import _checks as checks
 from mmkernels.ops._rows import as_rows
 
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid"]
-ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu"]
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "quick_gelu")
 
 
 def first_source(op: str, xs: Sequence[Tensor], argument: str = "xs") -> Tensor:

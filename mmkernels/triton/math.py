@@ -9,6 +9,7 @@ _SQRT_HALF = tl.constexpr(0.7071067811865476)
 _SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 _INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _CUBIC = tl.constexpr(0.044715)
+_QUICK_SLOPE = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -69,6 +70,8 @@ def activation(x, KIND: tl.constexpr):
         y = tanh(x)
     elif KIND == "sigmoid":
         y = sigmoid(x)
+    elif KIND == "quick_gelu":
+        y = x * sigmoid(x * _QUICK_SLOPE)
     else:
         y = x
     return y
@@ -93,6 +96,9 @@ def activation_derivative(x, KIND: tl.constexpr):
     elif KIND == "sigmoid":
         s = sigmoid(x)
         d = s * (1.0 - s)
+    elif KIND == "quick_gelu":
+        s = sigmoid(x * _QUICK_SLOPE)
+        d = s * (1.0 + x * _QUICK_SLOPE * (1.0 - s))
     else:
         d = x * 0.0 + 1.0
     return d

@@ -9,31 +9,33 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmkernels.integrations._blocks import activation_name, dropout_p, linear
-from mmkernels.integrations._swaps import Swap
+from mmkernels.integrations._blocks import activated, dropout_p, is_hooked, linear
+from mmkernels.integrations._swaps import Swap, SwappedForward
 
-__all__ = ["BY_SOURCE", "feed_forward"]
-
-
-def _activated(child: Any, activation: Any, x: Tensor) -> Tensor:
-    """activation(child(x))"""
-    name = activation_name(activation)
-    return activation(linear(child, x)) if name is None else linear(child, x, activation=name)
+__all__ = ["BY_SOURCE", "feed_forward", "with_residual"]
 
 
-def _mlp(module: Any, hidden_states: Tensor) -> Tensor:
-    return linear(module.fc2, _activated(module.fc1, module.activation_fn, hidden_states))
+def _mlp(module: Any, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+    return linear(module.fc2, activated(module.fc1, module.activation_fn, hidden_states), residual=residual)
 
 
-def _gated_mlp(module: Any, x: Tensor) -> Tensor:
-    gate = _activated(module.gate_proj, module.act_fn, x)
-    return linear(module.down_proj, gate * linear(module.up_proj, x))
+def _gated_mlp(module: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    gate = activated(module.gate_proj, module.act_fn, x)
+    return linear(module.down_proj, gate * linear(module.up_proj, x), residual=residual)
+
+
+def with_residual(mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + mlp(x), where the mlp's forward may have been swapped for one of those above."""
+    forward = mlp.__dict__.get("forward")
+    if isinstance(forward, SwappedForward) and forward.func in (_mlp, _gated_mlp) and not is_hooked(mlp):
+        return forward(x, residual=residual)
+    return residual + mlp(x)
 
 
 def _intermediate(module: Any, hidden_states: Tensor) -> Tensor:
-    return _activated(module.dense, module.intermediate_act_fn, hidden_states)
+    return activated(module.dense, module.intermediate_act_fn, hidden_states)
 
 
 def _with_residual(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -59,10 +61,10 @@ BY_SOURCE: dict[str, Swap] = {
 }
 
 
-def feed_forward(module: Any, x: Tensor) -> Tensor:
-    """x + dropout(fc2(dropout(activation_fn(fc1(x))))), of layers with functional dropout."""
-    hidden = _activated(module.fc1, module.activation_fn, x)
+def feed_forward(module: Any, residual: Tensor, x: Tensor) -> Tensor:
+    """residual + dropout(fc2(dropout(activation_fn(fc1(x))))), of layers with functional dropout."""
+    hidden = activated(module.fc1, module.activation_fn, x)
     hidden = torch.nn.functional.dropout(hidden, p=module.activation_dropout, training=module.training)
     if not module.training or module.dropout == 0.0:
-        return linear(module.fc2, hidden, residual=x)
-    return x + torch.nn.functional.dropout(linear(module.fc2, hidden), p=module.dropout)
+        return linear(module.fc2, hidden, residual=residual)
+    return residual + torch.nn.functional.dropout(linear(module.fc2, hidden), p=module.dropout)

@@ -53,7 +53,7 @@ def _deformable_layer(
         **kwargs,
     )
     x = module.self_attn_layer_norm(hidden_states + attended)
-    return module.final_layer_norm(feed_forward(module, x)), of_attention
+    return module.final_layer_norm(feed_forward(module, x, x)), of_attention
 
 
 def _fusion(

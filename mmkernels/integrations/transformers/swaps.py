@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
-from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, query_key_value
+from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value
 
 _MODELS = "transformers.models."
 
@@ -20,13 +22,19 @@ def find_by_source(kind: type) -> Swap | None:
     forward = kind.__dict__.get("forward")
     if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
         return None
-    code = getattr(forward, "__code__", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
     if code is None or code.co_names not in _NAMES:  # which is looked at first, since it takes no time
         return None
-    return feed_forward.BY_SOURCE.get(source_hash(forward))
+    source = source_hash(forward)
+    return feed_forward.BY_SOURCE.get(source) or layers.BY_SOURCE.get(source)
 
 
+_CLAMPS = ("dtype", "torch", "float16", "finfo", "max", "clamp")
+_SPEECH = ("dropout", "training", "final_layer_norm", "activation_fn", "fc1", "activation_dropout", "fc2")
 _NAMES = {
+    ("layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),
+    ("self_attn_layer_norm", "self_attn", "nn", "functional", *_SPEECH, *_CLAMPS),
     ("fc1", "activation_fn", "fc2"),
     ("down_proj", "act_fn", "gate_proj", "up_proj"),
     ("dense", "intermediate_act_fn"),

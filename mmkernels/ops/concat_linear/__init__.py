@@ -39,7 +39,8 @@ def concat_linear(
         weight: (N, K), K = ΣK_i, as in ``nn.Linear``. On the CPU read where it lies, if its rows or its columns are
             dense (``W.t()``).
         bias: (N,).
-        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh" or "sigmoid".
+        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh", "sigmoid" or
+            "quick_gelu" (z σ(1.702 z), CLIP's).
         presence: (*, M) or (M,) bool, True where a modality was observed. An absent one counts as zeros, whatever it
             holds, and its gradient is zero.
         residual: (*, N), added last.

@@ -32,6 +32,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": _silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z),
 }
 
 

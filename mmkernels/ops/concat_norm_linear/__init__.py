@@ -46,7 +46,8 @@ def concat_norm_linear(
         bias: (N,).
         norm: "layer" or "rms".
         eps: ≥ 0, added to the variance or mean square.
-        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh" or "sigmoid".
+        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh", "sigmoid" or
+            "quick_gelu" (z σ(1.702 z), CLIP's).
 
     All tensors have one dtype and device. Under autocast they are cast to its dtype.
 

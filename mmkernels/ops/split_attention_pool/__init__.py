@@ -38,7 +38,8 @@ def split_attention_pool(
         bias1: b₁, (A,).
         weight2: W₂, (M·D, A), the first modality's features first.
         bias2: b₂, (M·D,).
-        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh" or "sigmoid".
+        activation: None, "relu", "gelu", "gelu_tanh" (the tanh approximation), "silu", "tanh", "sigmoid" or
+            "quick_gelu" (z σ(1.702 z), CLIP's).
         presence: (B, M) or (M,) bool, True where a modality was observed. An absent one has weight 0 and gradient 0,
             whatever it holds.
 
