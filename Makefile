@@ -19,10 +19,11 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-plan test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-plan gallery test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
+	@echo 'make gallery   run the examples and write docs/gallery.md'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -38,6 +39,9 @@ help:
 bench: build-here
 	$(PY) examples/photo_text.py
 	$(PY) -m mmkernels bench $(ARGS)
+
+gallery: build-here
+	$(PY) examples/gallery.py
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)
