@@ -22,6 +22,10 @@ TOPICS = {
     "attention_kinds": "Kinds of attention",
     "losses": "Losses",
     "medicine": "Medicine",
+    "metrics": "Metrics",
+    "real_time": "Real time",
+    "transfer": "Transfer",
+    "few_shots": "Few shots",
     "adversarial": "Adversarial inputs",
     "distillation": "Distillation",
 }

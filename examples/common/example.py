@@ -50,6 +50,7 @@ class Example:
         options = parser.parse_args(argv)
         self.quick, self.path = options.quick, options.picture
         self.failures = 0
+        self.seconds: dict[str, float] = {}  # of a step in the latest training, by set of ops
         torch.manual_seed(0)
         torch.set_num_threads(1)  # tensors this small gain nothing from a second
 
@@ -78,7 +79,8 @@ class Example:
         ours, torchs = runs.values()
         pairs = list(zip(ours.losses, torchs.losses, strict=True))[:EARLY]
         apart = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
-        times = ", ".join(f"{name} {1e3 * median(run.seconds):.2f} ms" for name, run in runs.items())
+        self.seconds = {name: median(run.seconds) for name, run in runs.items()}
+        times = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in self.seconds.items())
         print(f"{what}: {steps} steps, loss {ours.losses[0]:.3f} -> {ours.losses[-1]:.3f}; a step takes {times}")
         self.check(f"{what}: the same losses as plain torch (relative difference {apart:.0e})", apart < ROUNDING)
         return ours.model.eval()
