@@ -22,6 +22,7 @@ TOPICS = {
     "attention_kinds": "Kinds of attention",
     "losses": "Losses",
     "medicine": "Medicine",
+    "recommendation": "Recommendation",
     "metrics": "Metrics",
     "real_time": "Real time",
     "transfer": "Transfer",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from environment import DEVICE
 
 pytest.importorskip("sklearn", reason="the examples' digits come with scikit-learn")
 pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
@@ -16,8 +18,10 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 gallery = importlib.import_module("gallery")
 TOO_LONG = 150
+ELSEWHERE = DEVICE != "cpu" or os.environ.get("MMKERNELS_BACKEND") in ("triton", "simt", "cuda")
 
 
+@pytest.mark.skipif(ELSEWHERE, reason="the examples train on the CPU, at the speed of its kernels")
 @pytest.mark.parametrize("name", gallery.TOPICS)
 def test_an_example_agrees_with_plain_torch_and_keeps_its_claims(name, tmp_path, capsys):
     threads = torch.get_num_threads()
