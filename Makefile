@@ -20,12 +20,13 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-compare bench-plan test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-compare bench-plan gallery test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
 	@echo 'make bench-compare BASE=main~1'
 	@echo '               measure that commit, then this tree, and say what became faster and slower'
+	@echo 'make gallery   run the examples and write docs/gallery.md'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -57,6 +58,9 @@ bench-compare: build-here
 	  $(abspath $(PY)) -m mmkernels bench $(BASE_ARGS) --output $(CURDIR)/bench_results/base
 	$(PY) -m mmkernels bench $(ARGS) --compare bench_results/base/latest.json
 	@git worktree remove --force $(BASE_TREE)
+
+gallery: build-here
+	$(PY) examples/gallery.py
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)

@@ -1,0 +1,73 @@
+"""Runs every example of the gallery and writes docs/gallery.md: what each teaches, what it printed, and its picture.
+
+python examples/gallery.py
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+
+# In the order in which they are read.
+TOPICS = {
+    "data_types": "Data types",
+    "fusion_levels": "Fusion levels",
+    "attention_kinds": "Kinds of attention",
+    "losses": "Losses",
+    "medicine": "Medicine",
+    "recommendation": "Recommendation",
+    "metrics": "Metrics",
+    "real_time": "Real time",
+    "transfer": "Transfer",
+    "few_shots": "Few shots",
+    "adversarial": "Adversarial inputs",
+    "distillation": "Distillation",
+}
+
+INTRODUCTION = """\
+# The gallery
+
+Each example trains a small model twice, with this library's ops and with the same ops written in plain torch
+([plain.py](../examples/common/plain.py)), from one seed: both must lose the same. It ends in checks that fail loudly.
+The events are scikit-learn's handwritten digits, the same digits spoken by {speaker}, and the digit's name typed.
+Times are of one thread and of tiny models, where calls cost more than arithmetic; [measured](measured.md) has real
+sizes. `make gallery` runs all of it and writes this page.
+"""
+
+
+def section(name: str, title: str) -> tuple[str, bool]:
+    """The part of the page that an example fills, and whether its checks held."""
+    path = HERE / f"{name}.py"
+    picture = DOCS / "gallery" / f"{name}.png"
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, path, "--picture", picture], stdout=subprocess.PIPE, text=True)
+    print(f"{name}: {'ok' if run.returncode == 0 else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
+    if run.returncode:
+        print(run.stdout)
+    doc = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")
+    text = [f"## {title}", f"**{doc[0]}**", *doc[1:-1], f"[{name}.py](../examples/{name}.py)"]
+    if picture.exists():
+        text.append(f"![{title}](gallery/{name}.png)")
+    return "\n\n".join([*text, f"```text\n{run.stdout.strip()}\n```\n"]), run.returncode == 0
+
+
+def main() -> int:
+    from common import data
+
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    (DOCS / "gallery").mkdir(exist_ok=True)
+    sections = [section(name, title) for name, title in TOPICS.items()]
+    page = [INTRODUCTION.format(speaker=data.spoken()[1]), *(text for text, _ in sections)]
+    (DOCS / "gallery.md").write_text("\n".join(page))
+    return 0 if all(held for _, held in sections) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

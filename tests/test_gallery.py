@@ -1,0 +1,38 @@
+"""Every example of the gallery, with few steps, holds what it claims."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from environment import DEVICE
+
+pytest.importorskip("sklearn", reason="the examples' digits come with scikit-learn")
+pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+gallery = importlib.import_module("gallery")
+TOO_LONG = 150
+ELSEWHERE = DEVICE != "cpu" or os.environ.get("MMKERNELS_BACKEND") in ("triton", "simt", "cuda")
+
+
+@pytest.mark.skipif(ELSEWHERE, reason="the examples train on the CPU, at the speed of its kernels")
+@pytest.mark.parametrize("name", gallery.TOPICS)
+def test_an_example_agrees_with_plain_torch_and_keeps_its_claims(name, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        failures = importlib.import_module(name).main(["--quick", "--picture", str(tmp_path / "picture.png")])
+    finally:
+        torch.set_num_threads(threads)
+    assert failures == 0, capsys.readouterr().out
+
+
+def test_the_gallery_shows_every_example_and_each_is_short():
+    shown = {EXAMPLES / f"{name}.py" for name in gallery.TOPICS}
+    assert shown | {EXAMPLES / "gallery.py", EXAMPLES / "photo_text.py"} == set(EXAMPLES.glob("*.py"))
+    assert not [path.name for path in shown if len(path.read_text().splitlines()) > TOO_LONG]
