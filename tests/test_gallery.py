@@ -34,5 +34,5 @@ def test_an_example_agrees_with_plain_torch_and_keeps_its_claims(name, tmp_path,
 
 def test_the_gallery_shows_every_example_and_each_is_short():
     shown = {EXAMPLES / f"{name}.py" for name in gallery.TOPICS}
-    assert shown | {EXAMPLES / "gallery.py", EXAMPLES / "photo_text.py"} == set(EXAMPLES.glob("*.py"))
+    assert shown == {path for path in EXAMPLES.glob("*.py") if "Example(__doc__" in path.read_text()}
     assert not [path.name for path in shown if len(path.read_text().splitlines()) > TOO_LONG]
