@@ -1,6 +1,7 @@
 """Captions that find their photo and their sound, trained by several processes; beside it by one, with the same losses.
 
     torchrun --nproc-per-node 2 examples/distributed_training.py
+    torchrun --nproc-per-node 4 examples/distributed_training.py --loss sigmoid
 
 Each rank has its rows of every batch. The contrastive losses are those of the whole batch: embeddings travel, the
 scores of all pairs never do. DistributedDataParallel averages gradients where those of this loss are to be added up,
@@ -9,6 +10,7 @@ which the factor makes good. The data are random: three linear views of one hidd
 
 from __future__ import annotations
 
+import argparse
 import os
 
 import torch
@@ -21,7 +23,7 @@ import mmkernels as mmk
 
 BATCH, STEPS, HIDDEN, WIDTH = 64, 20, 8, 32
 SIZES = (24, 40, 16)  # features of captions, photos and sounds
-SCALE = 10.0  # 1 / temperature
+SCALE, BIAS = 10.0, -10.0  # 1 / temperature, and what the sigmoid loss adds to the scores
 
 
 class Encoders(nn.Module):
@@ -42,14 +44,20 @@ def batches() -> list[list[Tensor]]:
     return [[x @ view + 0.1 * torch.randn(BATCH, view.shape[1], generator=generator) for view in views] for x in hidden]
 
 
-def train(model: nn.Module, rows: slice, group: dist.ProcessGroup | None) -> list[float]:
+def pair_loss(name: str, x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if name == "sigmoid":
+        return mmk.sigmoid_contrastive_loss(x, y, SCALE, BIAS, group=group)
+    return mmk.contrastive_loss(x, y, SCALE, group=group)
+
+
+def train(model: nn.Module, name: str, rows: slice, group: dist.ProcessGroup | None) -> list[float]:
     """The loss of each step, of the whole batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     factor = dist.get_world_size(group) if group is not None else 1
     losses = []
     for views in batches():
         text, image, sound = model(*(view[rows] for view in views))
-        loss = sum(mmk.contrastive_loss(text, other, SCALE, group=group) for other in (image, sound))
+        loss = sum(pair_loss(name, text, other, group) for other in (image, sound))
         optimizer.zero_grad()
         (factor * loss).backward()
         optimizer.step()
@@ -58,6 +66,9 @@ def train(model: nn.Module, rows: slice, group: dist.ProcessGroup | None) -> lis
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=("softmax", "sigmoid"), default="softmax", help="of CLIP or of SigLIP")
+    name = parser.parse_args().loss
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -68,10 +79,10 @@ def main() -> None:
     torch.manual_seed(0)
     alone = Encoders()
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-    together = train(DistributedDataParallel(model), rows, dist.group.WORLD)
+    together = train(DistributedDataParallel(model), name, rows, dist.group.WORLD)
     if rank == 0:
         print(f"step   one process   {ranks} processes")
-        for step, (one, many) in enumerate(zip(train(alone, slice(None), None), together, strict=True)):
+        for step, (one, many) in enumerate(zip(train(alone, name, slice(None), None), together, strict=True)):
             print(f"{step:4}   {one:11.6f}   {many:11.6f}")
     dist.barrier()
     dist.destroy_process_group()

@@ -57,13 +57,27 @@ def test_what_four_processes_save_two_and_one_load(
         assert all(torch.equal(state[name], x) for name, x in expected.items())
 
 
-def test_the_example_has_the_losses_of_one_process() -> None:
-    script = Path(__file__).parents[1] / "examples" / "distributed_training.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, env=environment_of_ranks(), capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("2", "distributed_training.py"),
+        ("4", "distributed_training.py", "--loss", "sigmoid"),
+        ("2", "staged_training.py"),
+        ("2", "pipeline_training.py"),
+    ],
+    ids=" ".join,
+)
+def test_an_example_has_the_losses_of_one_process(command: tuple[str, ...]) -> None:
+    ranks, script, *options = command
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    path = Path(__file__).parents[1] / "examples" / script
+    environment = environment_of_ranks()
+    done = subprocess.run([*run, path, *options], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] != ["step"]]
-    assert len(rows) == 20
-    for _, one, many in rows:
-        assert float(many) == pytest.approx(float(one), abs=1e-4)
-    assert float(rows[-1][1]) < 0.5 * float(rows[0][1])
+    title, *rows = done.stdout.split("\n\n")[0].splitlines()
+    assert "one process" in title
+    losses = [[float(x) for x in row.split()[-2:]] for row in rows]
+    assert len(losses) >= 12
+    for one, many in losses:
+        assert many == pytest.approx(one, abs=1e-4)
+    assert losses[-1][0] < 0.5 * losses[0][0]
