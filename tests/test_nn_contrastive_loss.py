@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from processes import needs_gloo
 
 import mmkernels as mmk
 
@@ -60,6 +62,29 @@ def test_copies_share_the_process_group(kind: Any) -> None:
     same = copied["loss"]
     assert same is copied["again"] and same.group is criterion.group and same.normalize
     assert same.logit_scale is not criterion.logit_scale and torch.equal(same.logit_scale, criterion.logit_scale)
+    shallow = copy.copy(criterion)
+    assert shallow.group is criterion.group and shallow.logit_scale is criterion.logit_scale
+    with pytest.raises(ValueError, match=r"Loss: group: expected None or the default group .*; got another one"):
+        pickle.dumps(criterion)
+
+
+@needs_gloo
+@pytest.mark.parametrize("kind", [mmk.nn.ContrastiveLoss, mmk.nn.SigmoidContrastiveLoss])
+def test_a_pickle_has_the_default_group_of_the_program_that_loads_it(kind: Any) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        criterion = kind(group=dist.group.WORLD, normalize=True)
+        saved = pickle.dumps(torch.nn.ModuleList([criterion]))
+        loaded = pickle.loads(saved)[0]
+        assert loaded.group is dist.group.WORLD
+        x, y = torch.randn(9, 8), torch.randn(9, 8)
+        assert torch.equal(loaded(x, y), criterion(x, y))
+        with pytest.raises(ValueError, match="got another one"):
+            pickle.dumps(kind(group=dist.new_group([0])))
+    finally:
+        dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="Loss: group: expected a default group, as the pickled module has"):
+        pickle.loads(saved)
 
 
 def test_representation_and_bad_arguments() -> None:

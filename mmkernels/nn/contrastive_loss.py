@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,8 @@ from mmkernels.ops.sigmoid_contrastive_loss import sigmoid_contrastive_loss
 
 __all__ = ["ContrastiveLoss", "SigmoidContrastiveLoss"]
 
+_DEFAULT_GROUP = "default"  # stands for it in pickles
+
 
 def _positive(module: str, argument: str, value: float) -> float:
     number = checks.check_number(module, argument, value)
@@ -27,7 +30,11 @@ def _positive(module: str, argument: str, value: float) -> float:
 
 
 class _PairLoss(nn.Module):
-    """What both losses have: a learned scale, kept as its logarithm, and a process group, which copies share."""
+    """What both losses have: a learned scale, kept as its logarithm, and a process group.
+
+    Copies share the group. Pickled, the default group is that of the program which loads the module; other groups
+    cannot be found again there, and are refused.
+    """
 
     def __init__(
         self,
@@ -47,10 +54,32 @@ class _PairLoss(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.constant_(self.logit_scale, math.log(self.init_logit_scale))
 
+    def __copy__(self) -> Any:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = made = type(self).__new__(type(self))
         made.__dict__.update((k, v if k == "group" else copy.deepcopy(v, memo)) for k, v in self.__dict__.items())
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if self.group is not None:
+            if not (dist.is_available() and dist.is_initialized() and self.group is dist.group.WORLD):
+                expected = "None or the default group where the module is pickled"
+                raise checks.value_error(type(self).__name__, "group", expected, "another one; save its state_dict()")
+            state["group"] = _DEFAULT_GROUP
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["group"] == _DEFAULT_GROUP:
+            if not (dist.is_available() and dist.is_initialized()):
+                expected = "a default group, as the pickled module has, to be initialized before"
+                raise RuntimeError(f"{type(self).__name__}: group: expected {expected}; got none")
+            state = {**state, "group": dist.group.WORLD}
+        super().__setstate__(state)
 
     def _sides(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return (F.normalize(x, dim=-1), F.normalize(y, dim=-1)) if self.normalize else (x, y)
@@ -67,7 +96,8 @@ class ContrastiveLoss(_PairLoss):
         max_logit_scale: its bound, > 0.
         label_smoothing: see the op.
         normalize: whether embeddings are divided by their norms first; else they are used as they are.
-        group: a process group over which the batch is spread, see the op.
+        group: a process group over which the batch is spread, see the op. Copies share it; of a pickle the default
+            group alone can be a part, and is that of the program which loads it.
 
     Example:
         >>> criterion = ContrastiveLoss(normalize=True)
@@ -125,7 +155,8 @@ class SigmoidContrastiveLoss(_PairLoss):
         init_logit_scale: the scale to begin with, > 0.
         init_logit_bias: the bias to begin with.
         normalize: whether embeddings are divided by their norms first; else they are used as they are.
-        group: a process group over which the batch is spread, see the op.
+        group: a process group over which the batch is spread, see the op. Copies share it; of a pickle the default
+            group alone can be a part, and is that of the program which loads it.
 
     Example:
         >>> criterion = SigmoidContrastiveLoss(normalize=True)
