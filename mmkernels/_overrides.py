@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +21,20 @@ from torch.utils._pytree import tree_leaves
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
-def _spliced(values: tuple[Any, ...]) -> tuple[Any, ...]:
+_LISTS = frozenset((list, tuple))
+
+
+def _spliced(values: Sequence[Any]) -> Sequence[Any]:
     """The values, those in lists one by one, also in lists of lists."""
-    if not any(type(v) is list or type(v) is tuple for v in values):
+    if _LISTS.isdisjoint(map(type, values)):
         return values
-    return tuple(x for v in values for x in (_spliced(tuple(v)) if type(v) is list or type(v) is tuple else (v,)))
+    flat: list[Any] = []
+    for value in values:
+        if type(value) in _LISTS:
+            flat += value
+        else:
+            flat.append(value)
+    return _spliced(flat)
 
 
 def is_overridden(*values: Any) -> bool:
@@ -37,7 +46,7 @@ def is_overridden(*values: Any) -> bool:
     return has_torch_function(flat) or _is_spread(flat)
 
 
-def _is_spread(values: tuple[Any, ...]) -> bool:
+def _is_spread(values: Sequence[Any]) -> bool:
     """Whether one is a DTensor, which nobody has before the import."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and any(isinstance(x, tensors.DTensor) for x in values)
