@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from test_layouts import OPS, Inputs, at, function_of, prepared
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mmkernels as mmk
@@ -118,6 +120,61 @@ def kept_placements(mesh: DeviceMesh) -> dict[str, str]:
     return {name: str(x.placements) for name, x in named.items()}
 
 
+def summed(mesh: DeviceMesh) -> dict[str, tuple[float, str, list[str]]]:
+    """Calls whose results are sums over the ranks: their error, where the result is, and what collectives they took."""
+    generator = torch.Generator().manual_seed(0)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    columns, copies, rows = Shard(1), Replicate(), Shard(0)
+    xs, normed, weight = [r(3, 40), r(3, 1), r(3, 23)], [r(3, 41), r(3, 23)], r(5, 64)
+    product = {"weight": (weight, copies), "bias": (r(5), copies), "residual": (r(3, 5), copies)}
+    of_sources = {"xs": (xs, columns), **product}
+    presence = {"presence": (torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1]]).bool(), copies)}
+    norm = {"norm_weight": (r(64), copies), "norm_bias": (r(64), copies), "weight": (weight, copies)}
+    logits, labels = [r(7, 4), r(7, 3)], torch.tensor([0, 2, -100, 1, 1, 0, 2])
+    calls: dict[str, Any] = {
+        "sources": (mmk.concat_linear, of_sources, {}),
+        "sources, presence": (mmk.concat_linear, of_sources | presence, {}),
+        "sources, epilogue": (mmk.concat_linear, {**of_sources, "gate": (r(5), copies)}, {"activation": "gelu"}),
+        "weight": (mmk.concat_linear, {"xs": (xs, copies), **product, "weight": (weight, columns)}, {}),
+        "source and weight": (mmk.concat_linear, {"xs": ([r(3, 64)], columns), "weight": (weight, columns)}, {}),
+        "normed sources": (mmk.concat_norm_linear, {"xs": (normed, columns), **norm}, {"activation": "silu"}),
+        "rms-normed sources": (mmk.concat_norm_linear, {"xs": (normed, columns), **norm}, {"norm": "rms"}),
+        "losses": (
+            mmk.multimodal_cross_entropy,
+            {"logits": (logits, rows), "labels": (labels, rows), "log_vars": (r(2), copies)},
+            {},
+        ),
+        "divergence": (
+            mmk.distillation_loss,
+            {"student": (r(7, 4), rows), "teacher": (r(7, 4), rows), "labels": (labels, rows)},
+            {},
+        ),
+    }
+    found = {}
+    for name, (function, tensors, options) in calls.items():
+
+        def plain(x: Tensor) -> Tensor:
+            return x.clone().requires_grad_(x.is_floating_point())
+
+        whole: Inputs = {k: tree_map_only(Tensor, plain, x) for k, (x, _) in tensors.items()}
+        parts: Inputs = {
+            k: tree_map_only(Tensor, lambda x, at=at: placed(x, mesh, [at]).requires_grad_(x.is_floating_point()), x)
+            for k, (x, at) in tensors.items()
+        }
+        call = functools.partial(function, **options)
+        outs, gradients = results(call, parts)
+        expected = results(call, whole)
+        with CommDebugMode() as traffic:
+            call(**parts)
+        kinds = sorted({str(kind).split(".")[-1] for kind, count in traffic.get_comm_counts().items() if count})
+        error = max(worst(outs, expected[0]), worst(gradients, expected[1]))
+        found[name] = (error, str(outs[0].placements), kinds)
+    return found
+
+
 def messages(mesh: DeviceMesh) -> list[str]:
     x = distribute_tensor(torch.randn(2, 2, 4, 8), mesh, [Shard(0)])
     found = []
@@ -141,7 +198,7 @@ def work(rank: int, ranks: int) -> dict[str, Any]:
         except Exception as error:
             raise RuntimeError(f"in {name}") from error
     if ranks == 2:
-        found |= {"kept": kept_placements(mesh), "messages": messages(mesh)}
+        found |= {"kept": kept_placements(mesh), "summed": summed(mesh), "messages": messages(mesh)}
     return found
 
 

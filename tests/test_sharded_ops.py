@@ -45,6 +45,18 @@ def test_what_is_placed_well_stays_there(worlds: dict[int, list[dict[str, Any]]]
     }
 
 
+def test_sums_over_features_and_rows_are_taken_of_the_terms_of_the_ranks(
+    worlds: dict[int, list[dict[str, Any]]],
+) -> None:
+    for world in worlds[2]:
+        for name, (error, placements, collectives) in world["summed"].items():
+            assert error < 1e-12, name
+            is_whole = name in ("losses", "divergence", "sources, epilogue", "normed sources")
+            assert placements == ("(Replicate(),)" if is_whole else "(Partial(sum),)"), name
+            needs = is_whole or "normed" in name
+            assert collectives == (["all_reduce"] if needs else []), name
+
+
 def test_plain_tensors_among_them_and_dropout_are_refused(worlds: dict[int, list[dict[str, Any]]]) -> None:
     for world in worlds[2]:
         mixed, dropout = world["messages"]

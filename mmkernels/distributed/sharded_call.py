@@ -6,6 +6,7 @@ redistributed. The call then is the plain one, on this rank's tensors, with the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,13 +15,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mmkernels.distributed.sharding_rules import RULES, Dims, Rule
+from mmkernels.distributed.partial_sums import SUMS, Place, concat_linear_of_normalised
+from mmkernels.distributed.sharding_rules import FEATURES, RULES, Dims, Rule
 from mmkernels.ops import _checks as checks
 
 
 def sharded_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     """The result, in DTensors, of the call that has these arguments by name; all tensors among them are DTensors."""
-    op, rule = function.__name__, RULES[function.__name__]
+    op = function.__name__
+    rule = RULES[op].for_call(given)
     if given.get("dropout_p", 0.0) != 0.0:
         raise checks.value_error(op, "dropout_p", "0 for DTensors, whose ranks draw apart", given["dropout_p"])
     if given.get("group") is not None:
@@ -37,11 +40,37 @@ def sharded_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         for dim, size in zip(dims, tensor.shape, strict=False):
             sizes[dim] = size if sizes.get(dim, 1) == 1 else sizes[dim]
     chosen = _chosen(rule, given, found, sizes, mesh)
+    over = [i for i, dim in enumerate(chosen) if dim is not None and dim in _summed(rule, sizes)]
+    if over and op not in SUMS:
+        return concat_linear_of_normalised(given)
     local = {argument.name: argument.local(chosen, sizes, bool(rule.group)) for argument in arguments}
+    if over:
+        return _summed_up(op, local, given, chosen, over, sizes, mesh)
     if rule.group and any(chosen):
         local["group"] = mesh.get_group(next(i for i, dim in enumerate(chosen) if dim))
         chosen = [None] * mesh.ndim  # the loss is that of all ranks
     return _spread(function(**local), rule.outputs, chosen, sizes, mesh)
+
+
+def _summed(rule: Rule, sizes: Mapping[str, int]) -> list[str]:
+    return [dim for name in rule.summed.split() for dim in _expanded(name, sizes)]
+
+
+def _summed_up(
+    op: str,
+    local: Mapping[str, Any],
+    given: Mapping[str, Any],
+    chosen: Sequence[str | None],
+    over: Sequence[int],
+    sizes: Mapping[str, int],
+    mesh: Any,
+) -> Any:
+    """The result of an op whose terms the ranks hold; ``over``: the dims of the mesh to sum over."""
+    sums = SUMS[op]
+    places = [Place(str(chosen[i]), mesh.get_local_rank(i), mesh.size(i)) for i in over]
+    terms = sums.of_shard(local, given, places)
+    free = [None if i in over else dim for i, dim in enumerate(chosen)]
+    return sums.whole(given, _spread(terms, sums.outputs, free, sizes, mesh, over))
 
 
 class _Argument:
@@ -81,6 +110,8 @@ def _wanted(tensor: DTensor, dims: Sequence[str], dim: str | None, sizes: Mappin
     """Of a tensor where ``dim`` is sharded."""
     if dim is None:
         return Replicate()
+    if dim in FEATURES and dim in dims:  # of another number in each source
+        return Shard(dims.index(dim))
     for name in (dim, "g") if dim == "h" else (dim,):  # key heads follow those of queries
         if name in dims and tensor.shape[dims.index(name)] == sizes[name]:
             return Shard(dims.index(name))
@@ -96,13 +127,21 @@ def _chosen(
 ) -> list[str | None]:
     """For each dim of the mesh the dim that is sharded over it; None where all is replicated."""
     bound = rule.bound(given).split()
-    free = [dim for name in (rule.free or rule.group).split() for dim in _expanded(name, sizes) if dim not in bound]
+    names = f"{rule.free} {rule.group} {rule.summed}".split()
+    free = [dim for name in names for dim in _expanded(name, sizes) if dim not in bound]
     chosen: list[str | None] = []
     for i in range(mesh.ndim):
         costs = {}
         for dim in (None, *free):
             if dim is None or _may_shard(rule, dim, sizes, chosen, mesh.shape, i):
-                costs[dim] = sum(_cost(x.placements[i], _wanted(x, dims, dim, sizes), x.numel()) for x, dims in found)
+                wanted = (_wanted(x, dims, dim, sizes) for x, dims in found)
+                costs[dim] = sum(
+                    _cost(x.placements[i], placement, x.numel())
+                    for (x, _), placement in zip(found, wanted, strict=True)
+                )
+                if dim in FEATURES:  # the sums that are still to be taken
+                    names = [other for name in rule.outputs[0].split() for other in _expanded(name, sizes)]
+                    costs[dim] += math.prod(sizes[name] for name in names)
         chosen.append(min(costs, key=costs.__getitem__))
     return chosen
 
@@ -116,6 +155,8 @@ def _may_shard(
 ) -> bool:
     if dim == rule.group:
         return dim not in chosen
+    if dim in FEATURES:
+        return not any(other in FEATURES for other in chosen)
     parts = shape[i]
     for other, count in zip(chosen, shape, strict=False):
         parts *= count if other == dim else 1
@@ -148,15 +189,22 @@ def _local(
 
 
 def _spread(
-    result: Any, outputs: Sequence[str], chosen: Sequence[str | None], sizes: Mapping[str, int], mesh: Any
+    result: Any,
+    outputs: Sequence[str],
+    chosen: Sequence[str | None],
+    sizes: Mapping[str, int],
+    mesh: Any,
+    over: Sequence[int] = (),
 ) -> Any:
-    """The result with its tensors as DTensors."""
+    """The result with its tensors as DTensors; ``over``: the dims of the mesh that they are still to be summed over."""
 
     def spread(x: Tensor, dims: str) -> DTensor:
         names = dims.split()
         leading = x.dim() - len(names) + 1
         names = [f"*{i}" for i in range(leading)] + names[1:] if names[:1] == ["*"] else names
-        placements = [Replicate() if dim is None else Shard(names.index(dim)) for dim in chosen]
+        placements: list[Placement] = [Replicate() if dim is None else Shard(names.index(dim)) for dim in chosen]
+        for i in over:
+            placements[i] = Partial()
         shape = list(x.shape)
         for dim in {dim for dim in chosen if dim is not None}:
             at = names.index(dim)

@@ -9,10 +9,12 @@ independent of one another: their shards are computed apart, and every output ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Dims = str | dict[int, str]
+
+FEATURES = ("k", "w")  # what a product sums over, where a rule says so: those of each source, the weight's columns
 
 
 def _none(given: Mapping[str, Any]) -> str:
@@ -28,6 +30,7 @@ class Rule:
         outputs: dims of the results, one after another; those of a list alike.
         free: dims that may be sharded.
         even: those of them that all ranks must have equal parts of.
+        summed: dims over shards of which the result is a sum, as `partial_sums` says.
         group: a dim that the op itself spreads over a process group, its ``group=``.
         bound: ``(arguments)`` -> dims that are not free under these options.
     """
@@ -36,8 +39,15 @@ class Rule:
     outputs: tuple[str, ...]
     free: str = ""
     even: str = ""
+    summed: str = ""
     group: str = ""
     bound: Callable[[Mapping[str, Any]], str] = _none
+
+    def for_call(self, given: Mapping[str, Any]) -> Rule:
+        """The rule for these arguments: the features of a single source lie as the columns of the weight."""
+        if "w" not in self.summed or not isinstance(given["xs"], (list, tuple)) or len(given["xs"]) != 1:
+            return self
+        return replace(self, inputs={**self.inputs, "xs": "* w"}, summed="w")
 
 
 def _bound_by_order(given: Mapping[str, Any]) -> str:
@@ -137,9 +147,13 @@ RULES: dict[str, Rule] = {
         },
         ("* n",),
         free="* n",
+        summed="k w",
     ),
     "concat_norm_linear": Rule(
-        {"xs": "* k", "norm_weight": "w", "norm_bias": "w", "weight": "n w", "bias": "n"}, ("* n",), free="* n"
+        {"xs": "* k", "norm_weight": "w", "norm_bias": "w", "weight": "n w", "bias": "n"},
+        ("* n",),
+        free="* n",
+        summed="k",
     ),
     "gated_fusion": Rule(
         {
@@ -201,9 +215,8 @@ RULES: dict[str, Rule] = {
     "decision_fusion": Rule(
         {"logits": "b c", "weights": {1: "m", 2: "b m"}, "presence": _PRESENCE}, ("b c",), free="b"
     ),
-    # Means over what is valid of the whole batch; contrastive losses have a group for it.
-    "multimodal_cross_entropy": Rule({}, ("", "m")),
-    "distillation_loss": Rule({}, ("",)),
+    "multimodal_cross_entropy": Rule({"logits": "b c", "labels": "b", "presence": _PRESENCE}, ("", "m"), summed="b"),
+    "distillation_loss": Rule({"student": "* c", "teacher": "* c", "labels": "*"}, ("",), summed="*"),
     "contrastive_loss": Rule({"x": "n d", "y": "n d", "labels": "n"}, ("",), group="n"),
     "sigmoid_contrastive_loss": Rule({"x": "n d", "y": "n d"}, ("",), group="n"),
 }
