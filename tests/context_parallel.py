@@ -35,6 +35,9 @@ class Case:
     method: str | None = "ring"
     uneven: bool = False
     frozen: str = ""  # "query" or "key": what needs no gradient
+    window: tuple[int, int] | None = None
+    mask: str = ""  # "bool", "float" or, of keys alone, "keys"
+    sinks: bool = False
 
     def tensors(self, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
         """Queries, keys, values, gradients of outputs and of LSEs, whole."""
@@ -51,6 +54,23 @@ class Case:
         grads, of_lses = draw(self.queries, query_heads, 8), draw(self.queries, query_heads, as_=wide)
         return [queries, keys, values, grads, of_lses]
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is `cross_attention`'s, of one stream."""
+        return bool(self.is_causal or self.window or self.mask or self.sinks)
+
+    def mask_and_sinks(self, rows: Tensor | slice, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+        generator = torch.Generator().manual_seed(6)
+        wide = dtype or torch.promote_types(self.dtype, torch.float32)
+        keys = self.keys[0]
+        allowed = torch.rand(2, 1, self.queries[0], keys, generator=generator) < 0.6
+        allowed[0, 0, 2] = False  # a query of nothing
+        added = torch.randn(1, self.heads[0], self.queries[0], keys, generator=generator).to(wide)
+        masks = {"": None, "bool": allowed[:, :, rows], "keys": allowed[:, :, :1], "float": added[:, :, rows]}
+        sinks = torch.randn(self.heads[0], generator=generator).to(wide) if self.sinks else None
+        found = {"attn_mask": masks[self.mask], "sinks": sinks}
+        return {k: x.clone().requires_grad_(x.is_floating_point()) if x is not None else None for k, x in found.items()}
+
     def key_lengths(self) -> list[Tensor | None] | None:
         return self.lengths and [None if n is None else torch.tensor(n) for n in self.lengths]
 
@@ -63,7 +83,7 @@ class Case:
 
     def pulled(self, leaves: list[list[Tensor]], outs: list[Tensor], lses: list[Tensor], grads: Any) -> list[Tensor]:
         """Outputs, LSEs, and the gradients of what has one."""
-        needed = [x for group in leaves for x in group if x.requires_grad]
+        needed = [x for group in leaves for x in group if x is not None and x.requires_grad]
         finite = [lse.masked_fill(lse == -torch.inf, 0) for lse in lses]
         gradients = torch.autograd.grad([*outs, *finite], needed, [*grads[0], *grads[1]])
         return [*(x.detach() for x in (*outs, *lses)), *gradients]
@@ -78,20 +98,23 @@ class Case:
         leaves = self.leaves(inputs)
         options: dict[str, Any] = {"softcap": self.softcap, "enable_gqa": True, "return_lse": True}
         lengths = self.key_lengths()
-        if self.is_causal:
+        if self.is_alone:
             (query,), (key,), (value,) = leaves
-            options |= {"is_causal": True, "key_lengths": lengths and lengths[0]}
-            outs, lses = ([x] for x in mmk.cross_attention(query, key, value, **options))
+            masks = self.mask_and_sinks(slice(None), dtype)
+            options |= {"is_causal": self.is_causal, "window": self.window, "key_lengths": lengths and lengths[0]}
+            outs, lses = ([x] for x in mmk.cross_attention(query, key, value, **masks, **options))
+            leaves.append(list(masks.values()))
         else:
             outs, lses = mmk.joint_attention(*leaves, key_lengths=lengths, **options)
         return self.pulled(leaves, outs, lses, (grads, of_lses))
 
-    def held(self, rank: int, ranks: int, mesh: Any) -> list[list[Tensor]]:
-        """Positions of this rank, of each of the results."""
+    def held(self, rank: int, ranks: int, mesh: Any) -> list[list[Tensor | None]]:
+        """Positions of this rank, of each of the results; None for what every rank has."""
         of_queries = [self.positions(n, rank, ranks, mesh) for n in self.queries]
         of_keys = [self.positions(n, rank, ranks, mesh) for n in self.keys]
         queries, keys = of_queries * (self.frozen != "query"), of_keys * (self.frozen != "key")
-        return [of_queries, of_keys, [*of_queries, *of_queries, *queries, *keys, *keys]]
+        masks = of_queries * (self.mask == "float") + [None] * self.sinks
+        return [of_queries, of_keys, [*of_queries, *of_queries, *queries, *keys, *keys, *masks]]
 
     def spread(self, rank: int, ranks: int, mesh: Any) -> list[Tensor]:
         of_queries, of_keys, _ = self.held(rank, ranks, mesh)
@@ -103,11 +126,14 @@ class Case:
         leaves = self.leaves(parts[:3])
         single = len(self.queries) == len(self.keys) == 1
         lengths = self.key_lengths()
+        masks = self.mask_and_sinks(of_queries[0]) if single else {}
         outs, lses = context_parallel_attention(
             *((group[0] for group in leaves) if single else leaves),
             mesh,
             key_lengths=lengths and lengths[0] if single else lengths,
             is_causal=self.is_causal,
+            window=self.window,
+            **masks,
             order=self.order,
             softcap=self.softcap,
             enable_gqa=True,
@@ -116,6 +142,7 @@ class Case:
         )
         if single:
             outs, lses = [outs], [lses]
+            leaves.append(list(masks.values()))
         return self.pulled(leaves, outs, lses, parts[3:])
 
 
@@ -142,6 +169,30 @@ CASES = {
     "ring, streams": Case((7, 21), (7, 34), lengths=(None, (34, 9))),
     "ring, streams, zig-zag": Case((5,), (7, 34, 1), order="zigzag", lengths=((7, 2), None, (0, 1))),
     "gathered, more streams than kernels take": Case((5, 9), (7, 3, 2, 11, 6), method="gather"),
+    "ring, window": Case((34,), window=(5, 3)),
+    "ring, window to the left, zig-zag, grouped heads": Case((34,), window=(9, -1), order="zigzag", heads=(4, 2)),
+    "ring, window, more queries than keys": Case((41,), (18,), window=(2, 20), order="zigzag"),
+    "ring, causal window, zig-zag, key lengths": Case(
+        (34,), window=(7, 30), is_causal=True, order="zigzag", lengths=_LENGTHS
+    ),
+    "gathered, window, tokens on few ranks": Case((34,), window=(4, 0), uneven=True, method="gather"),
+    "ring, mask": Case(mask="bool"),
+    "ring, mask of keys, zig-zag": Case(mask="keys", order="zigzag"),
+    "ring, mask that is added, zig-zag, bfloat16": Case(mask="float", order="zigzag", dtype=torch.bfloat16),
+    "gathered, mask that is added, frozen inputs": Case(mask="float", method="gather", frozen="query"),
+    "ring, sinks": Case(sinks=True),
+    "ring, sinks, no key is valid for one example": Case(sinks=True, lengths=((34, 0),)),
+    "ring, causal, zig-zag, with all of it": Case(
+        (34,),
+        is_causal=True,
+        order="zigzag",
+        window=(12, 0),
+        mask="float",
+        sinks=True,
+        softcap=3.0,
+        lengths=((34, 20),),
+        heads=(4, 2),
+    ),
     "ring, frozen queries": Case(frozen="query"),
     "ring, frozen keys": Case(frozen="key"),
     "gathered, frozen keys, float16": Case(frozen="key", method="gather", dtype=torch.float16),
@@ -192,6 +243,9 @@ def messages(rank: int, ranks: int, mesh: Any) -> dict[str, str]:
         "zigzag": lambda: context_parallel_attention(*[x[:, :, : 6 - 3 * odd]] * 3, mesh, order="zigzag"),
         "lengths": lambda: context_parallel_attention(x, x, x, mesh, key_lengths=torch.tensor([6 * ranks + 1])),
         "causal": lambda: context_parallel_attention([x], [x], [x], mesh, is_causal=True),
+        "window": lambda: context_parallel_attention(x, x, x, mesh, window=(int(odd), 2)),
+        "mask": lambda: context_parallel_attention(x, x, x, mesh, attn_mask=torch.ones(6, 6 * ranks - 2 * odd) > 0),
+        "sinks": lambda: context_parallel_attention([x], [x], [x], mesh, sinks=torch.zeros(2)),
     }
     found = {}
     for way, call in ways.items():

@@ -37,7 +37,7 @@ def test_spread_keys_give_the_outputs_and_gradients_of_one_process(
         results = world["results"][name]
         assert len(results) == len(alone)
         for i, (got, at) in enumerate(zip(results, world["held"][name], strict=True)):
-            plain, exact = alone[i][:, :, at], oracle[i][:, :, at]
+            plain, exact = (x[i] if at is None else x[i][:, :, at] for x in (alone, oracle))
             absent = exact == -torch.inf
             assert torch.equal(got == -torch.inf, absent)
             got, plain, exact = (x.masked_fill(absent, 0) for x in (got, plain, exact))
@@ -68,6 +68,11 @@ def test_ranks_that_do_not_agree_are_all_told(ranks: int, worlds: dict[int, list
         assert said["gradients"].startswith(f"{op}group: expected ranks that agree on their query's need of a gradient")
         assert said["zigzag"].startswith(f"{op}order: expected the shards that shard_positions")
         assert said["lengths"].startswith(f"{op}key_lengths[0]: expected values in [0, {6 * ranks}]")
+        assert said["window"].startswith(f"{op}group: expected ranks that agree on their window's left side; got [1, 0")
+        assert said["mask"].startswith(
+            f"{op}attn_mask: expected {6 * ranks} in its last dim, the keys of all ranks, or 1"
+        )
+        assert said["sinks"].startswith(f"{op}sinks: expected None for several streams")
         assert said["causal"].startswith(f"{op}is_causal: expected False for several streams")
 
 

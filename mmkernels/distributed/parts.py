@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mmkernels.distributed.collectives import answers_of_ranks
 
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before
+
 
 class _Passing:
     """A buffer on its way to the next rank, and the one that comes from the rank before."""
@@ -110,5 +112,5 @@ class AllAtOnce:
         if self._ranks > 1:
             own = torch.empty_like(own)
             with answers_of_ranks(self._op):
-                dist.reduce_scatter_tensor(own, self._sums.view(-1), group=self._group)
+                _reduce_scatter(own, self._sums.view(-1), group=self._group)
         return own[: self._sizes[self._rank]]

@@ -145,9 +145,9 @@ def cross_attention(
     name = "cross_attention"
     query, key, value = check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
-        attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
+        attn_mask = check_mask(name, "attn_mask", attn_mask, query, key.shape[2])
     if attn_bias is not None:
-        attn_bias = _check_mask(name, "attn_bias", attn_bias, query, key)
+        attn_bias = check_mask(name, "attn_bias", attn_bias, query, key.shape[2])
         if attn_mask is None:
             attn_mask, attn_bias = attn_bias, None
     if sinks is not None:
@@ -223,7 +223,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask, lead = _fold_leading_dims(name, query, key, value, attn_mask, enable_gqa)
     query, key, value = check_inputs(name, query, key, value, enable_gqa)
     if attn_mask is not None:
-        attn_mask = _check_mask(name, "attn_mask", attn_mask, query, key)
+        attn_mask = check_mask(name, "attn_mask", attn_mask, query, key.shape[2])
     masks, window = (attn_mask, None, None, None), (-1, 0 if is_causal else -1, False)
     out = _attend(name, query, key, value, masks, window, 0.0, scale, dropout_p, False)[0]
     return out if lead is None else out.reshape(*lead, *out.shape[2:])
@@ -302,8 +302,8 @@ def _with_one_batch(op: str, query: Tensor, key: Tensor, value: Tensor) -> tuple
     return query, key, value
 
 
-def _check_mask(op: str, argument: str, mask: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """The mask with 4 dims, bool, in query's dtype, or wider."""
+def check_mask(op: str, argument: str, mask: Tensor, query: Tensor, keys: int) -> Tensor:
+    """The mask over so many keys with 4 dims, bool, in query's dtype, or wider."""
     checks.check_tensor(op, argument, mask)
     is_bias = argument == "attn_bias"
     if not mask.is_floating_point() and (is_bias or mask.dtype != torch.bool):
@@ -311,7 +311,7 @@ def _check_mask(op: str, argument: str, mask: Tensor, query: Tensor, key: Tensor
             op, argument, "a floating dtype" if is_bias else "dtype bool or a floating one", mask.dtype
         )
     checks.check_same_device(op, argument, mask, "query", query.device)
-    full = (*query.shape[:3], key.shape[2])
+    full = (*query.shape[:3], keys)
     if not 2 <= mask.dim() <= 4:
         raise checks.value_error(op, argument, "2 to 4 dims", f"shape {tuple(mask.shape)}")
     for size, full_size in zip(mask.shape, full[4 - mask.dim() :], strict=True):
