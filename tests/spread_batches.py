@@ -11,6 +11,8 @@ from processes import take_part
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels.distributed import contrastive as spread
+from mmkernels.distributed.parts import GATHERED_BYTES
 
 COUNTS = {2: (24, 13), 4: (11, 0, 20, 6)}  # rows of each rank
 PAIRS, FEATURES = 37, 19
@@ -25,6 +27,7 @@ class Case:
     labels: bool = False
     smoothing: float = 0.0
     is_log_scale: bool = False
+    ring: bool = False
 
     def leaves(self) -> list[Tensor]:
         """x, y, scale and for the sigmoid bias, of the whole batch."""
@@ -45,6 +48,7 @@ class Case:
         """The loss, and the gradients of 1.5 times it."""
         x, y, *scalars = (t.to(dtype or t.dtype) for t in self.leaves())
         leaves = [t.clone().requires_grad_() for t in (x[rows], y[rows], *scalars)]
+        spread.GATHERED_BYTES = 0 if self.ring else GATHERED_BYTES
         loss = self.loss(leaves, rows, group)
         return [loss.detach(), *torch.autograd.grad(1.5 * loss, leaves)]
 
@@ -59,6 +63,11 @@ CASES = {
     "sigmoid": Case(sigmoid=True),
     "sigmoid, logarithm of the scale, float64": Case(sigmoid=True, is_log_scale=True, dtype=torch.float64),
     "sigmoid, float16": Case(sigmoid=True, dtype=torch.float16),
+    "sigmoid around the ring": Case(sigmoid=True, ring=True),
+    "sigmoid around the ring, bfloat16": Case(sigmoid=True, ring=True, dtype=torch.bfloat16),
+    "sigmoid around the ring, logarithm of the scale, float64": Case(
+        sigmoid=True, ring=True, is_log_scale=True, dtype=torch.float64
+    ),
 }
 
 

@@ -219,7 +219,7 @@ class _ContextParallelAttention(torch.autograd.Function):
         for parts in plan.travel().parts(_packed(own)):
             keys, values = _streams(plan, parts)
             for call in plan.calls(list(parts)):
-                outs, lses = plan.attend(call, *_cut(call, queries, keys, values), _cut_mask(call, mask))
+                outs, lses = plan.attend(call, _cut(call, queries, keys, values), _cut_mask(call, mask))
                 for whole, out, lse in zip(joined, outs, lses, strict=True):
                     whole.add(call.rows, out, lse)
         if sinks is not None:
@@ -339,7 +339,7 @@ def _cut_mask(call: Call, mask: Tensor | None) -> Tensor | None:
 def _pulled(
     plan: Plan,
     call: Call,
-    cut: tuple[list[Tensor], ...],
+    cut: Sequence[list[Tensor]],
     mask: Tensor | None,
     upstream: Sequence[_Upstream],
     of_queries: bool,
@@ -352,7 +352,7 @@ def _pulled(
         leaves = [[x.detach().requires_grad_(want) for x in group] for group, want in zip(cut, wants, strict=True)]
         if mask is not None:
             mask = mask.detach().requires_grad_(of_mask)
-        outs, lses = plan.attend(call, *leaves, mask)
+        outs, lses = plan.attend(call, leaves, mask)
     flat = [*(x for group in leaves for x in group), mask]
     pairs = [x.of_part(call.rows, o.detach(), s.detach()) for x, o, s in zip(upstream, outs, lses, strict=True)]
     needed = [x for x in flat if x is not None and x.requires_grad]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmkernels.distributed.collectives import DTYPES, told_by_ranks
-from mmkernels.distributed.parts import AllAtOnce, Ring
+from mmkernels.distributed.parts import GATHERED_BYTES, AllAtOnce, Ring
 from mmkernels.distributed.sequence_shards import Order, Segment, contiguous_segments, zigzag_segments
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
@@ -20,7 +20,6 @@ from mmkernels.ops.cross_attention import cross_attention
 from mmkernels.ops.joint_attention import joint_attention
 
 OP = "context_parallel_attention"
-_GATHERED_BYTES = 16 << 20  # up to here the latency of R − 1 messages costs more than the memory of all parts
 _STREAMS_TOGETHER = 8  # more in one call of joint_attention have no kernel
 
 Method = Literal["ring", "gather"]
@@ -154,10 +153,9 @@ class Plan:
             return None
         return torch.stack([(lengths - first).clamp(0, count) for first, count in segments]).sum(0)
 
-    def attend(
-        self, call: Call, queries: Streams, keys: Streams, values: Streams, mask: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs and LSEs of the call's rows over its keys; the mask is of these alone."""
+    def attend(self, call: Call, cut: Sequence[Streams], mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and LSEs of the call's rows over its keys; queries, keys, values and mask are of these alone."""
+        queries, keys, values = cut
         asked = self.options
         options: dict[str, Any] = {
             "scale": asked.scale,
@@ -167,8 +165,8 @@ class Plan:
         }
         if self.by_position:
             lengths = call.key_lengths[0]
-            masks = {"attn_mask": mask, "key_lengths": lengths, "window": call.window}
-            out, lse = cross_attention(queries[0], keys[0], values[0], **masks, **options)
+            options |= {"attn_mask": mask, "key_lengths": lengths, "window": call.window}
+            out, lse = cross_attention(queries[0], keys[0], values[0], **options)
             return [out], [lse]
         given = call.key_lengths if any(x is not None for x in call.key_lengths) else None
         return joint_attention(queries, keys, values, key_lengths=given, **options)
@@ -236,7 +234,7 @@ def agreed(
         if given is not None:
             lengths[i] = attention.check_key_lengths(OP, f"key_lengths[{i}]", given, first, totals[i])
     size = batch * key_heads * (features + width) * sum(totals) * first.element_size()
-    by_ring = options.method == "ring" or (options.method is None and size > _GATHERED_BYTES)
+    by_ring = options.method == "ring" or (options.method is None and size > GATHERED_BYTES)
     shape = (batch, key_heads, features, width)
     return Plan(group, options, mask is not None, by_ring, shape, segments[: len(queries)], of_keys, lengths)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mmkernels.distributed.collectives import answers_of_ranks
 
+GATHERED_BYTES = 16 << 20  # up to here the latency of R − 1 messages costs more than the memory of all parts
+
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before
 
 
