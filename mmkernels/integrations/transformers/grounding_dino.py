@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.integrations._blocks import SERVED, linear
+from mmkernels.integrations._blocks import SERVED
 from mmkernels.integrations._swaps import Swap
 from mmkernels.integrations.transformers.feed_forward import feed_forward
-from mmkernels.integrations.transformers.query_key_value import heads
+from mmkernels.integrations.transformers.fusion import fusion
 from mmkernels.integrations.transformers.weights import weights
-from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 from mmkernels.ops.deformable_attention import deformable_attention
 
 __all__ = ["SWAPS"]
@@ -54,32 +53,6 @@ def _deformable_layer(
     )
     x = module.self_attn_layer_norm(hidden_states + attended)
     return module.final_layer_norm(feed_forward(module, x, x)), of_attention
-
-
-def _fusion(
-    module: Any,
-    vision_features: Tensor,
-    text_features: Tensor,
-    vision_attention_mask: Tensor | None = None,
-    text_attention_mask: Tensor | None = None,
-) -> tuple[tuple[Tensor, None], tuple[Tensor, None]]:
-    """The scores' shift by their maximum and the clamp at ±50000 are not seen by softmax: neither is done here."""
-    dropout = module.dropout if module.training else 0.0
-    if weights.are("kept") or dropout > 0.0 or vision_features.dtype not in SERVED:
-        return type(module).forward(module, vision_features, text_features, vision_attention_mask, text_attention_mask)
-    size = module.head_dim
-    vision, text = bidirectional_cross_attention(
-        heads(linear(module.vision_proj, vision_features), size),
-        heads(linear(module.text_proj, text_features), size),
-        heads(linear(module.values_vision_proj, vision_features), size),
-        heads(linear(module.values_text_proj, text_features), size),
-        x_mask=None if vision_attention_mask is None else ~vision_attention_mask,
-        y_mask=None if text_attention_mask is None else ~text_attention_mask,
-        scale=module.scale,
-    )
-    vision = linear(module.out_vision_proj, vision.transpose(1, 2).flatten(2))
-    text = linear(module.out_text_proj, text.transpose(1, 2).flatten(2))
-    return (vision, None), (text, None)
 
 
 def _deformable(
@@ -120,7 +93,7 @@ for _file, _prefix, _of_encoder, _of_enhancer in (
         f"{_file}{_prefix}TextEnhancerLayer": Swap(_text_enhancer, _WITHOUT, (_of_enhancer,)),
         f"{_file}{_prefix}DecoderLayer": Swap(_decoder_layer, _WITHOUT, ("185ff025433f",)),
         f"{_file}{_prefix}DeformableLayer": Swap(_deformable_layer, "concat_linear", ("ec4ccb8867d0",)),
-        f"{_file}{_prefix}BiMultiHeadAttention": Swap(_fusion, _FUSED, ("f63ab9945e07",)),
+        f"{_file}{_prefix}BiMultiHeadAttention": Swap(fusion, _FUSED, ("f63ab9945e07",)),
     }
 for _file in ("grounding_dino", "mm_grounding_dino", "omdet_turbo", "deformable_detr"):
     SWAPS[f"{_file}.modeling_{_file}.MultiScaleDeformableAttention"] = Swap(_deformable, _SAMPLED, ("a3da3bed8dd3",))
