@@ -21,6 +21,7 @@ TOPICS = {
     "fusion_levels": "Fusion levels",
     "attention_kinds": "Kinds of attention",
     "losses": "Losses",
+    "vision": "Vision",
     "medicine": "Medicine",
     "recommendation": "Recommendation",
     "metrics": "Metrics",
