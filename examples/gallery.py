@@ -26,6 +26,8 @@ TOPICS = {
     "recommendation": "Recommendation",
     "metrics": "Metrics",
     "real_time": "Real time",
+    "augmented_reality": "Augmented reality",
+    "driving": "Driving",
     "transfer": "Transfer",
     "few_shots": "Few shots",
     "adversarial": "Adversarial inputs",
