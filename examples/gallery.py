@@ -28,6 +28,7 @@ TOPICS = {
     "real_time": "Real time",
     "augmented_reality": "Augmented reality",
     "driving": "Driving",
+    "customer_service": "Customer service",
     "transfer": "Transfer",
     "few_shots": "Few shots",
     "adversarial": "Adversarial inputs",
