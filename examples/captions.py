@@ -106,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             said = [WORDS[w] for w in written[row]]
             axis.imshow(image[row].permute(1, 2, 0).tolist())
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel("\n".join(f"{said[i]} {said[i + 1]}, {said[i + 2]} {said[i + 3]}" for i in (0, 4)))
+            axis.set_xlabel(
+                "\n".join(f"{said[i]} {said[i + 1]}, {said[i + 2]} {said[i + 3]}" for i in (0, 4)), fontsize="small"
+            )
     return example.finish()
 
 
