@@ -26,7 +26,7 @@ help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
 	@echo 'make bench-compare BASE=main~1'
 	@echo '               measure that commit, then this tree, and say what became faster and slower'
-	@echo 'make gallery   run the examples and write docs/gallery.md'
+	@echo 'make gallery   run the examples and write docs/gallery.md (ARGS="--seconds 10" bounds the training in each)'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -60,7 +60,7 @@ bench-compare: build-here
 	@git worktree remove --force $(BASE_TREE)
 
 gallery: build-here
-	$(PY) examples/gallery.py
+	$(PY) examples/gallery.py $(ARGS)
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)

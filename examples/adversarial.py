@@ -59,7 +59,7 @@ def attack(model: nn.Module, xs: list[Tensor], label: Tensor, senses: list[str],
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=2)
     train, test = data.split(data.draw_events(noise=0.2, loudness=0.5, errors=1))
     sizes, steps = [x.shape[1] for x in train.features()], example.steps(500, quick=150)
     naive = example.train("plain training", partial(Gated, sizes=sizes), data.batches(train), steps)

@@ -59,7 +59,7 @@ def corrupt(xs: list[torch.Tensor], broken: torch.Tensor) -> list[torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=len(KINDS))
     train, test = data.split(data.draw_events(noise=0.2, loudness=0.5, errors=1))
     sizes = [x.shape[-1] for x in train.features()]
 

@@ -66,7 +66,7 @@ def latency(model: nn.Module, xs: list[torch.Tensor], repeats: int = 200) -> flo
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=3)
     train, test = data.split(data.draw_events(noise=0.3, loudness=1.0, errors=1))
     labelled = train[:LABELLED]
     sizes = [x.shape[1] for x in train.features()]

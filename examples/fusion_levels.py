@@ -115,7 +115,7 @@ def tokens(events: data.Events) -> list[torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=1 + len(FEATURES) + len(DEEP))
     train, test = data.split(data.draw_events(noise=0.5, loudness=2.0, errors=2))
     sizes, token_sizes = [x.shape[-1] for x in train.features()], [x.shape[-1] for x in tokens(train)]
 

@@ -1,15 +1,17 @@
 """Runs every example of the gallery and writes docs/gallery.md: what each teaches, what it printed, and its picture.
 
-python examples/gallery.py
+python examples/gallery.py [--seconds N]    N for the trainings of each
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -21,10 +23,18 @@ TOPICS = {
     "fusion_levels": "Fusion levels",
     "attention_kinds": "Kinds of attention",
     "losses": "Losses",
+    "questions": "Questions about a picture",
+    "captions": "Captions",
+    "vision": "Vision",
     "medicine": "Medicine",
     "recommendation": "Recommendation",
+    "preprocessing": "Preprocessing",
     "metrics": "Metrics",
     "real_time": "Real time",
+    "augmented_reality": "Augmented reality",
+    "driving": "Driving",
+    "customer_service": "Customer service",
+    "gates": "Cross-modal transfer",
     "transfer": "Transfer",
     "few_shots": "Few shots",
     "adversarial": "Adversarial inputs",
@@ -36,18 +46,19 @@ INTRODUCTION = """\
 
 Each example trains a small model twice, with this library's ops and with the same ops written in plain torch
 ([plain.py](../examples/common/plain.py)), from one seed: both must lose the same. It ends in checks that fail loudly.
-The events are scikit-learn's handwritten digits, the same digits spoken by {speaker}, and the digit's name typed.
+The events are scikit-learn's handwritten digits, the same digits spoken by {speaker}, and the digit's name typed;
+what else there is, scenes of shapes or a road, is drawn by a rule in the file.
 Times are of one thread and of tiny models, where calls cost more than arithmetic; [measured](measured.md) has real
 sizes. `make gallery` runs all of it and writes this page.
 """
 
 
-def section(name: str, title: str) -> tuple[str, bool]:
+def section(name: str, title: str, options: Sequence[str] = ()) -> tuple[str, bool]:
     """The part of the page that an example fills, and whether its checks held."""
     path = HERE / f"{name}.py"
     picture = DOCS / "gallery" / f"{name}.png"
     start = time.perf_counter()
-    run = subprocess.run([sys.executable, path, "--picture", picture], stdout=subprocess.PIPE, text=True)
+    run = subprocess.run([sys.executable, path, "--picture", picture, *options], stdout=subprocess.PIPE, text=True)
     print(f"{name}: {'ok' if run.returncode == 0 else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
     if run.returncode:
         print(run.stdout)
@@ -61,9 +72,13 @@ def section(name: str, title: str) -> tuple[str, bool]:
 def main() -> int:
     from common import data
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="stop the trainings of an example when they are over")
+    seconds = parser.parse_args().seconds
+    options = [] if seconds is None else ["--seconds", str(seconds)]
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     (DOCS / "gallery").mkdir(exist_ok=True)
-    sections = [section(name, title) for name, title in TOPICS.items()]
+    sections = [section(name, title, options) for name, title in TOPICS.items()]
     page = [INTRODUCTION.format(speaker=data.spoken()[1]), *(text for text, _ in sections)]
     (DOCS / "gallery.md").write_text("\n".join(page))
     return 0 if all(held for _, held in sections) else 1

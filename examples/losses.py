@@ -62,7 +62,7 @@ def gradient_shares(model: Judges, batch: tuple) -> torch.Tensor:
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=5)
     train, test = data.split(data.draw_events(noise=0.5, loudness=2.0, errors=0))  # the text is far too easy
     sizes = [x.shape[-1] for x in train.features()]
     names = ["image", "sound", "text"]

@@ -49,7 +49,7 @@ def seen_and_heard(events: data.Events) -> list[torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    example = Example(__doc__, argv)
+    example = Example(__doc__, argv, trainings=4)
     train, test = data.split(data.draw_events(noise=0.5, loudness=1.0))
     sizes = [x.shape[1] for x in seen_and_heard(train)]
     first, second = train[train.label < CLASSES], train[train.label >= CLASSES][:FEW]

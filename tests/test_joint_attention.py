@@ -177,14 +177,14 @@ def test_second_derivatives_of_grouped_heads() -> None:
 
 def test_what_gpus_cannot_drop_says_why() -> None:
     queries, keys, values = make()
-    rest = ([], [], None, None, 0.0)
+    rest = ([], [], None, None, 0.0, 0.1, None, False)
     supports = joint_attention_op._triton_supports, joint_attention_op._cuda_supports
-    reasons = [f(queries, keys, values, *rest, 0.1, None, False) for f in supports]
+    reasons = [f(joint_attention_op.Arguments(queries, keys, values, *rest)) for f in supports]
     assert reasons == [
         "its kernels count dropout within a stream, not along all of them",
         "its kernel has no softcap or dropout",
     ]
-    assert supports[0](queries[:1], keys[:1], values[:1], *rest, 0.1, None, False) is None
+    assert supports[0](joint_attention_op.Arguments(queries[:1], keys[:1], values[:1], *rest)) is None
 
 
 def test_a_float32_bias_goes_with_half_precision(backend: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,14 +42,19 @@ class Run:
 
 
 class Example:
-    """Options from the command line: --quick for few steps, --picture for where the picture goes."""
+    """Options from the command line: --quick for few steps, --seconds for a bound, --picture for where that goes.
 
-    def __init__(self, doc: str, argv: list[str] | None) -> None:
+    `trainings` says how many calls of `train` share the seconds.
+    """
+
+    def __init__(self, doc: str, argv: list[str] | None, trainings: int = 1) -> None:
         parser = argparse.ArgumentParser(description=doc.splitlines()[0])
         parser.add_argument("--quick", action="store_true", help="train for few steps, as the tests do")
+        parser.add_argument("--seconds", type=float, default=math.inf, help="stop training when they are over")
         parser.add_argument("--picture", type=Path, help="where to save the picture, if there is one")
         options = parser.parse_args(argv)
         self.quick, self.path = options.quick, options.picture
+        self.end, self.trainings = time.perf_counter() + options.seconds, trainings
         self.failures = 0
         self.seconds: dict[str, float] = {}  # of a step in the latest training, by set of ops
         torch.manual_seed(0)
@@ -68,10 +74,18 @@ class Example:
         """Train the model with mmkernels' ops and with plain torch's, from one seed on the same batches.
 
         The two take turns step by step, so that what else the machine does slows both; the first EARLY losses must
-        agree. Returns mmkernels' model.
+        agree. Where --seconds bounds the example, this training stops when its share of what is left is over, but not
+        before EARLY steps. Returns mmkernels' model.
         """
+        start = time.perf_counter()
+        end = start + max(self.end - start, 0) / max(self.trainings, 1)
+        self.trainings -= 1
         runs = {"mmkernels": Run(make, mmkernels, lr), "torch": Run(make, plain, lr)}
         for step in range(steps):
+            if step >= EARLY and time.perf_counter() > end:
+                print(f"{what}: stopped after {step} of {steps} steps, as --seconds asks")
+                steps = step
+                break
             inputs = batch(step)
             for run in runs.values():
                 torch.manual_seed(step)

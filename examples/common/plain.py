@@ -9,11 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def activated(y: Tensor, activation: str | None) -> Tensor:
+    return y if activation is None else getattr(F, activation)(y)
+
+
 def concat_linear(xs, weight, bias=None, *, activation=None, presence=None):
     if presence is not None:
         xs = [x.masked_fill(~presence[..., i, None], 0) for i, x in enumerate(xs)]
-    y = F.linear(torch.cat(xs, -1), weight, bias)
-    return y if activation is None else getattr(F, activation)(y)
+    return activated(F.linear(torch.cat(xs, -1), weight, bias), activation)
+
+
+def concat_norm_linear(xs, norm_weight, norm_bias, weight, bias=None, *, activation=None):
+    x = torch.cat(xs, -1)
+    return activated(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias), weight, bias), activation)
 
 
 def gated_fusion(xs, value_weights, value_biases, gate_weight, gate_bias=None, *, presence=None):
