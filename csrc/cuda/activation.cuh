@@ -24,8 +24,12 @@ __device__ __forceinline__ float sigmoid_of(float x) {
 constexpr float kSqrtHalf = 0.7071067811865476f;
 constexpr float kSqrt8OverPi = 1.5957691216057308f;
 constexpr float kInverseSqrt2Pi = 0.3989422804014327f;
-constexpr float kCubic = 0.044715f;    // of the tanh approximation of gelu
-constexpr float kQuickSlope = 1.702f;  // of quick_gelu's sigmoid
+constexpr float kCubic = 0.044715f;  // of the tanh approximation of gelu
+
+/// Of x in the gates that are sigmoids of x.
+__device__ __forceinline__ float sigmoid_slope(Activation activation) {
+  return activation == Activation::quick_gelu ? 1.702f : 1.0f;
+}
 
 /// (1 + tanh u) / 2 of that approximation, without its cancellation.
 __device__ __forceinline__ float gelu_tanh_gate(float x) { return sigmoid_of((x + x * x * x * kCubic) * kSqrt8OverPi); }
@@ -51,16 +55,14 @@ __device__ __forceinline__ void activate(float (&z)[kVector], Activation activat
       change_each(z, [](float x) { return x * gelu_tanh_gate(x); });
       break;
     case Activation::silu:
-      change_each(z, [](float x) { return x * sigmoid_of(x); });
+    case Activation::quick_gelu:
+      change_each(z, [=](float x) { return x * sigmoid_of(sigmoid_slope(activation) * x); });
       break;
     case Activation::tanh:
       change_each(z, [](float x) { return tanh_of(x); });
       break;
     case Activation::sigmoid:
       change_each(z, [](float x) { return sigmoid_of(x); });
-      break;
-    case Activation::quick_gelu:
-      change_each(z, [](float x) { return x * sigmoid_of(kQuickSlope * x); });
       break;
   }
 }
@@ -85,9 +87,10 @@ __device__ __forceinline__ void differentiate(float (&z)[kVector], Activation ac
       });
       break;
     case Activation::silu:
-      change_each(z, [](float x) {
-        const float s = sigmoid_of(x);
-        return s * (1.0f + x * (1.0f - s));
+    case Activation::quick_gelu:
+      change_each(z, [=](float x) {
+        const float slope = sigmoid_slope(activation), s = sigmoid_of(slope * x);
+        return s * (1.0f + slope * x * (1.0f - s));
       });
       break;
     case Activation::tanh:
@@ -97,12 +100,6 @@ __device__ __forceinline__ void differentiate(float (&z)[kVector], Activation ac
     case Activation::sigmoid:
       if (!from_output) change_each(z, [](float x) { return sigmoid_of(x); });
       change_each(z, [](float y) { return y * (1.0f - y); });
-      break;
-    case Activation::quick_gelu:
-      change_each(z, [](float x) {
-        const float s = sigmoid_of(kQuickSlope * x);
-        return s * (1.0f + kQuickSlope * x * (1.0f - s));
-      });
       break;
   }
 }
