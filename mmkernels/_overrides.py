@@ -43,10 +43,10 @@ def is_overridden(*values: Any) -> bool:
     if torch.compiler.is_compiling():
         return False
     flat = _spliced(values)
-    return has_torch_function(flat) or _is_spread(flat)
+    return has_torch_function(flat) or is_spread(*flat)
 
 
-def _is_spread(values: Sequence[Any]) -> bool:
+def is_spread(*values: Any) -> bool:
     """Whether one is a DTensor, which nobody has before the import."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and any(isinstance(x, tensors.DTensor) for x in values)

@@ -1,12 +1,13 @@
 """Tests of several processes: each is a rank of a gloo group on this machine.
 
-A script ``tests/<name>.py`` ends with ``take_part(work)``; a test starts as many of it as there are ranks, and gets
-what each of their ``work(rank, ranks)`` returned.
+A script ``tests/<name>.py`` ends with ``take_part(work)``; a test starts it for a number of ranks, and gets what each
+of their ``work(rank, ranks)`` returned.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,32 +37,45 @@ def environment_of_ranks() -> dict[str, str]:
 
 def results_of_ranks(script: str, ranks: int, folder: Path, *arguments: str, seconds: float = 240) -> list[Any]:
     """What each rank returned; all of them are gone when the time is over."""
-    path = Path(__file__).with_name(script)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), str(ranks), str(folder), *arguments],
-            env=environment_of_ranks(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name(script)), str(ranks), str(folder), *arguments],
+        env=environment_of_ranks(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        said = [process.communicate(timeout=seconds)[0] for process in processes]
+        said, _ = process.communicate(timeout=seconds)
     finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(said)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, said
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
 def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = True) -> None:
-    """Be the rank that the command line says, and leave what ``work(rank, ranks, *arguments)`` returns.
+    """Be the ranks that the command line asks for; each leaves what ``work(rank, ranks, *arguments)`` returns.
+
+    They are forks of this process, so that what takes them longest, the imports, is done once.
 
     ``to_the_end``: the ranks wait for one another before they go.
     """
-    rank, ranks, folder, arguments = _command_line()
+    _, ranks, folder, *arguments = sys.argv
+    arguments_of_rank = (int(ranks), Path(folder), arguments, work, timeout, to_the_end)
+    torch.multiprocessing.start_processes(_be, arguments_of_rank, nprocs=int(ranks), start_method="fork")
+
+
+def _be(
+    rank: int,
+    ranks: int,
+    folder: Path,
+    arguments: Sequence[str],
+    work: Callable[..., Any],
+    timeout: float,
+    to_the_end: bool,
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -74,8 +88,3 @@ def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = 
     if to_the_end:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _command_line() -> tuple[int, int, Path, Sequence[str]]:
-    _, rank, ranks, folder, *arguments = sys.argv
-    return int(rank), int(ranks), Path(folder), arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable
@@ -11,13 +12,16 @@ import torch
 import torch.distributed as dist
 from processes import take_part
 from test_layouts import OPS, Inputs, at, function_of, prepared
-from torch import Tensor
+from test_overrides import MODULES
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mmkernels as mmk
+from mmkernels.distributed import ModuleParallel, parallel_plan
 
 SHAPES = {2: (2,), 4: (2, 2)}
 MIXTURES = {2: 4, 4: 1}
@@ -175,12 +179,62 @@ def summed(mesh: DeviceMesh) -> dict[str, tuple[float, str, list[str]]]:
     return found
 
 
+def modules(mesh: DeviceMesh) -> dict[str, tuple[float, list[str]]]:
+    """Of each module of mmkernels.nn, spread by its plan: the error beside the plain one, and what is sharded."""
+
+    class Calls(nn.Module):
+        def __init__(self, part: nn.Module, call: Callable[..., Any]) -> None:
+            super().__init__()
+            self.part, self.call = part, call
+
+        def forward(self, *tensors: Tensor) -> Any:
+            return self.call(self.part, *tensors)
+
+    def run(model: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
+        outs = [x for x in tree_leaves(model(*tensors)) if isinstance(x, Tensor)]
+        leaves = [*tensors, *model.parameters()]
+        gradients = torch.autograd.grad(sum((x**2).sum() for x in outs), leaves, allow_unused=True)
+        return [*outs, *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True))]
+
+    heads, presence = MODULES["MultiheadCrossAttention"], torch.tensor([True, False])
+    separate = functools.partial(mmk.nn.MultiheadCrossAttention, 8, 4, batch_first=True, kdim=7, vdim=6)
+    separate_call = lambda m, a, b: m(a, b[..., :7], b[..., :6], need_weights=False)[0]  # noqa: E731
+    cases = {
+        **{name: (*case, ModuleParallel()) for name, case in MODULES.items()},
+        "heads of weights of their own": (separate, separate_call, heads[2], ModuleParallel()),
+        "rows": (*MODULES["ConcatFusion"], ModuleParallel(rows=True)),
+        "presence": (
+            MODULES["ConcatFusion"][0],
+            lambda m, a, b: m([a, b], presence=presence),
+            MODULES["ConcatFusion"][2],
+            ModuleParallel(),
+        ),
+    }
+    found = {}
+    for name, (make, call, inputs, style) in cases.items():
+        torch.manual_seed(3)
+        plain = Calls(make().double(), call)
+        for parameter in plain.parameters():
+            nn.init.normal_(parameter)
+        tensors = [x.double().requires_grad_() for x in inputs()]
+        spread_out = copy.deepcopy(plain)
+        assert list(parallel_plan(spread_out)) == ["part"]
+        parallelize_module(spread_out, mesh, {"part": style})
+        assert list(spread_out.state_dict()) == list(plain.state_dict())
+        error = worst(run(spread_out, tensors), run(plain, tensors))
+        parts = spread_out.part.named_parameters()
+        found[name] = (error, [k for k, x in parts if any(at.is_shard() for at in x.placements)])
+    return found
+
+
 def messages(mesh: DeviceMesh) -> list[str]:
     x = distribute_tensor(torch.randn(2, 2, 4, 8), mesh, [Shard(0)])
     found = []
     for call in (
         lambda: mmk.cross_attention(x, x, torch.randn(2, 2, 4, 8)),
         lambda: mmk.cross_attention(x, x, x, dropout_p=0.5),
+        lambda: parallelize_module(nn.Linear(2, 2), mesh, ModuleParallel()),
+        lambda: parallelize_module(mmk.nn.GatedFusion([2, 2], 2), mesh, ModuleParallel(rows=True)),
     ):
         try:
             call()
@@ -191,7 +245,7 @@ def messages(mesh: DeviceMesh) -> list[str]:
 
 def work(rank: int, ranks: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", SHAPES[ranks])
-    found: dict[str, Any] = {"errors": {}}
+    found: dict[str, Any] = {"errors": {}, "modules": modules(init_device_mesh("cpu", (ranks,)))}
     for name in OPS:
         try:
             found["errors"][name] = errors(name, mesh)

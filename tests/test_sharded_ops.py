@@ -57,9 +57,27 @@ def test_sums_over_features_and_rows_are_taken_of_the_terms_of_the_ranks(
             assert collectives == (["all_reduce"] if needs else []), name
 
 
+@pytest.mark.parametrize("ranks", SHAPES)
+def test_spread_modules_give_the_outputs_and_gradients_of_plain_ones(
+    ranks: int, worlds: dict[int, list[dict[str, Any]]]
+) -> None:
+    for world in worlds[ranks]:
+        for name, (error, _) in world["modules"].items():
+            assert error < 1e-9, name
+        sharded = {name: parts for name, (_, parts) in world["modules"].items()}
+        assert sharded["ConcatFusion"] == ["weight", "bias"] and sharded["rows"] == ["weight"]
+        assert set(sharded["LowRankFusion"]) == {"bias", "factors.0", "factors.1"}
+        assert "feedforward_out.weight" in sharded["GatedCrossAttentionBlock"]
+        of_heads = {"query_proj.weight", "out_proj.weight"}
+        assert of_heads.issubset(sharded["GatedCrossAttentionBlock"]) == (ranks == 2)  # which has two heads
+        assert "q_proj_weight" in sharded["heads of weights of their own"]
+
+
 def test_plain_tensors_among_them_and_dropout_are_refused(worlds: dict[int, list[dict[str, Any]]]) -> None:
     for world in worlds[2]:
-        mixed, dropout = world["messages"]
+        mixed, dropout, kind, rows = world["messages"]
+        assert kind == "ModuleParallel: module: expected one of mmkernels.nn; got Linear"
+        assert rows == "ModuleParallel: rows: expected False but for a ConcatFusion; got GatedFusion"
         assert mixed == "cross_attention: value: expected a DTensor, as others are; got Tensor"
         assert dropout.startswith("cross_attention: dropout_p: expected 0 for DTensors")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,29 @@ def test_an_example_has_the_losses_of_one_process(command: tuple[str, ...]) -> N
     for one, many in losses:
         assert many == pytest.approx(one, abs=1e-4)
     assert losses[-1][0] < 0.5 * losses[0][0]
+
+
+def test_frozen_encoders_of_the_staged_example_have_no_backward() -> None:
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "staged_training.py"))
+    model, (views, label) = example["Model"](), example["batch"](0)
+
+    def nodes(stage: str) -> int:
+        """How many operations the backward of a stage has."""
+        for name, part in model.named_children():
+            part.requires_grad_(name in example["STAGES"][stage])
+        model.zero_grad()
+        loss = model(views, label, stage)
+        seen, ahead = set(), [loss.grad_fn]
+        while ahead:
+            node = ahead.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                ahead += [following for following, _ in node.next_functions]
+        loss.backward()
+        trained = {name for name, part in model.named_children() if all(p.grad is not None for p in part.parameters())}
+        assert trained == set(example["STAGES"][stage])
+        return len(seen)
+
+    frozen, everything = nodes("fusion"), nodes("all")
+    weights = len(list(model.encoders.parameters()))
+    assert everything >= frozen + 2 * weights  # a weight's end of the graph, and an operation that leads there

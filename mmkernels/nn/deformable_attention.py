@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmkernels._overrides import leaf_of_traces
+from mmkernels._overrides import is_spread, leaf_of_traces
 from mmkernels.nn._arguments import check_sizes
 from mmkernels.ops.deformable_attention import deformable_attention
 
@@ -169,6 +169,11 @@ class DeformableAttention(nn.Module):
             sizes = spatial_shapes.to(offsets.device, offsets.dtype)
         else:
             sizes = torch.tensor([list(s) for s in spatial_shapes], device=offsets.device, dtype=offsets.dtype)
+        if is_spread(offsets) and not is_spread(sizes):
+            from torch.distributed.tensor import DTensor, Replicate  # imported by now
+
+            mesh = offsets.device_mesh  # type: ignore[attr-defined]
+            sizes = DTensor.from_local(sizes, mesh, [Replicate()] * mesh.ndim, run_check=False)
         return sizes.reshape(-1, 2).flip(-1).unsqueeze(1)
 
     def extra_repr(self) -> str:
