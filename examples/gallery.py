@@ -25,6 +25,7 @@ TOPICS = {
     "losses": "Losses",
     "questions": "Questions about a picture",
     "captions": "Captions",
+    "lip_reading": "Lip reading",
     "vision": "Vision",
     "medicine": "Medicine",
     "recommendation": "Recommendation",

@@ -54,6 +54,14 @@ def test_sizes_are_given_by_letter_or_field_and_the_rest_is_the_first_workloads(
     assert sampled.levels == ((8, 6), (4, 3))
 
 
+def test_stacks_of_models_are_measured_where_they_are_asked_for_alone(toy_folder: Path) -> None:
+    stacks = (toy_folder / "toy.py").read_text().replace('Shape("toy"', 'Shape("a model"')
+    (toy_folder / "workloads.py").write_text(stacks)
+    for asked, measured in (([], ["toy"]), (["workloads"], ["workloads"]), (["--workload", "a model"], ["workloads"])):
+        run(toy_folder, "--quick", *asked)
+        assert list(json.loads((toy_folder.parent / "results" / "latest.json").read_text())["ops"]) == measured
+
+
 @pytest.mark.parametrize("op", BENCHMARKS)
 def test_every_size_of_every_op_can_be_given_as_it_is_written(op: str) -> None:
     first = next(iter(BENCHMARKS[op].forward.values()))[0]

@@ -25,6 +25,7 @@ from .progress import Interruption, Progress
 from .timing import clock
 
 ROW_SECONDS, QUICK_ROW_SECONDS = 2.0, 0.1  # of timing, at most
+STACKS = "workloads"  # whole stacks of models, some of them seconds long: measured where they are asked for
 PLOTTING = 0.4  # seconds of the budget for each op's plot, where they are no more than
 MOST_REPORTING = 0.15  # of it
 INTERRUPTED = 130  # the shell's status of what Ctrl-C ended
@@ -93,7 +94,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Work], Measured]:
 def load_suites(args: argparse.Namespace) -> dict[str, suite.Suite]:
     """The suites of the ops, with the shapes that were asked for."""
     own = args.plugged.ops
-    ops = args.ops or [*available(), *(op for op in own if op not in available())]
+    whole_run = [op for op in available() if op != STACKS or args.workload]
+    ops = args.ops or [*whole_run, *(op for op in own if op not in available())]
     try:
         whole = {op: own[op]() if op in own else suite.load(suite.benchmarks_dir(), op) for op in ops}
         asked = {op: shapes.of_suite(given, args.shapes, args.given) for op, given in whole.items()}

@@ -62,7 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ops", default="", metavar="OP,...", help="the same, separated by commas")
     parser.add_argument("--dtypes", default="float32,bfloat16", help=f"comma-separated of {', '.join(DTYPES)}")
     add = parser.add_argument
-    workload = "only rows whose group, shape or note mentions TEXT; may be given several times"
+    workload = (
+        "only rows whose group, shape or note mentions TEXT, as a model's name (benchmarks/workloads.py has stacks of "
+        "models, which are measured only so or by OP); may be given several times"
+    )
     add("--workload", action="append", default=[], metavar="TEXT", help=workload)
     shapes_help = f"{', '.join(PRESETS)}, a file, or sizes such as B=2,H=8,Lq=1024,Lk=77,D=64 (see below)"
     add("--shapes", default="default", metavar="WHICH", help=shapes_help)
