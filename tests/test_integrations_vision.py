@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import HEADS, WIDTH, build, random, why_no_models
+from architectures import HEADS, IMAGE_TOKEN, WIDTH, build, random, text, tokens, vision, why_no_models
 from torch import nn
 
 from mmkernels.integrations import accelerate, restore
@@ -92,9 +92,49 @@ def test_the_last_layer_does_not_wait_where_it_is_asked_for(asked, runs):
     assert runs == []
 
 
-@pytest.mark.parametrize("name", ["llava"])
-def test_a_model_that_reads_an_inner_layer_never_runs_the_last(name, runs):
-    model, inputs, outputs = build(name)
+TILED = {"image_sizes": torch.tensor([[32, 32]]), "pixel_values": random(1, 2, 3, 32, 32)}  # an image and its one tile
+PINPOINTS = {"image_grid_pinpoints": [[32, 32]]}
+WHOLE = {"pixel_values": random(1, 3, 32, 32)}
+KIN: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # tokens of an image, inputs, configuration
+    "VipLlava": (16, WHOLE, {}),
+    "LlavaNext": (16 + 4 * (4 + 1), TILED, PINPOINTS),
+    "LlavaNextVideo": (16 + 4 * (4 + 1), TILED, {**PINPOINTS, "video_token_index": 91}),
+    "LlavaOnevision": (16 + 4 * (4 + 1), TILED, {**PINPOINTS, "video_token_index": 91}),
+    "VideoLlava": (16, {"pixel_values_images": WHOLE["pixel_values"]}, {"video_token_index": 91}),
+    "AyaVision": (4, WHOLE, {}),
+}
+
+
+@pytest.mark.parametrize("prefix", KIN)
+def test_llava_s_kin_never_run_the_last_layer(prefix, runs):
+    import transformers
+
+    count, images, more = KIN[prefix]
+    has_siglip = prefix in ("LlavaOnevision", "AyaVision")
+    of_images = {"model_type": "siglip_vision_model" if has_siglip else "clip_vision_model", **vision()}
+    of_images |= {"num_hidden_layers": 3} | ({"vision_use_head": False} if has_siglip else {})
+    config = getattr(transformers, f"{prefix}Config")(
+        vision_config=of_images,
+        text_config={"model_type": "llama", **text(num_key_value_heads=2, max_position_embeddings=256)},
+        **{"image_token_index": IMAGE_TOKEN, "image_token_id": IMAGE_TOKEN, "vision_feature_layer": -2, **more},
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
+    x = tokens(1, count + 6)
+    x[:, 3 : 3 + count] = IMAGE_TOKEN
+    inputs = {"input_ids": x, "attention_mask": torch.ones_like(x), "use_cache": False, **images}
+    plain = model(**inputs)
+    accelerate(model)
+    out = model(**inputs)
+    assert runs == []
+    torch.testing.assert_close(out.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    last = out.image_outputs.last_hidden_state
+    assert runs == [1]
+    torch.testing.assert_close(last, plain.image_outputs.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_reads_an_inner_layer_never_runs_the_last(runs):
+    model, inputs, outputs = build("llava")
     plain = model(**inputs)
     expected = plain.image_outputs.last_hidden_state
     as_tuple = model(**inputs, return_dict=False)
