@@ -125,3 +125,14 @@ def test_the_models_extra_is_what_the_tests_install():
     named = [line.strip(' ",').partition(";")[0] for line in extra.splitlines() if "==" in line]
     assert len(named) == 5 and set(named) <= set(pins)
     assert not any(line.startswith(("torch==", "numpy", "nvidia", "triton")) for line in pins)
+
+
+def test_a_swapped_forward_has_the_signature_of_the_class_s():
+    import inspect
+
+    model = decoder()
+    accelerate(model)
+    layer = model.layers[0]
+    assert "forward" in layer.__dict__
+    assert inspect.signature(layer.forward) == inspect.signature(type(layer).forward.__get__(layer))
+    assert inspect.signature(pickle.loads(pickle.dumps(layer)).forward) == inspect.signature(layer.forward)

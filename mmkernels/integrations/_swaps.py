@@ -15,7 +15,15 @@ from torch import nn
 
 
 class SwappedForward(functools.partial):
-    """``forward`` of one instance: it pickles, and a deep copy of the module has one of its own."""
+    """``forward`` of one instance: it pickles, and a deep copy of the module has one of its own.
+
+    Its signature is the class's forward's, which ``generate`` of transformers looks at.
+    """
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        module = self.args[0]
+        return inspect.signature(type(module).forward.__get__(module))
 
 
 class SwappedProcessor:
