@@ -21,6 +21,7 @@ namespace {
 constexpr int kColumnVectors = 8;  // of a row's features at a time, in registers
 
 constexpr int64_t kQueriesAhead = 6;  // whose inputs and outputs are on their way
+constexpr int64_t kRowsAhead = 24;    // of a map that is packed
 
 // Whether rows next to each other are worth a copy: on average, a pixel is read this often.
 bool worth_packing(const DeformableParams& p) { return p.queries * p.points >= p.rows; }
@@ -153,6 +154,7 @@ class Worker {
         with_element_type(p_.dtype, source.value, [&](const auto* value) {
           const auto* from = value + b * source.batch_stride + h * source.head_stride;
           for (int64_t r = 0; r < source.rows; ++r) {
+            ask_for_lines<false>(from + min(r + kRowsAhead, source.rows - 1) * source.row_stride, p_.width);
             for (int64_t c = 0; c < p_.width; c += VW) {
               store(to + r * stride + c, load_as_float(from + r * source.row_stride + c, p_.width - c));
             }
