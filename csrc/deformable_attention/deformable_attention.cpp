@@ -39,7 +39,7 @@ struct Call {
         first_row += height * width;
       }
       sources.push_back(
-          {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2), nullptr, value.size(1)});
+          {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2), nullptr, false, value.size(1)});
       p.rows += value.size(1);
     }
     p.batch = weights.size(0);
@@ -79,6 +79,7 @@ Tensor forward(at::TensorList values, const Tensor& locations, const Tensor& wei
   DeformableParams& p = call.params;
   const Tensor out = with_huge_pages(at::cpu::empty({p.batch, p.queries, p.heads * p.width}, values[0].options()));
   p.out = out.data_ptr();
+  p.stream_out = worth_streaming(static_cast<int64_t>(out.nbytes()));
   if (out.numel() > 0) MMK_DISPATCH(deformable_attention_forward)(p);
   return out;
 }
@@ -95,12 +96,14 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList values, const 
     result.push_back(empty_if(values[source], wanted));
     if (!wanted) continue;
     call.sources[source].grad = result.back().data_ptr();
+    call.sources[source].stream = worth_streaming(static_cast<int64_t>(result.back().nbytes()));
     p.needs_values = true;
   }
   for (const Tensor* samples : {&locations, &weights}) result.push_back(empty_if(*samples, needed[result.size()]));
   result.push_back(at::cpu::empty({0}, weights.options()));  // of the presence
   if (needed[values.size()]) p.grad_locations = result[values.size()].data_ptr();
   if (needed[values.size() + 1]) p.grad_weights = result[values.size() + 1].data_ptr();
+  p.stream_samples = worth_streaming(static_cast<int64_t>(locations.nbytes()));
   if (grads[0].numel() == 0) {
     for (const Tensor& t : result) t.zero_();
     return result;

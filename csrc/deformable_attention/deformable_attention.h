@@ -15,6 +15,7 @@ struct DeformableSource {
   const void* value = nullptr;  // [B, rows, H, D], strides in elements, features dense
   int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
   void* grad = nullptr;  // dense, or null where it is not needed
+  bool stream = false;   // past the caches, as the outputs below
   int64_t rows = 0;
 };
 
@@ -46,12 +47,14 @@ struct DeformableParams {
   Workers workers{};
 
   void* out = nullptr;  // [B, Lq, H, D]
+  bool stream_out = false;
 
   const void* grad_out = nullptr;  // [B, Lq, H · D], the last dim dense
   int64_t grad_batch_stride = 0, grad_query_stride = 0;
   bool needs_values = false;       // any source's grad
   void* grad_locations = nullptr;  // dense; null where it is not needed
   void* grad_weights = nullptr;
+  bool stream_samples = false;  // their gradients
 };
 
 MMK_KERNEL(void, deformable_attention_forward, const DeformableParams&);

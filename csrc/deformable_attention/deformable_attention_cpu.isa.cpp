@@ -21,6 +21,7 @@ namespace {
 constexpr int kColumnVectors = 8;  // of a row's features at a time, in registers
 
 constexpr int64_t kQueriesAhead = 6;  // whose inputs and outputs are on their way
+constexpr int64_t kRowsAhead = 24;    // of a map that is packed
 
 // Whether rows next to each other are worth a copy: on average, a pixel is read this often.
 bool worth_packing(const DeformableParams& p) { return p.queries * p.points >= p.rows; }
@@ -153,6 +154,7 @@ class Worker {
         with_element_type(p_.dtype, source.value, [&](const auto* value) {
           const auto* from = value + b * source.batch_stride + h * source.head_stride;
           for (int64_t r = 0; r < source.rows; ++r) {
+            ask_for_lines<false>(from + min(r + kRowsAhead, source.rows - 1) * source.row_stride, p_.width);
             for (int64_t c = 0; c < p_.width; c += VW) {
               store(to + r * stride + c, load_as_float(from + r * source.row_stride + c, p_.width - c));
             }
@@ -190,6 +192,7 @@ void for_each_part(const DeformableParams& p, int64_t parts, Function f) {
       const int64_t head = task / parts, begin = min(task % parts * length, p.queries);
       f(*made[worker], Part{head / p.heads, head % p.heads, begin, min(begin + length, p.queries)}, task);
     }
+    stream_fence();
   });
 }
 
@@ -197,7 +200,7 @@ void for_each_part(const DeformableParams& p, int64_t parts, Function f) {
 // and outputs of a head are far apart, and so are, unless they are packed, the rows of its maps and of their gradient.
 template <int kCorners, class R, class Function>
 void for_each_query(const DeformableParams& p, Worker& w, const Part& part, const Maps<R>& maps, float* grad_rows,
-                    int64_t grad_stride, Function f) {
+                    Function f) {
   if (part.begin >= part.end) return;
   int64_t count = w.samples[part.begin % 2].place(part.b, part.begin, part.h);
   for (int64_t q = part.begin; q < part.end; ++q) {
@@ -211,7 +214,7 @@ void for_each_query(const DeformableParams& p, Worker& w, const Part& part, cons
           for (int k = 0; k < kCorners; ++k) {
             const int64_t row = next.rows[k][next.indices[j]];
             if (maps.apart) ask_for_lines<false>(maps.rows + row * maps.stride, p.width);
-            if (grad_rows != nullptr) ask_for_lines<true>(grad_rows + row * grad_stride, p.width);
+            if (grad_rows != nullptr) ask_for_lines<true>(grad_rows + row * w.stride, p.width);
           }
         }
       }
@@ -223,30 +226,30 @@ void for_each_query(const DeformableParams& p, Worker& w, const Part& part, cons
 
 template <int kCorners, class R>
 void sum_part(const DeformableParams& p, Worker& w, const Part& part, const Maps<R>& maps) {
-  for_each_query<kCorners>(p, w, part, maps, nullptr, 0, [&](int64_t q, Samples& samples, int64_t count) {
+  for_each_query<kCorners>(p, w, part, maps, nullptr, [&](int64_t q, Samples& samples, int64_t count) {
     for_each_run(p.width, [&](auto vectors, int64_t column) {
       sum_samples<vectors(), kCorners>(maps, samples, count, column, w.row());
     });
-    write_floats(p.dtype, p.out, ((part.b * p.queries + q) * p.heads + part.h) * p.width, p.width, w.row());
+    write_floats(p.dtype, p.out, ((part.b * p.queries + q) * p.heads + part.h) * p.width, p.width, w.row(),
+                 p.stream_out);
   });
 }
 
 // The gradients of a part's locations and weights, and that of the maps added to rows that may be absent.
 template <int kCorners, class R>
-void spread_part(const DeformableParams& p, Worker& w, const Part& part, const Maps<R>& maps, float* grad_rows,
-                 int64_t grad_stride) {
+void spread_part(const DeformableParams& p, Worker& w, const Part& part, const Maps<R>& maps, float* grad_rows) {
   const bool multiply = p.grad_locations != nullptr || p.grad_weights != nullptr;
-  for_each_query<kCorners>(p, w, part, maps, grad_rows, grad_stride, [&](int64_t q, Samples& samples, int64_t count) {
+  for_each_query<kCorners>(p, w, part, maps, grad_rows, [&](int64_t q, Samples& samples, int64_t count) {
     const int64_t at = part.b * p.grad_batch_stride + q * p.grad_query_stride + part.h * p.width;
     read_floats(p.dtype, p.grad_out, at, p.width, w.row());
     for_each_run(p.width, [&](auto vectors, int64_t column) {
-      spread<vectors(), kCorners>(maps, grad_rows, grad_stride, w.row(), samples, count, column, multiply);
+      spread<vectors(), kCorners>(maps, grad_rows, w.stride, w.row(), samples, count, column, multiply);
     });
     if (multiply) samples.write_gradients(part.b, q, part.h);
   });
 }
 
-// f(first, pointer to where row `first` of a head goes, how many rows, stride of these) on the sources' gradients.
+// f(source, where row `first` of a head goes in its gradient, first, last) on the sources whose gradient is needed.
 template <class Function>
 void for_each_gradient(const DeformableParams& p, int64_t b, int64_t h, int64_t begin, int64_t end, Function f) {
   int64_t start = 0;
@@ -254,24 +257,25 @@ void for_each_gradient(const DeformableParams& p, int64_t b, int64_t h, int64_t 
     const DeformableSource& source = p.sources[s];
     const int64_t first = max(begin, start), last = min(end, start + source.rows);
     if (source.grad != nullptr && first < last) {
-      f(source.grad, ((b * source.rows + first - start) * p.heads + h) * p.width, first, last);
+      f(source, ((b * source.rows + first - start) * p.heads + h) * p.width, first, last);
     }
     start += source.rows;
   }
 }
 
-// Rows [begin, end) of a head's gradient: the sum of `parts` of them, each `size` floats after the other.
-void write_gradient(const DeformableParams& p, int64_t b, int64_t h, int64_t begin, int64_t end, const float* rows,
+// Rows [begin, end) of a head's gradient: the sum of `parts` of them, each `size` floats after the other, which ends in
+// the first.
+void write_gradient(const DeformableParams& p, int64_t b, int64_t h, int64_t begin, int64_t end, float* rows,
                     int64_t stride, int64_t parts, int64_t size) {
-  for_each_gradient(p, b, h, begin, end, [&](void* grad, int64_t at, int64_t first, int64_t last) {
-    with_element_type(p.dtype, grad, [&](auto* to) {
+  for_each_gradient(p, b, h, begin, end, [&](const DeformableSource& source, int64_t at, int64_t first, int64_t last) {
+    with_element_type(p.dtype, source.grad, [&](auto* to) {
       to += at;
       for (int64_t r = first; r < last; ++r, to += p.heads * p.width) {
-        for (int64_t c = 0; c < p.width; c += VW) {
-          vf total = load(rows + r * stride + c);
-          for (int64_t part = 1; part < parts; ++part) total = total + load(rows + part * size + r * stride + c);
-          store_from_float(to + c, total, p.width - c);
+        float* row = rows + r * stride;
+        for (int64_t part = 1; part < parts; ++part) {
+          for (int64_t c = 0; c < p.width; c += VW) store(row + c, load(row + c) + load(row + part * size + c));
         }
+        write_row(to, p.width, row, source.stream);
       }
     });
   });
@@ -284,41 +288,21 @@ int64_t gradient_parts(const DeformableParams& p) {
   return max(1, min(min(wanted, p.queries), spread_rows / max(p.rows, 1)));
 }
 
-void zero_gradients(const DeformableParams& p) {
-  for (int64_t s = 0; s < p.source_count; ++s) {
-    const DeformableSource& source = p.sources[s];
-    if (source.grad == nullptr) continue;
-    const int64_t bytes = p.batch * source.rows * p.heads * p.width * element_size(p.dtype), piece = int64_t{1} << 18;
-    for_each_claim(p.workers, ceil_div(bytes, piece), 1, [&](int, int64_t first, int64_t last) {
-      const int64_t begin = first * piece, end = min(last * piece, bytes);
-      std::memset(static_cast<char*>(source.grad) + begin, 0, static_cast<size_t>(end - begin));
-    });
-  }
-}
-
 template <int kCorners>
 void backward(const DeformableParams& p) {
   const int64_t parts = gradient_parts(p), stride = round_up(p.width, VW), size = p.rows * stride;
-  const auto spread_to = [&](Worker& w, const Part& part, float* rows, int64_t row_stride) {
-    w.with_maps(part.b, part.h, [&](const auto& maps) { spread_part<kCorners>(p, w, part, maps, rows, row_stride); });
+  const auto spread_to = [&](Worker& w, const Part& part, float* rows) {
+    w.with_maps(part.b, part.h, [&](const auto& maps) { spread_part<kCorners>(p, w, part, maps, rows); });
   };
   if (!p.needs_values) {
-    for_each_part(p, parts, [&](Worker& w, const Part& part, int64_t) { spread_to(w, part, nullptr, 0); });
-    return;
-  }
-  if (!worth_packing(p) && parts == 1 && p.source_count == 1 && p.width % VW == 0 && p.dtype == Dtype::f32) {
-    zero_gradients(p);
-    for_each_part(p, 1, [&](Worker& w, const Part& part, int64_t) {
-      float* head = static_cast<float*>(p.sources[0].grad) + (part.b * p.rows * p.heads + part.h) * p.width;
-      spread_to(w, part, head, p.heads * p.width);
-    });
+    for_each_part(p, parts, [&](Worker& w, const Part& part, int64_t) { spread_to(w, part, nullptr); });
     return;
   }
   if (parts == 1) {
     for_each_part(p, 1, [&](Worker& w, const Part& part, int64_t) {
       float* rows = w.gradient_rows();
       std::memset(rows, 0, sizeof(float) * static_cast<size_t>(size));
-      spread_to(w, part, rows, stride);
+      spread_to(w, part, rows);
       write_gradient(p, part.b, part.h, 0, p.rows, rows, stride, 1, 0);
     });
     return;
@@ -327,16 +311,17 @@ void backward(const DeformableParams& p) {
   for_each_part(p, parts, [&](Worker& w, const Part& part, int64_t task) {
     float* rows = memory.data() + task * size;
     std::memset(rows, 0, sizeof(float) * static_cast<size_t>(size));
-    spread_to(w, part, rows, stride);
+    spread_to(w, part, rows);
   });
   constexpr int64_t kRows = 256;
   const int64_t pieces = ceil_div(p.rows, kRows);
   for_each_claim(p.workers, p.batch * p.heads * pieces, 1, [&](int, int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t head = task / pieces, begin = task % pieces * kRows;
-      const float* rows = memory.data() + head * parts * size;
+      float* rows = memory.data() + head * parts * size;
       write_gradient(p, head / p.heads, head % p.heads, begin, min(begin + kRows, p.rows), rows, stride, parts, size);
     }
+    stream_fence();
   });
 }
 

@@ -15,10 +15,19 @@ inline void read_floats(Dtype dtype, const void* data, int64_t offset, int64_t n
     for (int64_t i = 0; i < n; i += VW) store(to + i, load_as_float(from + offset + i, n - i));
   });
 }
-inline void write_floats(Dtype dtype, void* data, int64_t offset, int64_t n, const float* from) {
-  with_element_type(dtype, data, [&](auto* to) {
-    for (int64_t i = 0; i < n; i += VW) store_from_float(to + offset + i, load(from + i), n - i);
-  });
+// Streamed past the caches where that is asked for and these are whole aligned vectors of float32.
+template <class T>
+MMK_INLINE void write_row(T* to, int64_t n, const float* from, bool streamed) {
+  if constexpr (kStreams && std::is_same_v<T, float>) {
+    if (streamed && n % VW == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(vf) == 0) {
+      for (int64_t i = 0; i < n; i += VW) stream(to + i, load(from + i));
+      return;
+    }
+  }
+  for (int64_t i = 0; i < n; i += VW) store_from_float(to + i, load(from + i), n - i);
+}
+inline void write_floats(Dtype dtype, void* data, int64_t offset, int64_t n, const float* from, bool streamed) {
+  with_element_type(dtype, data, [&](auto* to) { write_row(to + offset, n, from, streamed); });
 }
 
 // Asks for the lines of n elements, to be written or to be read.
@@ -138,13 +147,14 @@ class Samples {
       store(down_ + i, of_y);
     }
     const int64_t at = ((b * p_.queries + q) * p_.heads + h) * p_.points;
-    if (p_.grad_weights != nullptr) write_floats(p_.weights.dtype, p_.grad_weights, at, p_.points, weight_);
+    if (p_.grad_weights != nullptr)
+      write_floats(p_.weights.dtype, p_.grad_weights, at, p_.points, weight_, p_.stream_samples);
     if (p_.grad_locations == nullptr) return;
     for (int64_t i = 0; i < padded; ++i) {
       place_[2 * i] = across_[i];
       place_[2 * i + 1] = down_[i];
     }
-    write_floats(p_.locations.dtype, p_.grad_locations, 2 * at, 2 * p_.points, place_);
+    write_floats(p_.locations.dtype, p_.grad_locations, 2 * at, 2 * p_.points, place_, p_.stream_samples);
   }
 
  private:
