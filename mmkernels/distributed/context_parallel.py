@@ -234,8 +234,8 @@ class _ContextParallelAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         count = len(plan.query_segments)
-        mask, sinks, *inputs = ctx.saved_tensors[: -2 * count]
-        results = ctx.saved_tensors[-2 * count :]
+        mask, sinks, *saved = ctx.saved_tensors  # asked for once: with activation checkpointing there is no second time
+        inputs, results = saved[: -2 * count], saved[-2 * count :]
         queries, own = _divided(plan, inputs)
         of_mask, of_sinks, *wanted = ctx.needs_input_grad[1:]
         of_queries, of_parts = any(wanted[:count]), any(wanted[count:])
