@@ -134,8 +134,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class GroundingDino:
-    """Grounding DINO, Swin-T (Liu et al., 2023, arXiv:2303.05499), images of 800 × 1333, 256 words: a batch of 64, or an
-    image on each GPU; images are all that is spread."""
+    """Grounding DINO, Swin-T (Liu et al., 2023, arXiv:2303.05499), images of 800 × 1333, 256 words: a batch of 64, or
+    an image on each GPU; images are all that is spread."""
 
     name = "Grounding DINO, Swin-T"
     parameters = 172e6
@@ -162,8 +162,8 @@ class GroundingDino:
 
 @dataclass(frozen=True)
 class StableDiffusion3:
-    """Stable Diffusion 3, 8 billion parameters (Esser et al., 2024, arXiv:2403.03206): 38 blocks of 38 heads of 64, 4096
-    tokens of a 1024 × 1024 image and 154 of text, spread over groups of 8 GPUs that have 8 images each."""
+    """Stable Diffusion 3, 8 billion parameters (Esser et al., 2024, arXiv:2403.03206): 38 blocks of 38 heads of 64,
+    4096 tokens of a 1024 × 1024 image and 154 of text, spread over groups of 8 GPUs that have 8 images each."""
 
     name = "Stable Diffusion 3, 8B"
     parameters = 8e9

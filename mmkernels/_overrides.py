@@ -40,8 +40,8 @@ def _spliced(values: Sequence[Any]) -> Sequence[Any]:
 def is_overridden(*values: Any) -> bool:
     """Whether one of the values, lists of them included, has a ``__torch_function__`` or is a DTensor, or a mode
     listens."""
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling():  # which takes classes with a ``__torch_function__`` apart by itself
+        return "torch.distributed.tensor" in sys.modules and is_spread(*tree_leaves(values))
     flat = _spliced(values)
     return has_torch_function(flat) or is_spread(*flat)
 
@@ -59,6 +59,8 @@ def _parameters(function: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
 
 def overridden_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     """The result of ``__torch_function__``, or of the sharding rules, for the call with these arguments by name."""
+    if torch.compiler.is_compiling():
+        return _sharded_call(function, given)
     args, options = [], {}
     for parameter in _parameters(function):
         value = given[parameter.name]
@@ -68,10 +70,16 @@ def overridden_call(function: Callable[..., Any], given: Mapping[str, Any]) -> A
             options[parameter.name] = value
     flat = _spliced((*args, *options.values()))
     if not has_torch_function(flat):
-        from mmkernels.distributed.sharded_call import sharded_call  # which few programs need
-
-        return sharded_call(function, {p.name: given[p.name] for p in _parameters(function)})
+        return _sharded_call(function, given)
     return handle_torch_function(function, flat, *args, **options)
+
+
+def _sharded_call(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    from mmkernels.distributed.sharded_call import sharded_call  # which few programs need
+
+    code = function.__code__
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return sharded_call(function, {name: given[name] for name in names})
 
 
 def leaf_of_traces(forward: _Forward) -> _Forward:

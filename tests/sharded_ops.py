@@ -89,11 +89,16 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
     return largest
 
 
-def errors(name: str, mesh: DeviceMesh) -> dict[str, float]:
-    """Of each way to place the tensors."""
+def prepared_in_float64(name: str) -> Inputs:
     inputs = prepared(name, torch.float64)
     if "lses" in inputs:
         inputs["lses"] = [x.double() for x in inputs["lses"]]
+    return inputs
+
+
+def errors(name: str, mesh: DeviceMesh) -> dict[str, float]:
+    """Of each way to place the tensors."""
+    inputs = prepared_in_float64(name)
     plain = of_tensors(inputs, lambda x: x.detach().requires_grad_(x.is_floating_point()))
     function = function_of(name)
     expected = results(function, plain)

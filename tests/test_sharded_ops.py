@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import needs_gloo, results_of_ranks
+from sharded_compiled import COMPILED
 from sharded_ops import SHAPES
 from test_layouts import OPS
 
@@ -32,6 +34,12 @@ def test_any_placement_gives_the_outputs_and_gradients_of_the_whole(
         errors = world["errors"][name]
         assert len(errors) > 1
         assert max(errors.values()) < 1e-9, errors
+
+
+def test_compiled_calls_give_the_outputs_and_gradients_of_the_whole(tmp_path: Path) -> None:
+    for world in results_of_ranks("sharded_compiled.py", 2, tmp_path):
+        assert set(world) == {*COMPILED, "module"}
+        assert max(world.values()) < 1e-9, world
 
 
 def test_what_is_placed_well_stays_there(worlds: dict[int, list[dict[str, Any]]]) -> None:

@@ -28,6 +28,7 @@ from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
 
 
+@torch.compiler.disable  # ranks tell one another of the call before it is clear what there is to compute
 def contrastive_loss(
     x: Tensor,  # [n, D], this rank's
     y: Tensor,  # [n, D]
@@ -51,6 +52,7 @@ def contrastive_loss(
     return batch.sum(part)
 
 
+@torch.compiler.disable
 def sigmoid_contrastive_loss(
     x: Tensor,  # [n, D], this rank's
     y: Tensor,  # [n, D]

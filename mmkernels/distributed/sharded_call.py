@@ -141,7 +141,7 @@ def _chosen(
                 )
                 if dim in FEATURES:  # the sums that are still to be taken
                     names = [other for name in rule.outputs[0].split() for other in _expanded(name, sizes)]
-                    costs[dim] += math.prod(sizes[name] for name in names)
+                    costs[dim] += math.prod([sizes[name] for name in names])
         chosen.append(min(costs, key=costs.__getitem__))
     return chosen
 

@@ -26,6 +26,7 @@ Kind = Literal["forward_kl", "reverse_kl", "jsd"]
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
 _NAME = "distillation_loss"
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 def distillation_loss(
@@ -105,8 +106,7 @@ def distillation_loss(
     heads = None if linear is None else linear_loss.heads_in(_NAME, linear, 2, "each of student and teacher")
     if wide := checks.autocast_is_on(student.device):
         if heads is None:
-            halves = (torch.bfloat16, torch.float16)
-            student, teacher = (x.float() if x.dtype in halves else x for x in (student, teacher))
+            student, teacher = (x.float() if x.dtype in _HALVES else x for x in (student, teacher))
         else:
             student, teacher, heads = fusion.autocast(student.device, student, teacher, heads)
     _check_logits(student, teacher, heads)
