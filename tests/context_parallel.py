@@ -37,7 +37,9 @@ class Case:
     frozen: str = ""  # "query" or "key": what needs no gradient
     window: tuple[int, int] | None = None
     mask: str = ""  # "bool", "float" or, of keys alone, "keys"
+    bias: bool = False
     sinks: bool = False
+    alignment: str = "top_left"
 
     def tensors(self, dtype: torch.dtype | None = None) -> list[list[Tensor]]:
         """Queries, keys, values, gradients of outputs and of LSEs, whole."""
@@ -57,7 +59,7 @@ class Case:
     @property
     def is_alone(self) -> bool:
         """Whether it is `cross_attention`'s, of one stream."""
-        return bool(self.is_causal or self.window or self.mask or self.sinks)
+        return bool(self.is_causal or self.window or self.mask or self.bias or self.sinks)
 
     def mask_and_sinks(self, rows: Tensor | slice, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
         generator = torch.Generator().manual_seed(6)
@@ -68,7 +70,8 @@ class Case:
         added = torch.randn(1, self.heads[0], self.queries[0], keys, generator=generator).to(wide)
         masks = {"": None, "bool": allowed[:, :, rows], "keys": allowed[:, :, :1], "float": added[:, :, rows]}
         sinks = torch.randn(self.heads[0], generator=generator).to(wide) if self.sinks else None
-        found = {"attn_mask": masks[self.mask], "sinks": sinks}
+        bias = torch.randn(2, 1, self.queries[0], keys, generator=generator).to(wide)[:, :, rows] if self.bias else None
+        found = {"attn_mask": masks[self.mask], "attn_bias": bias, "sinks": sinks}
         return {k: x.clone().requires_grad_(x.is_floating_point()) if x is not None else None for k, x in found.items()}
 
     def key_lengths(self) -> list[Tensor | None] | None:
@@ -101,7 +104,12 @@ class Case:
         if self.is_alone:
             (query,), (key,), (value,) = leaves
             masks = self.mask_and_sinks(slice(None), dtype)
-            options |= {"is_causal": self.is_causal, "window": self.window, "key_lengths": lengths and lengths[0]}
+            options |= {
+                "causal_alignment": self.alignment,
+                "is_causal": self.is_causal,
+                "window": self.window,
+                "key_lengths": lengths and lengths[0],
+            }
             outs, lses = ([x] for x in mmk.cross_attention(query, key, value, **masks, **options))
             leaves.append(list(masks.values()))
         else:
@@ -113,7 +121,7 @@ class Case:
         of_queries = [self.positions(n, rank, ranks, mesh) for n in self.queries]
         of_keys = [self.positions(n, rank, ranks, mesh) for n in self.keys]
         queries, keys = of_queries * (self.frozen != "query"), of_keys * (self.frozen != "key")
-        masks = of_queries * (self.mask == "float") + [None] * self.sinks
+        masks = of_queries * (self.mask == "float") + of_queries * self.bias + [None] * self.sinks
         return [of_queries, of_keys, [*of_queries, *of_queries, *queries, *keys, *keys, *masks]]
 
     def spread(self, rank: int, ranks: int, mesh: Any) -> list[Tensor]:
@@ -132,6 +140,7 @@ class Case:
             mesh,
             key_lengths=lengths and lengths[0] if single else lengths,
             is_causal=self.is_causal,
+            causal_alignment=self.alignment,
             window=self.window,
             **masks,
             order=self.order,
@@ -180,6 +189,12 @@ CASES = {
     "ring, mask of keys, zig-zag": Case(mask="keys", order="zigzag"),
     "ring, mask that is added, zig-zag, bfloat16": Case(mask="float", order="zigzag", dtype=torch.bfloat16),
     "gathered, mask that is added, frozen inputs": Case(mask="float", method="gather", frozen="query"),
+    "ring, mask and bias": Case(mask="bool", bias=True),
+    "ring, bias, zig-zag, grouped heads": Case(bias=True, order="zigzag", heads=(4, 2)),
+    "gathered, mask that is added and bias, sinks": Case(mask="float", bias=True, sinks=True, method="gather"),
+    "ring, causal to the bottom right, zig-zag": Case(is_causal=True, order="zigzag", alignment="bottom_right"),
+    "ring, causal to the bottom right, fewer keys": Case((34,), (21,), is_causal=True, alignment="bottom_right"),
+    "gathered, window to the bottom right": Case(window=(4, 2), alignment="bottom_right", method="gather"),
     "ring, sinks": Case(sinks=True),
     "ring, sinks, no key is valid for one example": Case(sinks=True, lengths=((34, 0),)),
     "ring, causal, zig-zag, with all of it": Case(
@@ -245,6 +260,19 @@ def messages(rank: int, ranks: int, mesh: Any) -> dict[str, str]:
         "causal": lambda: context_parallel_attention([x], [x], [x], mesh, is_causal=True),
         "window": lambda: context_parallel_attention(x, x, x, mesh, window=(int(odd), 2)),
         "mask": lambda: context_parallel_attention(x, x, x, mesh, attn_mask=torch.ones(6, 6 * ranks - 2 * odd) > 0),
+        "alignment": lambda: context_parallel_attention(
+            x, x, x, mesh, is_causal=True, causal_alignment="bottom_right" if odd else "top_left"
+        ),
+        "lengths to the bottom right": lambda: context_parallel_attention(
+            x, x, x, mesh, key_lengths=torch.tensor([6]), is_causal=True, causal_alignment="bottom_right"
+        ),
+        "bias": lambda: context_parallel_attention(
+            x, x, x, mesh, attn_mask=torch.ones(6, 6 * ranks) > 0, attn_bias=torch.ones(6, 5)
+        ),
+        "streams to the bottom right": lambda: context_parallel_attention(
+            [x], [x], [x], mesh, causal_alignment="bottom_right"
+        ),
+        "bias of streams": lambda: context_parallel_attention([x], [x], [x], mesh, attn_bias=torch.ones(6, 6)),
         "sinks": lambda: context_parallel_attention([x], [x], [x], mesh, sinks=torch.zeros(2)),
     }
     found = {}

@@ -73,6 +73,17 @@ def test_ranks_that_do_not_agree_are_all_told(ranks: int, worlds: dict[int, list
             f"{op}attn_mask: expected {6 * ranks} in its last dim, the keys of all ranks, or 1"
         )
         assert said["sinks"].startswith(f"{op}sinks: expected None for several streams")
+        assert said["alignment"].startswith(
+            f"{op}group: expected ranks that agree on their causal_alignment; got [1, 0"
+        )
+        assert said["lengths to the bottom right"].startswith(
+            f"{op}causal_alignment: expected 'top_left' with key_lengths"
+        )
+        assert said["streams to the bottom right"].startswith(
+            f"{op}causal_alignment: expected 'top_left' for several streams"
+        )
+        assert said["bias"].startswith(f"{op}attn_bias: expected {6 * ranks} in its last dim, as in attn_mask")
+        assert said["bias of streams"].startswith(f"{op}attn_bias: expected None for several streams")
         assert said["causal"].startswith(f"{op}is_causal: expected False for several streams")
 
 
@@ -82,3 +93,10 @@ def test_what_is_no_mesh_is_refused() -> None:
         context_parallel_attention(x, x, x, "gloo")
     with pytest.raises(TypeError, match="shard_positions: mesh: expected a DeviceMesh or a ProcessGroup"):
         shard_positions(6, None)
+
+
+@pytest.mark.parametrize("argument", ["dropout_p", "stream_bias"])
+def test_what_is_not_offered_is_named(argument: str) -> None:
+    x = torch.randn(1, 2, 6, 8)
+    with pytest.raises(TypeError, match=rf"context_parallel_attention\(\) .* '{argument}'"):
+        context_parallel_attention(x, x, x, None, **{argument: 0.5})

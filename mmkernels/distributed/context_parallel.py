@@ -36,9 +36,11 @@ def context_parallel_attention(
     mesh: Any,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     order: Order = "contiguous",
     softcap: float = 0.0,
@@ -57,9 +59,11 @@ def context_parallel_attention(
     mesh: Any,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
     is_causal: bool = False,
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     order: Order = "contiguous",
     softcap: float = 0.0,
@@ -95,9 +99,11 @@ def context_parallel_attention(
     mesh: Any,
     *,
     attn_mask: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     sinks: Tensor | None = None,
     key_lengths: Any = None,
     is_causal: bool = False,
+    causal_alignment: attention.CausalAlignment = "top_left",
     window: tuple[int, int] | None = None,
     order: Order = "contiguous",
     softcap: float = 0.0,
@@ -121,13 +127,16 @@ def context_parallel_attention(
         mesh: a DeviceMesh of one dim, or a process group.
         attn_mask: 2-D to 4-D, broadcastable to (B, Hq, Lq_r, Lk): of this rank's queries, over the keys of all ranks in
             the order of the whole sequence. bool: True = attend. Float: added to the scores. One stream alone.
+        attn_bias: as attn_mask, float; added to the scores beside it.
         sinks: (Hq,), the same on every rank: a logit per query head that joins the softmax's denominator and attends to
             nothing. One stream alone.
         key_lengths: (B,) int32 or int64, the same on every rank: keys at and beyond that position of the whole sequence
             are padding. For streams a list of such and None.
-        is_causal: the query at position i of its sequence attends to the keys at positions 0 … i. One stream alone.
-        window: (left, right): that query attends to the keys from ``left`` before to ``right`` after its position; −1 =
-            unbounded on that side. Parts out of its reach are not computed with. One stream alone.
+        is_causal: a query attends to no key after its diagonal position. One stream alone.
+        causal_alignment: "top_left": the query at position i of its sequence has the diagonal position i.
+            "bottom_right": the last query of the sequence has that of the last key; without ``key_lengths``.
+        window: (left, right): a query attends to keys from ``left`` before to ``right`` after its diagonal position;
+            −1 = unbounded on that side. Parts out of its reach are not computed with. One stream alone.
         order: which positions a rank holds. "contiguous": the ranks' tokens one after another. "zigzag": as
             `shard_positions` gives them, with which all ranks have the same work under a causal mask.
         softcap: bounds the scores to ±softcap; 0 = off.
@@ -169,24 +178,44 @@ def context_parallel_attention(
         queries, keys, values, *_ = checked_streams(OP, query, key, value, None, None, enable_gqa)
         if is_causal:
             raise checks.value_error(OP, "is_causal", "False for several streams", is_causal)
-        for argument, given in (("window", window), ("attn_mask", attn_mask), ("sinks", sinks)):
+        alone = {"window": window, "attn_mask": attn_mask, "attn_bias": attn_bias, "sinks": sinks}
+        for argument, given in alone.items():
             if given is not None:
                 raise checks.value_error(OP, argument, "None for several streams", type(given).__name__)
     left, right = (-1, -1) if window is None else attention.check_window(OP, window)
     softcap = attention.check_softcap(OP, softcap)
     scale = attention.scale_of(None if scale is None else checks.check_number(OP, "scale", scale), queries[0].shape[3])
-    if attn_mask is not None:
-        checks.check_tensor(OP, "attn_mask", attn_mask)
-        attn_mask = check_mask(OP, "attn_mask", attn_mask, queries[0], attn_mask.shape[-1] if attn_mask.dim() else 1)
+    bottom_right = attention.is_bottom_right(OP, causal_alignment)
+    if bottom_right and not single:
+        raise checks.value_error(OP, "causal_alignment", "'top_left' for several streams", repr(causal_alignment))
+    if bottom_right and key_lengths is not None:
+        raise checks.value_error(OP, "causal_alignment", "'top_left' with key_lengths", repr(causal_alignment))
+    attn_mask = _one_mask(queries[0], attn_mask, attn_bias)
     if sinks is not None:
         sinks = attention.check_sinks(OP, sinks, queries[0], queries[0].shape[1])
-    options = Options((left, 0 if is_causal else right), order, softcap, scale, method)
+    options = Options((left, 0 if is_causal else right), bottom_right, order, softcap, scale, method)
     plan = agreed(group, queries, keys, values, key_lengths, attn_mask, sinks, options)
     results = _ContextParallelAttention.apply(plan, attn_mask, sinks, *queries, *keys, *values)
     outs, lses = list(results[: len(queries)]), list(results[len(queries) :])
     if single:
         return (outs[0], lses[0]) if return_lse else outs[0]
     return (outs, lses) if return_lse else outs
+
+
+def _one_mask(query: Tensor, attn_mask: Tensor | None, attn_bias: Tensor | None) -> Tensor | None:
+    """What is added to the scores, or a bool mask alone."""
+    masks = []
+    for argument, mask in (("attn_mask", attn_mask), ("attn_bias", attn_bias)):
+        if mask is not None:
+            checks.check_tensor(OP, argument, mask)
+            masks.append(check_mask(OP, argument, mask, query, mask.shape[-1] if mask.dim() else 1))
+    if len(masks) < 2:
+        return masks[0] if masks else None
+    mask, bias = masks
+    widths = mask.shape[-1], bias.shape[-1]
+    if 1 not in widths and widths[0] != widths[1]:
+        raise checks.value_error(OP, "attn_bias", f"{widths[0]} in its last dim, as in attn_mask, or 1", widths[1])
+    return torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else mask + bias
 
 
 class _Joined:

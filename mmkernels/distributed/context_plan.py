@@ -31,6 +31,7 @@ class Options:
     """What a call asks for beside its tensors; the same on every rank."""
 
     window: tuple[int, int]  # −1 = unbounded; causal is right = 0
+    bottom_right: bool
     order: Order
     softcap: float
     scale: float
@@ -41,6 +42,7 @@ class Options:
         return [
             ("window's left side", self.window[0]),
             ("window's right side, 0 where is_causal", self.window[1]),
+            ("causal_alignment", self.bottom_right),
             ("order", self.order == "zigzag"),
             ("softcap, by its bits", softcap),
             ("scale, by its bits", scale),
@@ -80,6 +82,17 @@ class Plan:
     def by_position(self) -> bool:
         """Whether it matters which query is where, so that one segment at a time is computed with."""
         return self.is_masked or self.options.window != (-1, -1)
+
+    @property
+    def shift(self) -> int:
+        """From a query's position to its diagonal position."""
+        if not self.options.bottom_right:
+            return 0
+        queries, keys = (
+            sum(count for held in segments[0] for _, count in held)
+            for segments in (self.query_segments, self.key_segments)
+        )
+        return keys - queries
 
     def key_counts(self, source: int) -> list[int]:
         """Of each stream, on a rank."""
@@ -123,7 +136,7 @@ class Plan:
     def _call(self, query_first: int, rows: int, key_first: int, columns: int) -> Call | None:
         """The call of a segment of queries and one of keys, by indices in them, without what is beyond the window."""
         left, right = self.options.window
-        ahead = query_first - key_first  # the diagonal key of row 0
+        ahead = query_first + self.shift - key_first  # the diagonal key of row 0
         first, last = 0, rows
         if right >= 0:
             first = max(-ahead - right, 0)
