@@ -85,11 +85,11 @@ def features(ranks: int) -> list[Tensor]:
     return [nn.functional.normalize(torch.randn(ROWS // ranks, FEATURES)).requires_grad_() for _ in range(2)]
 
 
-def attention(ranks: int, method: str, again: bool = False) -> Tensor:
+def attention(ranks: int, method: str, again: bool = False, **options: Any) -> Tensor:
     query, key, value = (torch.randn(1, HEADS, TOKENS // ranks, WIDTH, requires_grad=True) for _ in range(3))
 
     def call(*inputs: Tensor) -> Tensor:
-        return context_parallel_attention(*inputs, dist.group.WORLD, method=method)
+        return context_parallel_attention(*inputs, dist.group.WORLD, method=method, **options)
 
     return checkpoint(call, query, key, value, use_reentrant=False) if again else call(query, key, value)
 
@@ -132,6 +132,8 @@ def ways(ranks: int) -> dict[str, Callable[[], Tensor]]:
         "sigmoid_ring": lambda: sigmoid_loss(ranks),
         "context_ring": lambda: attention(ranks, "ring").sum(),
         "context_ring, twice": lambda: attention(ranks, "ring", again=True).sum(),
+        "window": lambda: attention(ranks, "ring", window=(4, 0)).sum(),
+        "causal": lambda: attention(ranks, "ring", is_causal=True).sum(),
         "context_gather": lambda: attention(ranks, "gather").sum(),
         "row_parallel": lambda: row_parallel(ranks),
     }

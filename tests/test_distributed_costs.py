@@ -64,6 +64,19 @@ def test_bytes_that_are_sent_are_those_of_the_formula(
 
 @needs_gloo
 @pytest.mark.parametrize("ranks", RANKS)
+def test_parts_go_no_further_than_a_rank_that_computes_with_them(
+    ranks: int, worlds: dict[int, list[dict[str, Any]]]
+) -> None:
+    part = 2 * toys.HEADS * toys.TOKENS * toys.WIDTH / ranks * 4
+    reaches = {"window": [1] * (ranks - 1) + [0], "causal": list(range(ranks - 1, -1, -1))}
+    for name, steps in reaches.items():
+        # A part travels forward and backward; the sum of its gradients goes as far, and home.
+        sent = sum(part * (3 * reach + (reach > 0)) for reach in steps)
+        assert sum(world["sent"][name] for world in worlds[ranks]) == sent
+
+
+@needs_gloo
+@pytest.mark.parametrize("ranks", RANKS)
 def test_bytes_that_are_held_are_those_of_the_formula(ranks: int, worlds: dict[int, list[dict[str, Any]]]) -> None:
     elements = 16 * toys.HEADS * toys.TOKENS * toys.WIDTH
     ring = costs.context_memory(2 * elements, elements, ranks, 4)

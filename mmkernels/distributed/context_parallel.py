@@ -136,7 +136,7 @@ def context_parallel_attention(
         causal_alignment: "top_left": the query at position i of its sequence has the diagonal position i.
             "bottom_right": the last query of the sequence has that of the last key; without ``key_lengths``.
         window: (left, right): a query attends to keys from ``left`` before to ``right`` after its diagonal position;
-            −1 = unbounded on that side. Parts out of its reach are not computed with. One stream alone.
+            −1 = unbounded on that side. Parts out of its reach are neither computed with nor sent. One stream alone.
         order: which positions a rank holds. "contiguous": the ranks' tokens one after another. "zigzag": as
             `shard_positions` gives them, with which all ranks have the same work under a causal mask.
         softcap: bounds the scores to ±softcap; 0 = off.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ class Plan:
         """Whether it matters which query is where, so that one segment at a time is computed with."""
         return self.is_masked or self.options.window != (-1, -1)
 
-    @property
+    @functools.cached_property
     def shift(self) -> int:
         """From a query's position to its diagonal position."""
         if not self.options.bottom_right:
@@ -103,7 +105,7 @@ class Plan:
         ranks = range(dist.get_world_size(self.group))
         sizes = [batch * heads * (features + width) * sum(self.key_counts(source)) for source in ranks]
         if self.by_ring and len(sizes) > 1:
-            return Ring(OP, self.group, sizes)
+            return Ring(OP, self.group, sizes, self.reaches)
         together = 1 if self.by_position else max(_STREAMS_TOGETHER // len(self.key_segments), 1)
         return AllAtOnce(OP, self.group, sizes, together)
 
@@ -116,6 +118,8 @@ class Plan:
 
     def calls(self, sources: Sequence[int]) -> Iterator[Call]:
         """The calls of attention over the parts of some ranks."""
+        if not sources:
+            return
         everything = slice(None)
         if not self.by_position:
             yield Call(everything, everything, (-1, -1), self._lengths_in(sources), everything)
@@ -133,8 +137,28 @@ class Plan:
                 column += columns
             row += rows
 
-    def _call(self, query_first: int, rows: int, key_first: int, columns: int) -> Call | None:
-        """The call of a segment of queries and one of keys, by indices in them, without what is beyond the window."""
+    @functools.cached_property
+    def reaches(self) -> list[int] | None:
+        """For each part how many ranks on the last one is that computes with it; None where all do."""
+        if self.options.window == (-1, -1):
+            return None
+        (of_queries,), (of_keys,) = self.query_segments, self.key_segments
+        ranks = len(of_keys)
+
+        def meet(rank: int, source: int) -> bool:
+            pairs = itertools.product(of_queries[rank], of_keys[source])
+            return any(self._within(*queries, *keys) is not None for queries, keys in pairs)
+
+        return [
+            next((step for step in range(ranks - 1, 0, -1) if meet((source + step) % ranks, source)), 0)
+            for source in range(ranks)
+        ]
+
+    def _within(
+        self, query_first: int, rows: int, key_first: int, columns: int
+    ) -> tuple[slice, slice, tuple[int, int]] | None:
+        """Of a segment of queries and one of keys those that are not beyond the window, by indices in them, and the
+        window of these."""
         left, right = self.options.window
         ahead = query_first + self.shift - key_first  # the diagonal key of row 0
         first, last = 0, rows
@@ -152,9 +176,17 @@ class Plan:
             -1 if left < 0 or before >= last - first - 1 else before,
             -1 if right < 0 or after >= end - begin - 1 else after,
         )
-        positions = slice(key_first + begin, key_first + end)
-        lengths = self._lengths_of([(positions.start, end - begin)], self.key_lengths[0])
-        return Call(slice(first, last), slice(begin, end), window, [lengths], positions)
+        return slice(first, last), slice(begin, end), window
+
+    def _call(self, query_first: int, rows: int, key_first: int, columns: int) -> Call | None:
+        """The call of a segment of queries and one of keys, by indices in them."""
+        within = self._within(query_first, rows, key_first, columns)
+        if within is None:
+            return None
+        of_rows, of_columns, window = within
+        positions = slice(key_first + of_columns.start, key_first + of_columns.stop)
+        lengths = self._lengths_of([(positions.start, positions.stop - positions.start)], self.key_lengths[0])
+        return Call(of_rows, of_columns, window, [lengths], positions)
 
     def _lengths_in(self, sources: Sequence[int]) -> list[Tensor | None]:
         streams = list(zip(self.key_segments, self.key_lengths, strict=True))

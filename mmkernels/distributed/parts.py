@@ -21,65 +21,102 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class _Passing:
-    """A buffer on its way to the next rank, and the one that comes from the rank before."""
+    """Buffers on their way to other ranks, each with its rank, and such that come from others."""
 
-    def __init__(self, op: str, group: Any, buffer: Tensor, size: int) -> None:
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        after, before = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
+    def __init__(
+        self, op: str, group: Any, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]]
+    ) -> None:
         self._op = op
-        self._sent = buffer  # alive until it has left
-        self._received = buffer.new_empty(size)
-        messages = []
-        if buffer.numel():
-            messages.append(dist.P2POp(dist.isend, buffer, after, group))
-        if size:
-            messages.append(dist.P2POp(dist.irecv, self._received, before, group))
+        self._sent = sent  # alive until they have left
+        ways = ((dist.isend, sent), (dist.irecv, received))
+        messages = [
+            dist.P2POp(way, buffer, dist.get_global_rank(group, rank), group)
+            for way, buffers in ways
+            for buffer, rank in buffers
+            if buffer.numel()
+        ]
         with answers_of_ranks(op):
             self._works = dist.batch_isend_irecv(messages) if messages else []
 
-    def wait(self) -> Tensor:
+    def wait(self) -> None:
         with answers_of_ranks(self._op):
             for work in self._works:
                 work.wait()
-        return self._received
 
 
 class Ring:
-    """Parts go from rank to rank; in step s rank r has that of rank r − s.
+    """Parts go from rank to rank; in step s rank r has that of rank r − s, if it goes so far.
 
     Args:
         op: for messages.
         group: of at least two ranks.
         sizes: elements of each rank's part.
+        reaches: for each part the last step in which a rank computes with it; else it goes around.
     """
 
-    def __init__(self, op: str, group: Any, sizes: Sequence[int]) -> None:
+    def __init__(self, op: str, group: Any, sizes: Sequence[int], reaches: Sequence[int] | None = None) -> None:
         self._op, self._group, self._sizes = op, group, sizes
         self._rank, self._ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._following: _Passing | None = None
+        self._reaches = [self._ranks - 1] * self._ranks if reaches is None else reaches
+        self._step = 0
+        self._following: Tensor | None = None  # the sum of the part of the next step
+        self._home: Tensor | None = None
+        self._passing: _Passing | None = None  # of sums
+
+    def _neighbours(self) -> tuple[int, int]:
+        return (self._rank + 1) % self._ranks, (self._rank - 1) % self._ranks
 
     def parts(self, own: Tensor) -> Iterator[dict[int, Tensor]]:
-        """The parts by their ranks, one at a time."""
-        held = own
-        for step in range(self._ranks):
+        """The parts by their ranks, one at a time; none in a step whose part does not come so far."""
+        held: Tensor | None = own
+        after, before = self._neighbours()
+        for step in range(max(self._reaches) + 1):
             source = (self._rank - step) % self._ranks
             coming = None
-            if step + 1 < self._ranks:
-                coming = _Passing(self._op, self._group, held, self._sizes[source - 1])
-            yield {source: held}
-            if coming is not None:
-                held = coming.wait()
+            if step < self._reaches[source - 1]:
+                coming = own.new_empty(self._sizes[source - 1])
+            sent = [(held, after)] if held is not None and step < self._reaches[source] else []
+            received = [] if coming is None else [(coming, before)]
+            passing = _Passing(self._op, self._group, sent, received)
+            self._step = step
+            yield {} if held is None else {source: held}
+            passing.wait()
+            held = coming
 
     def add(self, sums: dict[int, Tensor]) -> None:
-        """What this rank has to add for the owners of the parts that it was just given."""
-        ((source, total),) = sums.items()
-        if self._following is not None:
-            total = self._following.wait().add_(total)
-        self._following = _Passing(self._op, self._group, total, self._sizes[source - 1])
+        """What this rank has to add for the owner of the part that it was just given; every rank in every step.
+
+        A sum follows its part to the last rank that computes with it, and goes home from there.
+        """
+        step, source = self._step, (self._rank - self._step) % self._ranks
+        if self._passing is not None:
+            self._passing.wait()
+        after, before = self._neighbours()
+        sent, received = [], []
+        coming = None
+        for total in sums.values():
+            if self._following is not None:
+                total = self._following.add_(total)
+            if step < self._reaches[source]:
+                sent.append((total, after))
+            elif step > 0:
+                sent.append((total, source))
+            else:
+                self._home = total
+            self._kind = total.new_empty(0)
+        if step < self._reaches[source - 1]:
+            coming = self._kind.new_empty(self._sizes[source - 1])
+            received.append((coming, before))
+        if 0 < step == self._reaches[self._rank]:
+            self._home = self._kind.new_empty(self._sizes[self._rank])
+            received.append((self._home, (self._rank + step) % self._ranks))
+        self._following = coming
+        self._passing = _Passing(self._op, self._group, sent, received)
 
     def own_sum(self) -> Tensor:
-        assert self._following is not None
-        return self._following.wait()
+        assert self._home is not None and self._passing is not None
+        self._passing.wait()
+        return self._home
 
 
 class AllAtOnce:
