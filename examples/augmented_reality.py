@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     rows, models = [], {}
     for kind in ["stereo and image", "mono", "not seeing"]:
-        models[kind] = example.train(kind, partial(Glasses, kind=kind), batch, example.steps(500, quick=250))
+        models[kind] = example.train(kind, partial(Glasses, kind=kind), batch, example.steps(500, quick=150))
         with torch.no_grad():
             score, scenes = models[kind](*test[:2])
         off = (positions()[score.argmax(1)] - test[2]).abs()

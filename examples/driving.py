@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         failed = torch.where(torch.rand(32) < 0.4, torch.randint(3, (32,)), -1)
         return maps, torch.arange(3) != failed[:, None], path
 
-    model = example.train("road", Road, batch, example.steps(900, quick=300), lr=5e-3)
+    model = example.train("road", Road, batch, example.steps(900, quick=180), lr=5e-3)
     maps, path = drive(2000)
     noise = [maps[0], torch.randn_like(maps[1]), maps[2]]
     cases = {"all three": (maps, -1), **{f"no {name}": (maps, i) for i, name in enumerate(SENSORS)}}

@@ -56,7 +56,7 @@ CAPTIONS = {
     "preprocessing": "Accuracy as each step is added to those above it.",
     "metrics": "Left: what each digit is taken for; 8 and 9 were rare in training. Right: F1 with a sense missing.",
     "real_time": "The share of the frames that are answered within so long: the further left a curve, the faster.",
-    "augmented_reality": "Six views: one digit says its name (triangle); the curve is high where the model finds it.",
+    "augmented_reality": "Six views: one digit says its name (triangle); the curve is what the model believes.",
     "driving": "One scene: a car as three sensors see it (the blue square is us), and where it goes relative to us.",
     "customer_service": "Accuracy of what is wanted and of the mood, for requests that are whole, cut off or misspelt.",
     "gates": "Left: accuracy as the image drowns in noise. Right: how far the gates let the image through.",
