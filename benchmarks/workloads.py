@@ -125,8 +125,8 @@ class Reads(Stack):
 
 @dataclass(frozen=True)
 class Joined(Stack):
-    """Two streams attend to all of each other, each with its own weights: SD3's block, and TransFuser's without the
-    modulation."""
+    """Two streams attend to all of each other, each with its own weights: the blocks of SD3 and FLUX, and TransFuser's
+    without the modulation."""
 
     lengths: tuple[int, int]
     width: int
@@ -206,16 +206,58 @@ class Vectors(Stack):
         return F.linear(ops.concat_linear(xs, both, bias, activation="relu"), head)
 
 
+@dataclass(frozen=True)
+class Interacts(Stack):
+    """Products of all pairs of fields, the picture one of them, and the first layer above: DLRM with an image."""
+
+    fields: int  # embeddings looked up
+    dense: int  # numbers that are no category
+    width: int
+    picture: int
+    features: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x({self.fields} fields, {self.dense} numbers, {self.picture}) by {self.width}"
+
+    def inputs(self) -> dict[str, Any]:
+        given = {"found": torch.randn(self.batch, self.fields, self.width)}
+        given |= {"numbers": torch.randn(self.batch, self.dense), "picture": torch.randn(self.batch, self.picture)}
+        given |= {"dense": linear_weight(self.width, self.dense), "see": linear_weight(self.width, self.picture)}
+        joined = (self.fields + 2) * (self.fields + 1) // 2 + self.width + self.picture
+        given |= {"both": linear_weight(self.features, joined), "bias": torch.randn(self.features)}
+        return given | {"head": linear_weight(1, self.features)}
+
+    def run(
+        self,
+        ops: Any,
+        found: Tensor,
+        numbers: Tensor,
+        picture: Tensor,
+        dense: Tensor,
+        see: Tensor,
+        both: Tensor,
+        bias: Tensor,
+        head: Tensor,
+    ) -> Tensor:
+        known, seen = F.linear(numbers, dense).relu(), F.linear(picture, see)
+        fields = torch.cat([known[:, None], seen[:, None], found], 1)
+        row, column = torch.tril_indices(fields.shape[1], fields.shape[1], -1, device=found.device)
+        pairs = (fields @ fields.mT)[:, row, column]
+        return F.linear(ops.concat_linear([pairs, known, picture], both, bias, activation="relu"), head)
+
+
 STACKS = (
     Reads("visual question answering: LXMERT (Tan & Bansal, 2019), words read regions", 32, 20, 36, 768, 768, 12),
     Reads("visual question answering: BLIP-2 (Li et al., 2023), Q-Former reads ViT-g", 4, 32, 257, 768, 1408, 12),
     BothWays("detection: Grounding DINO (Liu et al., 2023), 480 x 640 image", 1, 6380, 64, 256, 1024, 4),
     Joined("generation: Stable Diffusion 3 (Esser et al., 2024), 512 x 512", 1, (1024, 154), 1536, 24, True),
+    Joined("generation: FLUX.1 schnell (Black Forest Labs, 2024), 512 x 512", 1, (1024, 256), 3072, 24, True),
     Joined("driving: TransFuser (Chitta et al., 2022), camera and lidar", 4, (110, 64), 512, 4),
     Vectors("medicine: scan and record (Huang et al., 2020)", 64, "concat", (2048, 128), 512, 2, quick=True),
     Vectors(
         "film and poster genres: gated units (Arevalo et al., 2017)", 64, "gated", (4096, 300), 512, 23, quick=True
     ),
+    Interacts("recommendation: DLRM (Naumov et al., 2019) and the item's picture", 256, 26, 13, 128, 2048, 1024),
     Vectors(
         "recommendation: user and picture by MLB (Kim et al., 2017)",
         256,

@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
         for offset, column, name in ((-0.2, 0, "plainly trained"), (0.2, 1, "adversarially trained")):
             axes.bar([i + offset for i in range(len(cases))], [s[column] for s in scores.values()], 0.4, label=name)
         axes.set_xticks(range(len(cases)), list(scores))
-        axes.set(ylabel="accuracy", ylim=(0, 1.3))
-        axes.legend(ncols=2)
+        axes.set(ylabel="accuracy", ylim=(0, 1), xlabel="attack, and what it changes")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return example.finish()
 
 

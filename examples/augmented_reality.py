@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
     rows, models = [], {}
     for kind in ["stereo and image", "mono", "not seeing"]:
-        models[kind] = example.train(kind, partial(Glasses, kind=kind), batch, example.steps(500, quick=250))
+        models[kind] = example.train(kind, partial(Glasses, kind=kind), batch, example.steps(500, quick=150))
         with torch.no_grad():
             score, scenes = models[kind](*test[:2])
         off = (positions()[score.argmax(1)] - test[2]).abs()
@@ -122,9 +122,11 @@ def main(argv: list[str] | None = None) -> int:
         score = model(*test[:2])[0].softmax(1)
         for axis, row in zip(axes.flat, range(6), strict=True):
             axis.imshow(test[0][row].tolist(), cmap="gray", vmin=-0.2, vmax=1.5, extent=(0, LENGTH, 8, 0))
-            axis.plot(positions().tolist(), (8 - 8 * score[row] / score[row].max()).tolist(), "C3", lw=2)
-            axis.plot(test[2][row].item(), 0, "C0v", ms=9, clip_on=False)
+            height = 8 - 8 * score[row] / score[row].max()
+            axis.plot(positions().tolist(), height.tolist(), "C3", lw=2, label="how likely it talks, says the model")
+            axis.plot(test[2][row].item(), 0, "C0v", ms=9, clip_on=False, label="who talks")
             axis.set(xticks=[], yticks=[], title=SCENES[test[3][row]])
+        axes[0, 0].figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return example.finish()
 
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with torch.inference_mode():
         example.time("one caption of eight words", write_one)
-    with example.picture(1, 4, size=(8, 2.9)) as axes:
+    with example.picture(1, 4, size=(8, 2.6)) as axes:
         for axis, row in zip(axes, range(4), strict=True):
             said = [WORDS[w] for w in written[row]]
             axis.imshow(image[row].permute(1, 2, 0).tolist())

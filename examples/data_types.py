@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             for axis in axes[:, column]:
                 axis.set(xticks=[], yticks=[])
         axes[0, 0].set_ylabel("video")
-        axes[1, 0].set_ylabel("sound")
+        axes[1, 0].set_ylabel("sound, then padding")
     return example.finish()
 
 

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         failed = torch.where(torch.rand(32) < 0.4, torch.randint(3, (32,)), -1)
         return maps, torch.arange(3) != failed[:, None], path
 
-    model = example.train("road", Road, batch, example.steps(900, quick=300), lr=5e-3)
+    model = example.train("road", Road, batch, example.steps(900, quick=180), lr=5e-3)
     maps, path = drive(2000)
     noise = [maps[0], torch.randn_like(maps[1]), maps[2]]
     cases = {"all three": (maps, -1), **{f"no {name}": (maps, i) for i, name in enumerate(SENSORS)}}
@@ -133,14 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     with example.picture(1, 4, size=(8, 4)) as axes:
         for axis, name, kind in zip(axes, SENSORS, maps, strict=False):
             axis.imshow(kind[shown, 0].tolist(), origin="lower", extent=(-8, 8, 0, AHEAD), cmap="Greys", aspect="auto")
-            axis.set(title=f"{name} sees", ylim=(-12, AHEAD), xlim=(-8, 8), xlabel="metres")
+            axis.plot(0, 0, "C0s", clip_on=False)
+            axis.set(title=f"{name} sees", ylim=(-12, AHEAD), xlim=(-8, 8), xlabel="metres to the right")
         for side in (-LANE / 2, LANE / 2):
             axes[3].axvline(side, color="0.8", ls="--")
         axes[3].plot(*path[shown].T.tolist(), color="0.6", lw=6, label="other car")
         axes[3].plot(*seen["all three"][shown].T.tolist(), "C3o-", ms=4, label="as foreseen")
         axes[3].plot(*plan(seen["all three"][shown : shown + 1])[0].T.tolist(), "C0s-", ms=4, label="our plan")
-        axes[3].set(title="next 3 seconds", ylim=(-12, AHEAD), xlim=(-8, 8), xlabel="metres")
+        axes[3].set(title="next 3 seconds", ylim=(-12, AHEAD), xlim=(-8, 8), xlabel="metres to the right")
         axes[3].legend(fontsize="small")
+        axes[0].set_ylabel("metres ahead of us")
     return example.finish()
 
 

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, score in scores.items():
             axes[0].plot(SHOTS, score, marker="o", label=name)
         axes[0].set(xscale="log", xlabel="examples a class", ylabel="accuracy", xticks=SHOTS, xticklabels=SHOTS)
-        axes[0].legend()
+        axes[0].legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=2, fontsize="small")
         scatter(axes[1], spaces["image and sound"], fresh.label)
     return example.finish()
 

@@ -21,8 +21,7 @@ from torch import nn
 
 WIDTH, CLASSES, RANK, HEADS = 16, 10, 4, 2
 FEATURES = ["concat_linear", "low_rank", "tensor", "gated"]
-DECISIONS = ["mean", "log", "product", "max", "vote"]
-DEEP = ["cross", "joint", "bidirectional"]
+DECISIONS, DEEP = ["mean", "log", "product", "max", "vote"], ["cross", "joint", "bidirectional"]
 
 
 class Encoders(nn.Module):
@@ -130,19 +129,20 @@ def main(argv: list[str] | None = None) -> int:
         model = example.train(kind, partial(FeatureFusion, kind=kind, sizes=sizes), data.batches(train), steps)
         rows.append(["feature", kind, accuracy(model(test.features()), test.label)])
     for kind in DEEP:
-        model = example.train(
-            kind, partial(DeepFusion, kind=kind, sizes=token_sizes), data.batches(train, tokens), steps
-        )
+        make = partial(DeepFusion, kind=kind, sizes=token_sizes)
+        model = example.train(kind, make, data.batches(train, tokens), steps)
         rows.append(["deep", kind, accuracy(model(tokens(test)), test.label)])
     example.table(["level", "fusion", "accuracy"], rows)
-    by_name = {name: score for _, name, score in rows}
+    by_name = dict(row[1:] for row in rows)
     example.check("joined probabilities beat the best modality alone", by_name["mean"] > max(single))
     example.check("the best feature fusion does too", max(by_name[kind] for kind in FEATURES) > max(single))
     with example.picture() as axes:
         colours = {"alone": "0.6", "decision": "C0", "feature": "C1", "deep": "C2"}
-        axes.bar([name for _, name, _ in rows], [r[2] for r in rows], color=[colours[r[0]] for r in rows])
+        for level, colour in colours.items():
+            axes.bar(*zip(*(row[1:] for row in rows if row[0] == level), strict=True), color=colour, label=level)
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
         axes.tick_params(axis="x", rotation=60)
-        axes.set_ylabel("accuracy on unseen digits")
+        axes.set(ylabel="accuracy on unseen digits")
     return example.finish()
 
 

@@ -42,6 +42,30 @@ TOPICS = {
     "distillation": "Distillation",
 }
 
+CAPTIONS = {
+    "data_types": "Five events: frames of a video laid over one another, and the word's sound with what pads it.",
+    "fusion_levels": "Accuracy of each way to fuse; grey is one modality alone.",
+    "attention_kinds": "The weight of each modality (columns) in events where one of them (rows) is noise.",
+    "losses": "Left: the modalities' shares of the gradient, early in training. Right: what false labels cost.",
+    "questions": "A question of each kind, and what the model answers.",
+    "captions": "Scenes, and the captions that the model writes.",
+    "lip_reading": "Left: with lips to read, noise costs less. Right: four frames of three mouths.",
+    "vision": "Above: the box that the model draws for the words. Below: the pixels that it says they mean.",
+    "medicine": "Left: how often a diagnosis of some confidence is right. Right: a patient's risk, visit by visit.",
+    "recommendation": "What a user clicked, and what the model would show next.",
+    "preprocessing": "Accuracy as each step is added to those above it.",
+    "metrics": "Left: what each digit is taken for; 8 and 9 were rare in training. Right: F1 with a sense missing.",
+    "real_time": "The share of the frames that are answered within so long: the further left a curve, the faster.",
+    "augmented_reality": "Six views: one digit says its name (triangle); the curve is what the model believes.",
+    "driving": "One scene: a car as three sensors see it (the blue square is us), and where it goes relative to us.",
+    "customer_service": "Accuracy of what is wanted and of the mood, for requests that are whole, cut off or misspelt.",
+    "gates": "Left: accuracy as the image drowns in noise. Right: how far the gates let the image through.",
+    "transfer": "Accuracy on the digits that the encoders have not learnt before.",
+    "few_shots": "Left: accuracy by the examples of a class. Right: the fused embeddings, two principal components.",
+    "adversarial": "Accuracy under attack of a model trained plainly and of one trained on attacked inputs.",
+    "distillation": "Accuracy of a teacher, and of a student without it and with it.",
+}
+
 INTRODUCTION = """\
 # The gallery
 
@@ -66,7 +90,7 @@ def section(name: str, title: str, options: Sequence[str] = ()) -> tuple[str, bo
     doc = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")
     text = [f"## {title}", f"**{doc[0]}**", *doc[1:-1], f"[{name}.py](../examples/{name}.py)"]
     if picture.exists():
-        text.append(f"![{title}](gallery/{name}.png)")
+        text += [f"![{title}](gallery/{name}.png)", f"*{CAPTIONS[name]}*"]
     return "\n\n".join([*text, f"```text\n{run.stdout.strip()}\n```\n"]), run.returncode == 0
 
 

@@ -102,13 +102,13 @@ def main(argv: list[str] | None = None) -> int:
             width = torch.stack([early[b][m] for b in BALANCES])
             axes[0].barh(BALANCES, width.tolist(), left=left.tolist(), label=name)
             left = left + width
-        axes[0].set_xlabel("share of the gradient")
+        axes[0].set(xlabel="share of the gradient", xlim=(0, 1))
         axes[0].legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         for offset, (name, scores) in zip((-0.2, 0.2), curves.items(), strict=True):
             axes[1].bar([m + offset for m in range(3)], scores, 0.4, label=name)
         axes[1].set_xticks(range(3), names)
-        axes[1].set(ylabel="accuracy", title="30 % of the labels wrong", ylim=(0, 1.5))
-        axes[1].legend()
+        axes[1].set(ylabel="accuracy", xlabel="trained with 30 % of the labels wrong", ylim=(0, 1))
+        axes[1].legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="x-small")
     return example.finish()
 
 

@@ -109,11 +109,14 @@ def main(argv: list[str] | None = None) -> int:
             course.append(model(visit, torch.ones(1, 4, dtype=torch.bool)).softmax(-1)[0, 0].item())
     example.check("a patient who worsens has a rising risk", course[-1] > 0.8 > 0.2 > course[0])
     with example.picture(1, 2, size=(8, 3)) as axes:
-        axes[0].plot([0.5, 1], [0.5, 1], color="0.7")
-        axes[0].plot(*zip(*bins, strict=True), marker="o")
-        axes[0].set(xlabel="confidence", ylabel="share that is right", title="calibration")
+        axes[0].plot([0.5, 1], [0.5, 1], color="0.7", label="well calibrated")
+        axes[0].plot(*zip(*bins, strict=True), marker="o", label="this model")
+        axes[0].legend()
+        axes[0].set(xlabel="confidence in the diagnosis", ylabel="share that is right", title="calibration")
         axes[1].plot(range(1, 10), course, marker="o", color="C3")
-        axes[1].set(xlabel="visit", ylabel="risk", title="a patient who worsens", ylim=(0, 1))
+        axes[1].set(
+            xlabel="visit", ylabel="risk that it is malignant", title="a patient who worsens", ylim=(-0.05, 1.05)
+        )
     return example.finish()
 
 

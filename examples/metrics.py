@@ -89,10 +89,11 @@ def main(argv: list[str] | None = None) -> int:
     lost = sum(row[1] for row in rows[1:]) / 3
     example.check(f"two senses are worse than three, on average ({lost:.2f})", lost < rows[0][1])
     with example.picture(1, 2, size=(8, 3.4)) as axes:
-        axes[0].imshow((table / table.sum(1, keepdim=True)).tolist(), cmap="Blues")
+        shares = axes[0].imshow((table / table.sum(1, keepdim=True)).tolist(), cmap="Blues", vmin=0, vmax=1)
+        axes[0].figure.colorbar(shares, ax=axes[0], label="share of the digit's events")
         axes[0].set(xlabel="verdict", ylabel="digit", xticks=range(10), yticks=range(10))
         axes[1].bar([row[0] for row in rows], [row[4] for row in rows], color=["C0", "0.6", "0.6", "0.6"])
-        axes[1].set(xlabel="missing", ylabel="macro F1", ylim=(0, 1))
+        axes[1].set(xlabel="missing sense", ylabel="macro F1", ylim=(0, 1))
     return example.finish()
 
 

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         for axis, kind in zip(axes, KINDS, strict=True):
             row = about.index(kind)
             axis.imshow(image[row].permute(1, 2, 0).tolist())
-            mark = "right" if said[row] == answer[row] else f"wrong: {ANSWERS[answer[row]]}"
+            mark = "correct" if said[row] == answer[row] else f"wrong: {ANSWERS[answer[row]]}"
             axis.set(xticks=[], yticks=[], title=" ".join(questions[row][1]) + "?")
             axis.set_xlabel(f"“{ANSWERS[said[row]]}” ({mark})")
     return example.finish()

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     example.check("and ranks it higher", rows[2][2] > rows[0][2])
     with example.picture(2, 12, size=(8, 2)) as axes:
         best = scores["history and interest"].scatter(1, clicks, -torch.inf)[0].topk(12).indices
-        for title, line, items in (("clicked", axes[0], clicks[0]), ("recommended", axes[1], best)):
+        for title, line, items in (("clicked", axes[0], clicks[0]), ("recommended,\nbest first", axes[1], best)):
             line[0].set_ylabel(title, rotation=0, ha="right")
             for axis in line:
                 axis.set(xticks=[], yticks=[], frame_on=False)

@@ -350,6 +350,13 @@ class Operator:
         others = [b.name for b in self.backends if b.name != "reference" and not b.for_tests]
         raise _Explained(Explanation(self.name, "reference", {} if len(names) > 1 else dict.fromkeys(others, reason)))
 
+    def leaves_to_torch(self, reason: str) -> bool:
+        """Whether plain torch shall serve a call that it serves faster, for this reason: unless a backend is forced."""
+        if any(name != _EXPLAIN for name in _forced.get(_forced_default)):
+            return False
+        self.explain_reference(reason)
+        return True
+
     def _refusal(self, forced: str, reason: str) -> UnsupportedError:
         return UnsupportedError(f"{self.name}: backend {forced!r} was forced and cannot serve this call: {reason}")
 

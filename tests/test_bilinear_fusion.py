@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import op_contract as contract
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels import _native
 from mmkernels.ops.bilinear_fusion import reference
 from mmkernels.ops.bilinear_fusion.op import bilinear_fusion_op
 from mmkernels.testing import check_op
@@ -73,6 +75,38 @@ def test_any_leading_dims_and_the_output_layer(lead: tuple[int, ...], backend: s
     assert out[0].shape == (*lead, 8)
     z = mmk.bilinear_fusion(x, y, *leaves[2:], rank=2)
     torch.testing.assert_close(out[0], z @ out_weight.T + out_bias)
+
+
+@pytest.mark.skipif(
+    HERE != "cpu" or not _native.available() or "MMKERNELS_BACKEND" in os.environ, reason="compares with the kernels"
+)
+def test_large_bfloat16_products_with_nothing_to_pool_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "isa", lambda: "avx512_bf16")
+    inputs = make(300, (900, 100), 24, 1, torch.bfloat16)
+    out_weight = torch.randn(5, 24).bfloat16().requires_grad_()
+
+    def explained(*inputs: Tensor, **options: Any) -> mmk.Explanation:
+        return mmk.explain(mmk.bilinear_fusion, *inputs, out_weight=out_weight, **options)
+
+    served = explained(*inputs)
+    assert served.backend == "reference"
+    assert served.reasons["cpu"] == "torch's bfloat16 products of this size are faster"
+    presence = torch.ones(300, 2, dtype=torch.bool)
+    few = explained(inputs[0][:200], inputs[1][:200], *inputs[2:])
+    assert {few.backend, explained(*inputs, presence=presence).backend} == {"cpu"}
+    with mmk.use_backend("cpu"):
+        assert explained(*inputs).backend == "cpu"
+        kernel = mmk.bilinear_fusion(*inputs, out_weight=out_weight)
+    out = mmk.bilinear_fusion(*inputs, out_weight=out_weight)
+    x, y, u, v = inputs
+    torch.testing.assert_close(out, ((x @ u.mT) * (y @ v.mT)) @ out_weight.mT)
+    torch.testing.assert_close(out, kernel, atol=0.1, rtol=0.02)
+    for grad, expected in zip(
+        torch.autograd.grad(out.sum(), (*inputs, out_weight)),
+        torch.autograd.grad(kernel.sum(), (*inputs, out_weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected, atol=0.5, rtol=0.05)
 
 
 def test_the_kernels_in_memory_threads_and_partial_gradients(native_isa: str) -> None:

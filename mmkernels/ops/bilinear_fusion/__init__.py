@@ -6,14 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels import _native
 from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
+from mmkernels.ops._products import linear
 from mmkernels.ops._rows import as_rows, from_rows
 from mmkernels.ops.bilinear_fusion.op import bilinear_fusion_op
 
 __all__ = ["bilinear_fusion"]
+
+_LARGE = 2**18  # elements of x and y; on a Zen 4 core up to which the kernel is at par or better
 
 
 def bilinear_fusion(
@@ -95,8 +99,19 @@ def bilinear_fusion(
         raise checks.value_error(name, "out_bias", "None without out_weight", "a tensor")
     if presence is not None:
         presence = fusion.row_presence(name, presence, x.shape[:-1], 2, x, "x")
+    if out_weight is not None and rank == 1 and presence is None and not torch.compiler.is_compiling():
+        reason = _torch_is_faster(x, y)
+        if reason is not None and bilinear_fusion_op.forward.leaves_to_torch(reason):
+            return linear(linear(x, x_weight) * linear(y, y_weight), out_weight, out_bias)
     z = from_rows(bilinear_fusion_op(as_rows(x), as_rows(y), x_weight, y_weight, rank, presence)[0], x.shape[:-1])
     return z if out_weight is None else F.linear(z, out_weight, out_bias)
+
+
+def _torch_is_faster(x: Tensor, y: Tensor) -> str | None:
+    """Why three products of torch are: with nothing to pool, products as large as these are all there is to do."""
+    if x.dtype != torch.bfloat16 or not x.is_cpu or _native.isa() != "avx512_bf16":
+        return None
+    return "torch's bfloat16 products of this size are faster" if x.numel() + y.numel() > _LARGE else None
 
 
 def _check_inputs(op: str, x: Tensor, y: Tensor) -> None:
