@@ -26,6 +26,7 @@ _TYPES: dict[Any, str] = {
     int | None: "int?",
     Sequence[int]: "int[]",
     bool: "bool",
+    Sequence[bool]: "bool[]",
     str: "str",
     str | None: "str?",
     torch.dtype | None: "ScalarType?",
@@ -38,8 +39,3 @@ def schema_of(arguments: Any) -> str:
         f"{hint.__metadata__[0] if typing.get_origin(hint) is Annotated else _TYPES[hint]} {name}"
         for name, hint in typing.get_type_hints(arguments, include_extras=True).items()
     )
-
-
-def gather(arguments: Any, args: Sequence[Any]) -> Sequence[Any]:
-    """An op's arguments as its functions take them: one tuple."""
-    return args if arguments is None else (arguments(*args),)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmkernels import _native
-from mmkernels._arguments import gather, schema_of
+from mmkernels._arguments import schema_of
 from mmkernels._autograd import fold_vmap, kernel_vjp, loop_vmap, vjp
 from mmkernels._dispatch import (
     Operator,
@@ -123,8 +123,8 @@ class DifferentiableOp:
         self.name = name
         self._reference = reference
         self._reference_saved = reference_saved
-        schema, arguments = (arguments, None) if isinstance(arguments, str) else (schema_of(arguments), arguments)
-        self._gather = functools.partial(gather, arguments)
+        schema = schema_of(arguments)
+        self._as_tuple = arguments
         self._fake = fake
         self._gradient = gradient or (_gradients_of_weights(cpu.weights) if cpu.weights else _contiguous_gradient)
         self._outputs = outputs.count(",") + 1
@@ -134,7 +134,7 @@ class DifferentiableOp:
             f"({schema}, bool training) -> ({returns})",
             fake=self._forward_fake,
             backends=[
-                cpu_backend(cpu, "fwd", schema, arguments, 0),
+                cpu_backend(cpu, "fwd", arguments, 0, 1),
                 *cuda_backends(name, cuda, "forward", arguments, 0, 1),
                 *triton_backends(name, triton, "forward", arguments, 0, 1),
                 reference_backend(self._reference_forward),
@@ -146,7 +146,7 @@ class DifferentiableOp:
             f"(Tensor[] grads, {schema}, Tensor[] saved, bool[] needed) -> Tensor[]",
             fake=self._backward_fake,
             backends=[
-                cpu_backend(cpu, "bwd", schema, arguments, 1),
+                cpu_backend(cpu, "bwd", arguments, 1, 2),
                 *cuda_backends(name, cuda, "backward", arguments, 1, 2),
                 *triton_backends(name, triton, "backward", arguments, 1, 2),
                 reference_backend(self._reference_backward),
@@ -187,7 +187,7 @@ class DifferentiableOp:
         if (
             self._handle is not None
             and may_use_door()
-            and (self._supports is None or self._supports(*self._gather(args)) is None)
+            and (self._supports is None or self._supports(self._as_tuple(*args)) is None)
             and (out := _plain_call(self._handle, True, self._kept_kind(args), *args)) is not None
         ):
             return (out,) if isinstance(out, Tensor) else tuple(out)
@@ -249,7 +249,7 @@ class DifferentiableOp:
     # --- what is kept for the backward --------------------------------------------------------------------------------
 
     def _kept_kind(self, args: Sequence[Any]) -> int:
-        return 0 if self._choose_kept is None else self._choose_kept(*self._gather(args))
+        return 0 if self._choose_kept is None else self._choose_kept(self._as_tuple(*args))
 
     def _keeps_outputs(self, args: Sequence[Any]) -> bool:
         return self._kept[self._kept_kind(args)][0]
@@ -267,7 +267,7 @@ class DifferentiableOp:
 
     def _forward_fake(self, *args: Any) -> Any:
         *arguments, training = args
-        result = list(self._fake(*self._gather(arguments)))
+        result = list(self._fake(self._as_tuple(*arguments)))
         if not training:
             result[self._outputs :] = [t.new_empty(0) for t in result[self._outputs :]]
         return result[0] if len(result) == 1 else tuple(result)
@@ -275,7 +275,7 @@ class DifferentiableOp:
     def _reference_forward(self, *args: Any) -> Any:
         *arguments, training = args
         outputs = self._reference(*arguments)
-        promised = self._fake(*self._gather(arguments))
+        promised = self._fake(self._as_tuple(*arguments))
         outputs = _in_order_of(promised[: self._outputs], outputs if isinstance(outputs, tuple) else (outputs,))
         result = (*outputs, *self._plain_saved(arguments, training))
         return result[0] if len(result) == 1 else result
@@ -288,7 +288,7 @@ class DifferentiableOp:
         return result[0] if len(result) == 1 else result
 
     def _plain_saved(self, arguments: Sequence[Any], training: bool) -> Tensors:
-        promised = self._fake(*self._gather(arguments))[self._outputs :]
+        promised = self._fake(self._as_tuple(*arguments))[self._outputs :]
         if not training:
             return tuple(t.new_empty(0) for t in promised)
         return () if self._reference_saved is None else self._reference_saved(*arguments)

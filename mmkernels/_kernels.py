@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from mmkernels import _cuda, _triton
-from mmkernels._arguments import gather
 from mmkernels._dispatch import Backend, native_op
 
 _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -23,7 +22,8 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 class NativeKernels:
     """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve.
 
-    Or, ``composed``, a forward and a backward in Python around torch's products and the private op ``_<name>``.
+    Or, ``composed``, a forward and a backward in Python around torch's products and the private op ``_<name>``, which
+    take what Triton's take.
     """
 
     name: str
@@ -64,13 +64,13 @@ class CudaKernels:
     loses: Callable[..., str | None] | None = None
 
 
-def cpu_backend(kernels: NativeKernels, direction: str, schema: str, arguments: Any, first: int) -> Backend:
-    """The compiled forward or backward; the op's arguments, of that schema, start at position ``first``."""
-    names = [argument.split()[-1].split("=")[0] for argument in schema.split(",")]
-    weights = {first + names.index(name) for name in kernels.weights}
+def cpu_backend(kernels: NativeKernels, direction: str, arguments: Any, first: int, last: int) -> Backend:
+    """The compiled forward or backward; the operator takes arguments of its own as in `triton_backends`."""
+    weights = {first + arguments._fields.index(name) for name in kernels.weights}
     native, absent = native_op(f"_{kernels.name}" if kernels.composed else f"_{kernels.name}_{direction}")
     if kernels.composed:
-        native = kernels.composed[first]
+        composed = kernels.composed[first]
+        native = lambda *args: composed(*_gathered(arguments, first, last, args))  # noqa: E731
 
     def supports(*args: Any) -> str | None:
         if absent is not None:
@@ -82,7 +82,7 @@ def cpu_backend(kernels: NativeKernels, direction: str, schema: str, arguments: 
             return f"{tensor.dtype} is served by the reference alone"
         if kernels.supports is None:
             return None
-        return kernels.supports(*gather(arguments, args[first : first + len(names)]))
+        return kernels.supports(arguments(*args[first:-last]))
 
     def run(*args: Any) -> Any:
         if kernels.any_strides:
@@ -118,7 +118,7 @@ def triton_backends(
         return []
     supports = _of_operator(kernels.supports, arguments, first, last)
     if function == "backward" and (of_backward := kernels.supports_backward) is not None:
-        supports = lambda *args: of_backward(args[-1], *gather(arguments, args[first:-last]))  # noqa: E731
+        supports = lambda *args: of_backward(args[-1], arguments(*args[first:-last]))  # noqa: E731
     op, function = kernels.op or name, kernels.prefix + function
     gathered = functools.partial(_gathered, arguments, first, last)
     return [_triton.triton_backend(op, function, first, supports, kernels.any_strides, gathered)]
@@ -126,11 +126,11 @@ def triton_backends(
 
 def _gathered(arguments: Any, first: int, last: int, args: Sequence[Any]) -> Sequence[Any]:
     """The operator's arguments with those of the op as one."""
-    return (*args[:first], *gather(arguments, args[first:-last]), *args[-last:])
+    return (*args[:first], arguments(*args[first:-last]), *args[-last:])
 
 
 def _of_operator(
     function: Callable[..., str | None] | None, arguments: Any, first: int, last: int
 ) -> Callable[..., str | None] | None:
     """A function of the op's arguments as one of the operator's."""
-    return None if function is None else lambda *args: function(*gather(arguments, args[first:-last]))
+    return None if function is None else lambda *args: function(arguments(*args[first:-last]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,15 +23,22 @@ def reference(xs: list[Tensor], weight: Tensor, bias: Tensor | None, scale: floa
     return torch.tanh(product if bias is None else product + bias), product.sum(-1)
 
 
-def fake(xs: list[Tensor], weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    rows = xs[0].shape[:-1]
-    out = xs[0].new_empty((*rows, weight.shape[0]))
-    return out, xs[0].new_empty(rows), torch.empty_like(out)
+class Arguments(NamedTuple):
+    xs: Sequence[Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+def fake(a: Arguments) -> tuple[Tensor, ...]:
+    rows = a.xs[0].shape[:-1]
+    out = a.xs[0].new_empty((*rows, a.weight.shape[0]))
+    return out, a.xs[0].new_empty(rows), torch.empty_like(out)
 
 
 toy_op = DifferentiableOp(
     "toy_for_tests",
-    "Tensor[] xs, Tensor weight, Tensor? bias, float scale",
+    Arguments,
     outputs="Tensor out, Tensor total",
     saved="Tensor product",
     reference=reference,

@@ -4,7 +4,7 @@ does whose forward alone was in a `use_backend` block."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -174,10 +174,10 @@ def test_an_op_that_saves_says_what_the_reference_saves() -> None:
     with pytest.raises(TypeError, match="reference_saved: expected a function, as the op saves Tensor kept; got None"):
         DifferentiableOp(
             "saves_for_tests",
-            "Tensor x",
+            NamedTuple("Arguments", [("x", Tensor)]),
             outputs="Tensor out",
             saved="Tensor kept",
             reference=torch.sin,
-            fake=lambda x: (torch.empty_like(x), torch.empty_like(x)),
+            fake=lambda a: (torch.empty_like(a.x), torch.empty_like(a.x)),
             cpu=NativeKernels("saves_for_tests"),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,50 +14,64 @@ from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops import _linear_loss as linear_loss
 from mmkernels.ops.distillation_loss import reference
 
-_SOURCES = "Tensor {0}, Tensor {0}_weight, Tensor? {0}_bias"
-_GRADIENTS = "Tensor grad_{0}, Tensor grad_{0}_weight, Tensor grad_{0}_bias"
+
+class Arguments(NamedTuple):
+    student: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    valid: Tensor | None
+    temperature: float
+    kind: str
+    beta: float
+    wanted: Sequence[bool]
 
 
-def _both(template: str) -> str:
-    return ", ".join(template.format(name) for name in ("student", "teacher"))
+_SAVED = ", ".join(f"Tensor grad_{name}" for name in Arguments._fields[:6])
 
 
-def _sources(args: Sequence[Any]) -> list[linear_loss.Source]:
-    return [(args[0], args[1], args[2]), (args[3], args[4], args[5])]
+def _sources(a: Arguments) -> list[linear_loss.Source]:
+    return [(a.student, a.student_weight, a.student_bias), (a.teacher, a.teacher_weight, a.teacher_bias)]
 
 
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    return linear_loss.fake(_sources(args), args[-1])
+def _fake(a: Arguments) -> tuple[Tensor, ...]:
+    return linear_loss.fake(_sources(a), a.wanted)
 
 
-def forward(rows_in_place: Callable[..., None], *args: Any) -> tuple[Tensor, ...]:
+def forward(rows_in_place: Callable[..., None], a: Arguments, training: bool) -> tuple[Tensor, ...]:
     """``rows_in_place`` is ``torch.ops.mmkernels._distillation_rows`` or does what it does."""
-    *_, valid, temperature, kind, beta, wanted, training = args
 
     def of_chunk(logits: list[Tensor], ignored: Tensor | None, gradients: list[bool], losses: Tensor) -> None:
-        rows_in_place(*logits, ignored, temperature, kind, beta, *gradients, losses)
+        rows_in_place(*logits, ignored, a.temperature, a.kind, a.beta, *gradients, losses)
 
-    ignored = None if valid is None else ~valid
-    return linear_loss.forward(of_chunk, _sources(args), valid, ignored, [training and w for w in wanted])
+    ignored = None if a.valid is None else ~a.valid
+    return linear_loss.forward(of_chunk, _sources(a), a.valid, ignored, [training and w for w in a.wanted])
 
 
-def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    *args, saved, needed = rest
-
+def backward(
+    rows_in_place: Callable[..., None],
+    grads: Sequence[Tensor],
+    a: Arguments,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
     def again(wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-        return forward(rows_in_place, *args[:-1], wanted, True)
+        return forward(rows_in_place, a._replace(wanted=wanted), True)
 
-    pulled = linear_loss.backward(again, grads[0], args[:6], saved, needed[:6])
+    pulled = linear_loss.backward(again, grads[0], a[:6], saved, needed[:6])
     return [*pulled, grads[0].new_empty(0)]
 
 
 def _reference_saved(*args: Any) -> tuple[Tensor, ...]:
-    valid, rows = args[6], args[0].shape[0]
+    a = Arguments(*args)
 
     def mean(*leaves: Tensor | None) -> Tensor:
         return reference.linear_distillation_loss(*leaves, *args[6:])  # type: ignore[arg-type]
 
-    return linear_loss.saved_by_reference(mean, args[:6], _fake(*args)[1:], rows if valid is None else valid.sum())
+    count = a.student.shape[0] if a.valid is None else a.valid.sum()
+    return linear_loss.saved_by_reference(mean, a[:6], _fake(a)[1:], count)
 
 
 def _compiled_rows(*args: Any) -> None:
@@ -66,9 +80,9 @@ def _compiled_rows(*args: Any) -> None:
 
 linear_op = DifferentiableOp(
     "distillation_loss_linear",
-    f"{_both(_SOURCES)}, Tensor? valid, float temperature, str kind, float beta, bool[] wanted",
+    Arguments,
     outputs="Tensor loss",
-    saved=f"{_both(_GRADIENTS)}, Tensor count",
+    saved=f"{_SAVED}, Tensor count",
     reference=reference.linear_distillation_loss,
     reference_saved=_reference_saved,
     fake=_fake,

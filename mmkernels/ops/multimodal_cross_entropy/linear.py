@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,21 @@ from mmkernels.ops import _linear_loss as linear_loss
 from mmkernels.ops.multimodal_cross_entropy import reference
 
 
-def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return linear_loss.fake([(hidden, weight, bias)], rest[-1])
+class Arguments(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    valid: Tensor
+    modulation: Tensor | None
+    label_smoothing: float
+    robust: str | None
+    q: float
+    wanted: Sequence[bool]
+
+
+def _fake(a: Arguments) -> tuple[Tensor, ...]:
+    return linear_loss.fake([(a.hidden, a.weight, a.bias)], a.wanted)
 
 
 def _check_range(labels: Tensor, valid: Tensor, classes: int) -> None:
@@ -27,52 +40,41 @@ def _check_range(labels: Tensor, valid: Tensor, classes: int) -> None:
         raise checks.value_error("multimodal_cross_entropy", "labels", expected, labels[wrong][0].item())
 
 
-def forward(
-    rows_in_place: Callable[..., None],
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    valid: Tensor,
-    modulation: Tensor | None,
-    label_smoothing: float,
-    robust: str | None,
-    q: float,
-    wanted: Sequence[bool],
-    training: bool,
-) -> tuple[Tensor, ...]:
+def forward(rows_in_place: Callable[..., None], a: Arguments, training: bool) -> tuple[Tensor, ...]:
     """``rows_in_place`` is ``torch.ops.mmkernels._cross_entropy_rows`` or does what it does."""
-    if hidden.is_cpu:
-        _check_range(labels, valid, weight.shape[0])
+    if a.hidden.is_cpu:
+        _check_range(a.labels, a.valid, a.weight.shape[0])
 
     def of_chunk(logits: list[Tensor], labels: Tensor | None, gradients: list[bool], losses: Tensor) -> None:
-        rows_in_place(logits[0], labels, label_smoothing, robust, q, gradients[0], losses)
+        rows_in_place(logits[0], labels, a.label_smoothing, a.robust, a.q, gradients[0], losses)
 
-    marks = labels.masked_fill(~valid, -1)
-    return linear_loss.forward(of_chunk, [(hidden, weight, bias)], valid, marks, [training and w for w in wanted])
+    marks, wanted = a.labels.masked_fill(~a.valid, -1), [training and w for w in a.wanted]
+    return linear_loss.forward(of_chunk, [(a.hidden, a.weight, a.bias)], a.valid, marks, wanted)
 
 
-def backward(rows_in_place: Callable[..., None], grads: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    *args, saved, needed = rest
-    modulation = args[5]
-
+def backward(
+    rows_in_place: Callable[..., None],
+    grads: Sequence[Tensor],
+    a: Arguments,
+    saved: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor]:
     def again(wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-        return forward(rows_in_place, *args[:9], wanted, True)  # type: ignore[call-arg]
+        return forward(rows_in_place, a._replace(wanted=wanted), True)
 
     empty = grads[0].new_empty(0)
-    pulled = linear_loss.backward(again, grads[0], args[:3], saved, needed[:3], modulation)
-    of_modulation = torch.zeros_like(modulation) if modulation is not None and needed[5] else empty
+    pulled = linear_loss.backward(again, grads[0], a[:3], saved, needed[:3], a.modulation)
+    of_modulation = torch.zeros_like(a.modulation) if a.modulation is not None and needed[5] else empty
     return [*pulled, empty, grads[0].new_empty(0), of_modulation]
 
 
-def _reference_saved(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, valid: Tensor, _: Any, *options: Any
-) -> tuple[Tensor, ...]:
-    def mean(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return reference.linear_cross_entropy(hidden, weight, bias, labels, valid, None, *options)
+def _reference_saved(*args: Any) -> tuple[Tensor, ...]:
+    a = Arguments(*args)
 
-    saved = _fake(hidden, weight, bias, *options)[1:]
-    return linear_loss.saved_by_reference(mean, (hidden, weight, bias), saved, valid.sum())
+    def mean(*leaves: Tensor | None) -> Tensor:
+        return reference.linear_cross_entropy(*leaves, *args[3:5], None, *args[6:])  # type: ignore[arg-type]
+
+    return linear_loss.saved_by_reference(mean, a[:3], _fake(a)[1:], a.valid.sum())
 
 
 def _compiled_rows(*args: Any) -> None:
@@ -81,8 +83,7 @@ def _compiled_rows(*args: Any) -> None:
 
 linear_op = DifferentiableOp(
     "multimodal_cross_entropy_linear",
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor valid, Tensor? modulation, "
-    "float label_smoothing, str? robust, float q, bool[] wanted",
+    Arguments,
     outputs="Tensor loss",
     saved="Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor count",
     reference=reference.linear_cross_entropy,
