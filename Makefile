@@ -64,7 +64,7 @@ gallery: build-here
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)
-	$(PYTEST) -n 2 tests $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal tests $(ARGS)
 
 build: $(INSTALLED)
 	@$(COMPILE)
@@ -80,7 +80,7 @@ bench-plan:
 
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
-	$(PYTEST) -n 2 tests/test_*_fuzz.py $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal tests/test_*_fuzz.py $(ARGS)
 
 interpret: export MMKERNELS_BACKEND = triton
 interpret: build
