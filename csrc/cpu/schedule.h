@@ -4,10 +4,7 @@
 
 #include <sched.h>
 
-#include <cstdlib>
-#include <new>
-
-#include "csrc/cpu/huge_pages.h"
+#include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/workers.h"
 
@@ -49,26 +46,22 @@ inline void wait_turn(const int32_t* turn, int32_t rank) {
 }
 inline void end_turn(int32_t* turn, int32_t rank) { __atomic_store_n(turn, rank + 1, __ATOMIC_RELEASE); }
 
-// Memory for one call: 64-byte aligned, freed at the end, never initialised.
+// Memory for one call, never initialised.
 class Scratch {
  public:
   Scratch() = default;
   explicit Scratch(int64_t floats) {
-    if (floats <= 0) return;
-    const auto bytes = static_cast<size_t>(floats) * sizeof(float);
-    const bool large = bytes >= kWorthHugePages;
-    const size_t alignment = large ? kHugePage : 64;
-    data_ = static_cast<float*>(std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment));
-    if (data_ == nullptr) throw std::bad_alloc();
-    if (large) ask_for_huge_pages(data_, bytes);
+    if (floats > 0) block_ = take_scratch(static_cast<size_t>(floats) * sizeof(float));
   }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-  float* data() const { return data_; }
+  ~Scratch() {
+    if (block_.data != nullptr) give_back_scratch(block_);
+  }
+  float* data() const { return block_.data; }
 
  private:
-  float* data_ = nullptr;
+  ScratchBlock block_;
 };
 
 // Hands out aligned pieces of one allocation; with no memory behind it, it only counts.
