@@ -27,7 +27,7 @@ HERE = str(torch.empty(0).device)  # as errors name it: cpu, cuda:0
 
 
 def fill_fresh_memory() -> None:
-    """Have glibc set every byte that it hands out to 255, NaN in every floating dtype, and kernels ask it every time."""
+    """Have glibc set every byte that it hands out to 255, NaN in floating dtypes, and kernels ask it every time."""
     os.environ["MMKERNELS_KEEP_SCRATCH"] = "0"
     m_perturb, of_all_bits = -6, 256  # bytes are of_all_bits ^ 255
     if hasattr(ctypes.CDLL(None), "mallopt"):
