@@ -8,6 +8,7 @@
 //   differentiable_door(handle, checked, kept, *arguments) -> the output, or the list of them where there are several,
 //                                or None where the call is not plain, or was not checked and does not fit; `kept` is
 //                                the position of the pair that serves
+#include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_cpu_dispatch.h>

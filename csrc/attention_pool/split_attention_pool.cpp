@@ -1,6 +1,7 @@
 // split_attention_pool on the CPU, as torch sees it. Arguments were checked at the door.
 #include "csrc/attention_pool/split_attention_pool.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@
 #include "csrc/attention_pool/torch_pool.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::split_attention_pool {
 namespace {
 
 using at::Tensor;
@@ -143,4 +144,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_split_attention_pool_bwd", split_attention_pool_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::split_attention_pool

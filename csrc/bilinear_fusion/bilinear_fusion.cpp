@@ -10,7 +10,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::bilinear_fusion {
 namespace {
 
 using at::Tensor;
@@ -116,4 +116,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_bilinear_fusion_bwd", bilinear_fusion_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::bilinear_fusion

@@ -1,6 +1,7 @@
 // concat_linear on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/concat_linear).
 #include "csrc/concat_linear/concat_linear.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -12,7 +13,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::concat_linear {
 namespace {
 
 using at::Tensor;
@@ -140,4 +141,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_concat_linear_bwd", concat_linear_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::concat_linear

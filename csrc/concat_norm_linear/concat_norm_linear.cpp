@@ -2,6 +2,7 @@
 // (mmkernels/ops/concat_norm_linear).
 #include "csrc/concat_norm_linear/concat_norm_linear.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -13,7 +14,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::concat_norm_linear {
 namespace {
 
 using at::Tensor;
@@ -126,4 +127,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_concat_norm_linear_bwd", concat_norm_linear_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::concat_norm_linear

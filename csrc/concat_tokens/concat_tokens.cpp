@@ -2,6 +2,7 @@
 // [B, L_i, C], type_embedding [M, C], and position_embeddings[j] [L_i, C] is that of source i = position_sources[j].
 #include "csrc/concat_tokens/concat_tokens.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
@@ -13,7 +14,7 @@
 #include "csrc/door.h"
 #include "csrc/norm/torch_rows.h"
 
-namespace mmk {
+namespace mmk::concat_tokens {
 namespace {
 
 using at::Tensor;
@@ -167,4 +168,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::concat_tokens

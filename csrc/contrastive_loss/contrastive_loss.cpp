@@ -15,7 +15,7 @@
 #include "csrc/contrastive/torch_products.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::contrastive_loss {
 namespace {
 
 using at::Tensor;
@@ -255,4 +255,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_contrastive_loss_bwd", backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::contrastive_loss

@@ -1,6 +1,7 @@
 // cross_attention on the CPU, as torch sees it. Arguments were checked before (mmkernels/ops/cross_attention, or
 // `fits`): here they become Params, and outputs are allocated. Query, key and value are [B, H, L, features]; masks
 // broadcast.
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -20,7 +21,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::cross_attention {
 namespace {
 
 using at::Tensor;
@@ -380,4 +381,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_cross_attention_bwd", backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::cross_attention

@@ -2,6 +2,7 @@
 // logits M of [B, C], weights [M] or [B, M].
 #include "csrc/decision_fusion/decision_fusion.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -12,7 +13,7 @@
 #include "csrc/attention_pool/torch_pool.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::decision_fusion {
 namespace {
 
 using at::Tensor;
@@ -119,4 +120,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::decision_fusion

@@ -2,6 +2,7 @@
 // (mmkernels/ops/deformable_attention): values [B, S_i, H, D], locations [B, Lq, H, K, 2], weights [B, Lq, H, K].
 #include "csrc/deformable_attention/deformable_attention.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::deformable_attention {
 namespace {
 
 using at::Tensor;
@@ -131,4 +132,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::deformable_attention

@@ -2,6 +2,7 @@
 // student and teacher [N, V], labels [N] integers.
 #include "csrc/distillation_loss/distillation_loss.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/eq.h>
 #include <torch/library.h>
@@ -16,7 +17,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::distillation_loss {
 namespace {
 
 using at::Tensor;
@@ -148,4 +149,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::distillation_loss

@@ -1,6 +1,7 @@
 // gated_concat on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_concat).
 #include "csrc/gated_concat/gated_concat.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@
 #include "csrc/concat/torch_sources.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::gated_concat {
 namespace {
 
 using at::Tensor;
@@ -90,4 +91,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_gated_concat_bwd", gated_concat_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::gated_concat

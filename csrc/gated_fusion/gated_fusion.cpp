@@ -1,6 +1,7 @@
 // gated_fusion on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/gated_fusion).
 #include "csrc/gated_fusion/gated_fusion.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -11,7 +12,7 @@
 #include "csrc/concat/torch_sources.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::gated_fusion {
 namespace {
 
 using at::Tensor;
@@ -144,4 +145,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_gated_fusion_bwd", gated_fusion_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::gated_fusion

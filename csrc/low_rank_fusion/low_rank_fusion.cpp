@@ -8,7 +8,7 @@
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::low_rank_fusion {
 namespace {
 
 using at::Tensor;
@@ -113,4 +113,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_low_rank_fusion_bwd", low_rank_fusion_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::low_rank_fusion

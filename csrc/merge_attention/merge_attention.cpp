@@ -2,6 +2,7 @@
 // outputs [*, D] of one shape, lses [*] float32.
 #include "csrc/merge_attention/merge_attention.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -12,7 +13,7 @@
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::merge_attention {
 namespace {
 
 using at::Tensor;
@@ -113,4 +114,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::merge_attention

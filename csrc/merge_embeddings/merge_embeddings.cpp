@@ -2,6 +2,7 @@
 // (mmkernels/ops/merge_embeddings) except for the number of true positions, which is known only here.
 #include "csrc/merge_embeddings/merge_embeddings.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -13,7 +14,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::merge_embeddings {
 namespace {
 
 using at::Tensor;
@@ -114,4 +115,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::merge_embeddings

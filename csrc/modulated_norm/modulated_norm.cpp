@@ -2,6 +2,7 @@
 // [B, L, C], shift and scale both [B, 1, C] or both [B, L, C].
 #include "csrc/modulated_norm/modulated_norm.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -11,7 +12,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/norm/torch_rows.h"
 
-namespace mmk {
+namespace mmk::modulated_norm {
 namespace {
 
 using at::Tensor;
@@ -86,4 +87,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::modulated_norm

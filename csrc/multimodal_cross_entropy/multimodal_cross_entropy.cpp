@@ -1,5 +1,6 @@
 // multimodal_cross_entropy on the CPU, as torch sees it. Shapes were checked at the door; labels are checked here,
 // where compiled code comes by too.
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -13,7 +14,7 @@
 #include "csrc/door.h"
 #include "csrc/multimodal_cross_entropy/cross_entropy.h"
 
-namespace mmk {
+namespace mmk::multimodal_cross_entropy {
 namespace {
 
 using at::Tensor;
@@ -306,4 +307,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::multimodal_cross_entropy

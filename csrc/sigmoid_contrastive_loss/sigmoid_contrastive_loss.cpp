@@ -14,7 +14,7 @@
 #include "csrc/contrastive/torch_products.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::sigmoid_contrastive_loss {
 namespace {
 
 using at::Tensor;
@@ -98,4 +98,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_sigmoid_contrastive_loss_bwd", backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::sigmoid_contrastive_loss

@@ -8,7 +8,7 @@
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
 
-namespace mmk {
+namespace mmk::tensor_fusion_linear {
 namespace {
 
 using at::Tensor;
@@ -103,4 +103,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
   m.impl("_tensor_fusion_linear_bwd", tensor_fusion_linear_backward);
 }
 
-}  // namespace mmk
+}  // namespace mmk::tensor_fusion_linear

@@ -15,7 +15,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::varlen_cross_attention {
 namespace {
 
 using at::Tensor;
@@ -275,4 +275,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::varlen_cross_attention
