@@ -11,7 +11,7 @@
 //            memory. A row is read once; what is read of it again comes from the first-level cache.
 // Tables     read as they lie where they are float32 and halves are rotated, else made into floats once for the run:
 //            interleaved, cos twice and sin as −sin, sin, so that y = n ∘ cos + swapped n ∘ sin.
-// Precision  float32. Sums over rows: a task's own, then the tasks' in their order, whatever the number of threads.
+// Precision  float32. Sums over rows: those of a run, then the runs' in their order, whatever the number of threads.
 // Limits     any D, R and strides.
 #include <cmath>
 
@@ -251,9 +251,8 @@ MMK_NOINLINE void pull_run(const NormRotaryParams& p, const RotatedHeads& side, 
   const bool normed = side.weight != nullptr, stores = side.grad_x.data != nullptr;
   const bool tables = sums.cos != nullptr;
   if (!stores && !tables && sums.weight == nullptr) return;
-  const Rows& order = stores ? side.grad_x : side.grad_out;
   const int64_t features = shape.features, table = padded_features(p.half);
-  for_each_row(order, side.heads, begin, end, [&](int64_t h, int64_t l) MMK_LAMBDA {
+  for_each_row(side.x, side.heads, begin, end, [&](int64_t h, int64_t l) MMK_LAMBDA {
     const T* grad = row_of<const T>(side.grad_out, b, h, l);
     T* dx = stores ? row_of<T>(side.grad_x, b, h, l) : nullptr;
     if (!normed && stores) {
@@ -350,7 +349,7 @@ void norm_rotary_backward(const NormRotaryParams& p) {
   bool sums_weight[2];
   for (int i = 0; i < 2; ++i) sums_weight[i] = p.sides[i].grad_weight != nullptr;
   const bool keeps_sums = sums_weight[0] || sums_weight[1];
-  const int64_t partial_floats = keeps_sums ? tasks * 2 * stride : 0;
+  const int64_t partial_floats = keeps_sums ? runs * p.batch * 2 * stride : 0;  // of each run of each element
   const int64_t per_worker = round_up(Angles::floats(p), 16) + 2 * stride + (tables ? 2 * kRun * table : 0);
   const Scratch memory(2 * stride + partial_floats + p.workers.count * per_worker);
   load_weights(p, memory.data(), stride);
@@ -365,13 +364,14 @@ void norm_rotary_backward(const NormRotaryParams& p) {
       const int64_t begin = task % runs * kRun, end = min(begin + kRun, p.length);
       const int64_t b0 = together ? 0 : task / runs, b1 = together ? p.batch : b0 + 1;
       if (tables) clear_vector(cos, 2 * kRun * table);
-      if (keeps_sums) clear_vector(partials + task * 2 * stride, 2 * stride);
       for (int64_t b = b0; b < b1; ++b) {
+        float* partial = partials + (b * runs + task % runs) * 2 * stride;
+        if (keeps_sums) clear_vector(partial, 2 * stride);
         angles.take(b, begin, end);
         for (int i = 0; i < 2; ++i) {
           const RotatedHeads& side = p.sides[i];
-          const Sums sums{sums_weight[i] ? partials + (task * 2 + i) * stride : nullptr, tables ? cos : nullptr, sin,
-                          gradient, value};
+          const Sums sums{sums_weight[i] ? partial + i * stride : nullptr, tables ? cos : nullptr, sin, gradient,
+                          value};
           with_element_type(p.dtype, side.x.data, [&](const auto* element) {
             using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
             with_bool(p.interleaved, [&](auto interleaved) {
@@ -397,7 +397,9 @@ void norm_rotary_backward(const NormRotaryParams& p) {
     if (!sums_weight[i]) continue;
     float* total = memory.data() + i * stride;  // in place of the weight
     clear_vector(total, stride);
-    for (int64_t task = 0; task < tasks; ++task) add_vector(total, partials + (task * 2 + i) * stride, p.features);
+    for (int64_t part = 0; part < runs * p.batch; ++part) {
+      add_vector(total, partials + (part * 2 + i) * stride, p.features);
+    }
     store_vector(p.weight_dtype, p.sides[i].grad_weight, p.features, total);
   }
 }

@@ -29,7 +29,7 @@ def norm_rotary(
     """Normalise each head of queries and keys, then rotate its first R features by the angles of its position.
 
         n = x / √(mean x² + eps) ∘ weight  where a weight is given, else x
-        (y_a, y_b) = (n_a cos_i − n_b sin_i,  n_b cos_i + n_a sin_i),  (a, b) = (i, i + R/2), or interleaved (2i, 2i + 1)
+        (y_a, y_b) = (n_a cos_i − n_b sin_i,  n_b cos_i + n_a sin_i),   a, b = i, i + R/2, or interleaved 2i, 2i + 1
 
     Rotary position embedding is that of Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_; the norm of queries
     and keys that of `ViT-22B <https://arxiv.org/abs/2302.05442>`_, with RMSNorm as in FLUX and Qwen3.
@@ -51,8 +51,8 @@ def norm_rotary(
         The new queries and keys, each in the memory order of the old. Sums and rotation are float32 for every dtype,
         rounded once. Differentiable in queries, keys and weights, and in cos and sin too (learned frequencies).
 
-    Under autocast, query and key of different dtypes are promoted to the wider, and cos, sin and weights of a dtype that
-    does not fit are cast to query's.
+    Under autocast, query and key of different dtypes are promoted to the wider, and cos, sin and weights that do not fit
+    are cast to it.
 
     Raises:
         ValueError: shapes or values that do not fit.

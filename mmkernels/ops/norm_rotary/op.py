@@ -34,13 +34,13 @@ def _gradient(leaf: Tensor, name: str) -> Tensor:
 
 def _kept(query_norm: bool, key_norm: bool) -> Kept:
     """A rotation alone is linear: its gradient does not depend on what was rotated."""
-    table = "query key cos sin query_weight key_weight"
+    everything = "query key cos sin query_weight key_weight"
     return Kept(
         {
             "query": "query cos sin query_weight" if query_norm else "cos sin",
             "key": "key cos sin key_weight" if key_norm else "cos sin",
-            "cos": table,
-            "sin": table,
+            "cos": everything,
+            "sin": everything,
             "query_weight": "query cos sin query_weight",
             "key_weight": "key cos sin key_weight",
         }
