@@ -51,8 +51,8 @@ def norm_rotary(
         The new queries and keys, each in the memory order of the old. Sums and rotation are float32 for every dtype,
         rounded once. Differentiable in queries, keys and weights, and in cos and sin too (learned frequencies).
 
-    Under autocast, query and key of different dtypes are promoted to the wider, and cos, sin and weights that do not fit
-    are cast to it.
+    Under autocast, query and key of different dtypes are promoted to the wider, and cos, sin and weights whose dtype
+    does not fit are cast to it.
 
     Raises:
         ValueError: shapes or values that do not fit.

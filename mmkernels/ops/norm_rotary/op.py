@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
-from mmkernels._kernels import NativeKernels
+from mmkernels._kernels import NativeKernels, TritonKernels
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.norm_rotary import reference
 
@@ -30,6 +30,11 @@ def _norm_rotary_fake(a: Arguments) -> tuple[Tensor, Tensor]:
 
 def _gradient(leaf: Tensor, name: str) -> Tensor:
     return empty_in_order_of(leaf, leaf.shape) if name in ("query", "key") else leaf.new_empty(leaf.shape)
+
+
+def _triton_supports(a: Arguments) -> str | None:
+    features = a.query.shape[-1]
+    return None if features <= 4096 else f"{features} features are more than the 4096 that a program holds"
 
 
 def _kept(query_norm: bool, key_norm: bool) -> Kept:
@@ -54,6 +59,7 @@ norm_rotary_op = DifferentiableOp(
     reference=reference.norm_rotary,
     fake=_norm_rotary_fake,
     cpu=NativeKernels("norm_rotary"),
+    triton=TritonKernels(_triton_supports),
     gradient=_gradient,
     keeps=(
         tuple(_kept(bool(i & 1), bool(i & 2)) for i in range(4)),
