@@ -325,7 +325,7 @@ def _config(features: int, half: int, length: int) -> Config:
     """Tiles of 1024 elements, or one row: a thread has eight of them, 16 bytes of a half-precision row."""
     rest = features - 2 * half
     constants = {"HALF": next_power_of_2(half), "REST": next_power_of_2(rest) if rest else 0}
-    width = 2 * constants["HALF"] + constants["REST"]
+    width = next_power_of_2(2 * constants["HALF"] + constants["REST"])
     tokens = min(max(1024 // width, 1), 64, next_power_of_2(length))
     return Config({"TOKENS": tokens, **constants}, num_warps=min(max(tokens * width // 256, 1), 16), num_stages=1)
 
