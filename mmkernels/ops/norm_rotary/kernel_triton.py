@@ -322,12 +322,12 @@ def _backward(
 
 
 def _config(features: int, half: int, length: int) -> Config:
-    """Tiles of 1024 elements, or one row: a thread has eight of them, 16 bytes of a half-precision row."""
+    """Tiles of 1024 elements, or one row: a thread has eight of each half, 16 bytes of a half-precision row."""
     rest = features - 2 * half
     constants = {"HALF": next_power_of_2(half), "REST": next_power_of_2(rest) if rest else 0}
     width = next_power_of_2(2 * constants["HALF"] + constants["REST"])
     tokens = min(max(1024 // width, 1), 64, next_power_of_2(length))
-    return Config({"TOKENS": tokens, **constants}, num_warps=min(max(tokens * width // 256, 1), 16), num_stages=1)
+    return Config({"TOKENS": tokens, **constants}, num_warps=min(max(tokens * width // 512, 1), 16), num_stages=1)
 
 
 def _span(programs: int, heads: int) -> int:
@@ -419,6 +419,8 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
     def call(heads: int, key_heads: int, length: int, features: int, half: int, norm: bool, **options: Any) -> Any:
         query, key = (new(2, length, n, features).transpose(1, 2) for n in (heads, key_heads))
         cos, sin = (new(length, half, dtype=torch.float32) for _ in range(2))
+        if 2 * half == features:
+            cos, sin = cos.detach(), sin.detach()  # frequencies are learned in the last one alone
         weights = {"query_weight": new(features), "key_weight": new(features)} if norm else {}
         return mmk.norm_rotary(query, key, cos, sin, **weights, **options)
 
