@@ -145,7 +145,7 @@ CASES = {
         lambda q, k, c, s, w: torch.cat(mmk.norm_rotary(q, k, c, s, query_weight=w), 1),
         ((2, 3, 4, 6), (2, 1, 4, 6), (4, 3), (4, 3), (6,)),
     ),
-    "norm_rotary of neighbours without a norm": Case(
+    "norm_rotary, neighbours without a norm": Case(
         lambda q, k, c, s: torch.cat(mmk.norm_rotary(q, k, c, s, interleaved=True), 1),
         ((2, 3, 4, 6), (2, 1, 4, 6), (2, 4, 2), (2, 4, 2)),
     ),

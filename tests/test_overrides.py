@@ -151,11 +151,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], Callable[[
         _tokens,
     ),
     "JointAttention": (lambda: mmk.nn.JointAttention([8, 8], 2), lambda m, a, b: m([a, b])[1], _tokens),
-    "JointAttention of streams with positions": (
-        lambda: mmk.nn.JointAttention([8, 8], 2, qk_norm=True, rotary="halves"),
-        lambda m, a, b: m([a, b], tables=[(torch.ones(2, 2), torch.zeros(2, 2)), None])[1],
-        _tokens,
-    ),
     "BidirectionalCrossAttention": (
         lambda: mmk.nn.BidirectionalCrossAttention(8, 8, 8, 2),
         lambda m, a, b: m(a, b),
