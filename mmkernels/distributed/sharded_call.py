@@ -202,14 +202,15 @@ def _spread(
         names = (dims if isinstance(dims, str) else dims[x.dim()]).split()
         leading = x.dim() - len(names) + 1
         names = [f"*{i}" for i in range(leading)] + names[1:] if names[:1] == ["*"] else names
-        placements: list[Placement] = [Replicate() if dim is None else Shard(names.index(dim)) for dim in chosen]
+        held = [dim if dim in names or dim != "h" else "g" for dim in chosen]  # key heads follow those of queries
+        placements: list[Placement] = [Replicate() if dim is None else Shard(names.index(dim)) for dim in held]
         for i in over:
             placements[i] = Partial()
         shape = list(x.shape)
-        for dim in {dim for dim in chosen if dim is not None}:
+        for dim in {dim for dim in held if dim is not None}:
             at = names.index(dim)
             parts = 1
-            for other, count in zip(chosen, mesh.shape, strict=True):
+            for other, count in zip(held, mesh.shape, strict=True):
                 parts *= count if other == dim else 1
             # Of a dim that holds more than the one of this name, as h·d, all parts are equal.
             exact = shape[at] * parts if sizes[dim] % parts == 0 else sizes[dim]

@@ -189,7 +189,8 @@ RULES: dict[str, Rule] = {
             "key_weight": "d",
         },
         ({3: "t h d", 4: "b h t d"}, {3: "t g d", 4: "b g t d"}),
-        free="b h g t",
+        free="b h t",
+        even="h",
     ),
     "low_rank_fusion": Rule(
         {"xs": "b k", "factors": "r f n", "rank_weights": "r", "bias": "n", "presence": _PRESENCE},

@@ -14,6 +14,7 @@ Limits     D up to 4096, what the registers of one program hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -378,6 +379,8 @@ def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], nee
     query, key, cos, sin, query_weight, key_weight, eps, interleaved = a
     batch, blocks, config, span = _sizes(a)
     heads, features, half = query.shape[1] + key.shape[1], query.shape[-1], cos.shape[-1]
+    if query_weight is not None or key_weight is not None:  # their sums take registers too
+        config = replace(config, num_warps=min(2 * config.num_warps, 16))
     length = query.shape[0 if query.dim() == 3 else 2]
     groups = ceil_div(heads, span)
     dx = [empty_in_order_of(x, x.shape) if n else None for x, n in zip((query, key), needed, strict=False)]
