@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmkernels.integrations._blocks import SERVED, linear, masking
+from mmkernels.integrations._rotary_tables import every_other, kept, real_and_imaginary
 from mmkernels.integrations._swaps import Swap
 from mmkernels.nn._children import is_plain
 from mmkernels.ops._checks import autocast_is_on
@@ -17,7 +18,6 @@ from mmkernels.ops.norm_rotary import norm_rotary
 __all__ = ["SWAPS"]
 
 Table = tuple[Tensor, Tensor]
-_HALVED = "_mmkernels_halved"
 
 
 def _flux_attention(
@@ -126,31 +126,16 @@ def _attended(streams: list[Any], tables: list[Table], head_dim: int, options: d
     return [out.transpose(1, 2).flatten(2) for out in joint_attention(queries, keys, values, **options)]
 
 
-def _kept(tensor: Tensor, make: Any) -> Any:
-    """What ``make`` makes of a tensor that a model gives to all its layers, kept with it while it is unchanged."""
-    version = -1 if tensor.is_inference() else tensor._version
-    known = tensor.__dict__.get(_HALVED)
-    if known is None or known[0] != version or version < 0:
-        known = (version, make(tensor))
-        tensor.__dict__[_HALVED] = known
-    return known[1]
-
-
 def _halved_tables(given: Any) -> Table | None:
     """cos and sin (L, R/2) float32 of tables (L, R) that have every entry twice; None of others."""
     if not isinstance(given, (tuple, list)) or len(given) != 2 or torch.compiler.is_compiling():
         return None
     if any(type(t) is not Tensor or t.dim() != 2 or t.dtype not in SERVED or t.requires_grad for t in given):
         return None
-    cos, sin = (_kept(t, _every_other) for t in given)
-    return None if cos is None or sin is None or cos.shape != sin.shape else (cos, sin)
-
-
-def _every_other(table: Tensor) -> Tensor | None:
-    if table.device.type != "cpu" or table.shape[1] % 2:
+    if any(t.device.type != "cpu" for t in given):
         return None
-    even = table[:, ::2].float().contiguous()
-    return even if torch.equal(even, table[:, 1::2].float()) else None
+    cos, sin = (kept(t, every_other) for t in given)
+    return None if cos is None or sin is None or cos.shape != sin.shape else (cos, sin)
 
 
 def _complex_tables(given: Any) -> list[Table] | None:
@@ -159,7 +144,7 @@ def _complex_tables(given: Any) -> list[Table] | None:
         return None
     if any(type(t) is not Tensor or t.dim() != 2 or t.dtype != torch.complex64 or t.requires_grad for t in given):
         return None
-    image, text = (_kept(t, lambda x: (x.real.contiguous(), x.imag.contiguous())) for t in given)
+    image, text = (kept(t, real_and_imaginary) for t in given)
     return [text, image]
 
 

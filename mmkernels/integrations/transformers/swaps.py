@@ -6,7 +6,14 @@ import inspect
 
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
-from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value, vision
+from mmkernels.integrations.transformers import (
+    blip,
+    feed_forward,
+    grounding_dino,
+    layers,
+    query_key_value,
+    vision,
+)
 
 _MODELS = "transformers.models."
 
@@ -18,7 +25,10 @@ SWAPS: dict[str, Swap] = {
 
 
 def find_by_source(kind: type) -> Swap | None:
-    """The swap of a class of a model that is known by its forward's source alone, where products are faster here."""
+    """The swap of a class of a model that is known by its forward's source, where products are faster here, or by what
+    it calls."""
+    if kind.__module__.startswith(_MODELS) and (swap := find_rotary(kind)) is not None:
+        return swap
     forward = kind.__dict__.get("forward")
     if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
         return None
