@@ -6,14 +6,8 @@ import inspect
 
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
-from mmkernels.integrations.transformers import (
-    blip,
-    feed_forward,
-    grounding_dino,
-    layers,
-    query_key_value,
-    vision,
-)
+from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value, vision
+from mmkernels.integrations.transformers.rotary import find_rotary
 
 _MODELS = "transformers.models."
 
