@@ -7,6 +7,7 @@ that name, in a copy of its globals: the module's are left as they are.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from mmkernels.integrations._blocks import SERVED
 from mmkernels.integrations._rotary_tables import first_half, kept
 from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.nn._children import is_plain
 from mmkernels.ops._checks import autocast_is_on
 from mmkernels.ops.norm_rotary import norm_rotary
 
@@ -72,6 +74,8 @@ _KNOWN: dict[str, dict[str, Function]] = {
     "apply_rotary_pos_emb_vision": {"e174399e546c": _packed_heads},
 }
 _ROTATE_HALF = "c3e95bb5f330"  # (−second half, first half)
+_WITH_NORMS = ("630b9bbbb2a5", "5e950dbbbeee")  # forwards of Qwen3's kin, of Qwen3-VL's
+_RMS_NORM = "7f6be55b177f"
 _DEPRECATION = "transformers.utils.deprecation"  # whose decorators rename an argument
 
 
@@ -80,7 +84,8 @@ def find_rotary(kind: type) -> Swap | None:
     forward = kind.__dict__.get("forward")
     if not callable(forward) or _with_ours(forward) is None:
         return None
-    return Swap(_forward, "norm_rotary", (source_hash(forward),))
+    source = source_hash(forward)
+    return Swap(_forward_with_norms if source in _WITH_NORMS else _forward, "norm_rotary", (source,))
 
 
 def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +96,53 @@ def _forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     if found is None or not found.serves(kwargs):
         return forward(module, *args, **kwargs)
     return found.function(module, *args, **kwargs)
+
+
+def _forward_with_norms(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Of attentions that also normalise each head, as Qwen3's."""
+    table = _table_of_normed(module, hidden_states, position_embeddings)
+    if table is None or args or "past_key_values" in kwargs:
+        return _forward(module, hidden_states, position_embeddings, attention_mask, *args, **kwargs)
+    cache = kwargs.pop("cache", None)
+    shape = hidden_states.shape[:-1]
+    q, k, v = (
+        project(hidden_states).view(*shape, -1, module.head_dim).transpose(1, 2)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    norms = {"query_weight": module.q_norm.weight, "key_weight": module.k_norm.weight}
+    q, k = norm_rotary(q, k, *table, eps=module.q_norm.variance_epsilon, **norms)
+    if cache is not None:
+        k, v = cache.update(k, v, module.layer_idx, kwargs=kwargs)
+    names = inspect.unwrap(type(module).forward).__globals__
+    attend = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        module.config._attn_implementation, names["eager_attention_forward"]
+    )
+    dropout = module.attention_dropout if module.training else 0.0
+    if hasattr(module, "sliding_window"):
+        kwargs["sliding_window"] = module.sliding_window
+    out, weights = attend(module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **kwargs)
+    return module.o_proj(out.reshape(*shape, -1).contiguous()), weights
+
+
+def _table_of_normed(module: Any, x: Tensor, given: Any) -> tuple[Tensor, Tensor] | None:
+    """As `_table`, where the norms are plain ones whose weights have the dtype of everything else."""
+    if torch.compiler.is_compiling() or given is None or x.dim() != 3 or given[0].dim() != 3:
+        return None
+    norms = (module.q_norm, module.k_norm)
+    if any(source_hash(type(norm).forward) != _RMS_NORM or not is_plain(norm, type(norm)) for norm in norms):
+        return None
+    eps = module.q_norm.variance_epsilon
+    dtypes = {w.weight.dtype for w in (*norms, module.q_proj, module.k_proj) if isinstance(w.weight, Tensor)}
+    if module.k_norm.variance_epsilon != eps or dtypes != {x.dtype} or given[0].dtype != x.dtype:
+        return None
+    return _table(x, x, *given) if given[0].shape[-1] == module.head_dim else None
 
 
 class _Found:
