@@ -22,26 +22,35 @@ from mmkernels.nn._children import is_plain
 from mmkernels.ops._checks import autocast_is_on
 from mmkernels.ops.norm_rotary import norm_rotary
 
-__all__ = ["find_rotary"]
+__all__ = ["find_rotary", "packed_heads"]
 
 Function = Callable[..., Any]
 
 
-def _heads(plain: Function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-    """Of queries (B, H, L, D), with tables (B, L, D)."""
-    fits = unsqueeze_dim == 1 and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-    table = _table(q, k, cos, sin) if fits and q.dtype == cos.dtype else None  # of others the product is promoted
-    return plain(q, k, cos, sin, unsqueeze_dim) if table is None else norm_rotary(q, k, *table)
+def _heads(
+    plain: Function,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    in_part: bool = False,
+    casts: bool = False,
+) -> Any:
+    """Of queries (B, H, L, D), with tables (B, L, D), or (B, L, R) where the original rotates ``in_part``.
+
+    The result of one that ``casts`` has the dtype of queries; of others the wider of both, which the op has not.
+    """
+    fits = unsqueeze_dim == 1 and q.dim() == 4 and cos.dim() == 3 and (casts or q.dtype == cos.dtype)
+    if fits and (cos.shape[-1] == q.shape[-1] or (in_part and cos.shape[-1] < q.shape[-1])):
+        table = _table(q, k, cos, sin)
+        if table is not None:
+            return norm_rotary(q, k, *table)
+    return plain(q, k, cos, sin, unsqueeze_dim)
 
 
-def _parts_of_heads(plain: Function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
-    """The same with tables (B, L, R), R ≤ D."""
-    fits = unsqueeze_dim == 1 and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] <= q.shape[-1]
-    table = _table(q, k, cos, sin) if fits and q.dtype == cos.dtype else None
-    return plain(q, k, cos, sin, unsqueeze_dim) if table is None else norm_rotary(q, k, *table)
-
-
-def _packed_heads(plain: Function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+def packed_heads(plain: Function, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     """Of an image's queries (L, H, D), with tables (L, D); the original computes in float32 and rounds once."""
     table = _table(q, k, cos, sin) if q.dim() == 3 and cos.dim() == 2 and cos.shape[-1] == q.shape[-1] else None
     return plain(q, k, cos, sin) if table is None else norm_rotary(q, k, *table)
@@ -68,10 +77,10 @@ def _table(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 _KNOWN: dict[str, dict[str, Function]] = {
     "apply_rotary_pos_emb": {
         **dict.fromkeys(("a6dd2967da96", "dcce26b5d767", "0ea8a470c495", "97ef4fe3f6b2"), _heads),
-        **dict.fromkeys(("af678e6a3ed9", "bff3d3addba6"), _heads),  # which cast the result to the dtype of queries
-        **dict.fromkeys(("1883fd41ad0d", "358cf3e549ac", "2a195d801e5e"), _parts_of_heads),
+        **dict.fromkeys(("af678e6a3ed9", "bff3d3addba6"), functools.partial(_heads, casts=True)),
+        **dict.fromkeys(("1883fd41ad0d", "358cf3e549ac", "2a195d801e5e"), functools.partial(_heads, in_part=True)),
     },
-    "apply_rotary_pos_emb_vision": {"e174399e546c": _packed_heads},
+    "apply_rotary_pos_emb_vision": {"e174399e546c": packed_heads},
 }
 _ROTATE_HALF = "c3e95bb5f330"  # (−second half, first half)
 _WITH_NORMS = ("630b9bbbb2a5", "5e950dbbbeee")  # forwards of Qwen3's kin, of Qwen3-VL's

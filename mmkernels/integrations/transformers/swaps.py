@@ -19,10 +19,12 @@ SWAPS: dict[str, Swap] = {
 
 
 def find_by_source(kind: type) -> Swap | None:
-    """The swap of a class of a model that is known by its forward's source, where products are faster here, or by what
-    it calls."""
-    if kind.__module__.startswith(_MODELS) and (swap := find_rotary(kind)) is not None:
-        return swap
+    """The swap of a class of a model that is known by the source of its forward, or of what that calls."""
+    return _by_own_source(kind) or (find_rotary(kind) if kind.__module__.startswith(_MODELS) else None)
+
+
+def _by_own_source(kind: type) -> Swap | None:
+    """Where products are faster here."""
     forward = kind.__dict__.get("forward")
     if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
         return None
