@@ -110,11 +110,12 @@ def norm_rotary(
     return q, k
 
 
-def _fitting(query: Tensor, *tables: Tensor | None) -> list[Tensor | None]:
+def _fitting(query: Tensor, *tables: Tensor | None) -> tuple[Tensor, ...]:
     """The tables, those of a dtype that does not go with query's in query's."""
     dtypes = {t.dtype for t in tables if t is not None}
     fit = dtypes <= {query.dtype, torch.float32}
-    return [t if t is None or fit else t.to(query.dtype) for t in tables]
+    # An absent tensor stays None; the annotation spares the caller the same union for each of theirs.
+    return tuple(t if t is None or fit else t.to(query.dtype) for t in tables)  # type: ignore[misc]
 
 
 def _check_shapes(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> None:

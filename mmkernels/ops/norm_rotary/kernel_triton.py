@@ -340,7 +340,7 @@ def _rows(t: Tensor | None) -> tuple[int, int, int]:
     """Strides of batch, head and token."""
     if t is None:
         return 0, 0, 0
-    return t.stride()[:3] if t.dim() == 4 else (0, t.stride(1), t.stride(0))
+    return (t.stride(0), t.stride(1), t.stride(2)) if t.dim() == 4 else (0, t.stride(1), t.stride(0))
 
 
 def _table_rows(t: Tensor) -> tuple[int, int]:
@@ -424,7 +424,7 @@ def calls(new: Callable[..., Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]
         cos, sin = (new(length, half, dtype=torch.float32) for _ in range(2))
         if 2 * half == features:
             cos, sin = cos.detach(), sin.detach()  # frequencies are learned in the last one alone
-        weights = {"query_weight": new(features), "key_weight": new(features)} if norm else {}
+        weights: Any = {"query_weight": new(features), "key_weight": new(features)} if norm else {}
         return mmk.norm_rotary(query, key, cos, sin, **weights, **options)
 
     yield "24 heads of 4608x128, norms, neighbours", lambda: call(24, 24, 4608, 128, 64, True, interleaved=True)
