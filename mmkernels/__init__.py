@@ -25,6 +25,7 @@ from mmkernels.ops.merge_embeddings import merge_embeddings
 from mmkernels.ops.modulated_norm import modulated_norm
 from mmkernels.ops.multimodal_cross_entropy import multimodal_cross_entropy
 from mmkernels.ops.multiplicative_attention_pool import multiplicative_attention_pool
+from mmkernels.ops.norm_rotary import norm_rotary
 from mmkernels.ops.sigmoid_contrastive_loss import sigmoid_contrastive_loss
 from mmkernels.ops.split_attention_pool import split_attention_pool
 from mmkernels.ops.tensor_fusion_linear import tensor_fusion_linear
@@ -57,6 +58,7 @@ __all__ = [
     "multimodal_cross_entropy",
     "multiplicative_attention_pool",
     "nn",
+    "norm_rotary",
     "scaled_dot_product_attention",
     "sigmoid_contrastive_loss",
     "split_attention_pool",

@@ -38,6 +38,12 @@ def merged(batch: int, length: int) -> Any:
     return mmk.merge_attention(outputs, [meta(batch, 8, length, dtype=torch.float32) for _ in range(2)])
 
 
+def rotated(batch: int, length: int) -> Any:
+    table = meta(length, 64, dtype=torch.float32)
+    query, key = (meta(batch, heads, length, 128) for heads in (8, 2))
+    return mmk.norm_rotary(query, key, table, table, query_weight=meta(128), key_weight=meta(128))
+
+
 def rows(batch: int, length: int, *widths: int) -> list[Tensor]:
     return [meta(batch, length, k) for k in widths]
 
@@ -87,6 +93,7 @@ CALLS: dict[str, Callable[[int, int], Any]] = {
         meta(b, n, 1024), meta(b * 100, 1024), meta(b, n, dtype=torch.bool)
     ),
     "modulated_norm": lambda b, n: mmk.modulated_norm(meta(b, n, 1152), meta(b, 1152), meta(b, 1152)),
+    "norm_rotary": rotated,
     "multimodal_cross_entropy": lambda b, n: mmk.multimodal_cross_entropy(
         [meta(b * n, 1000), meta(b * n, 32)], meta(b * n, dtype=torch.int64), presence=meta(b * n, 2, dtype=torch.bool)
     ),

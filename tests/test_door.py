@@ -65,6 +65,10 @@ CALLS: dict[str, tuple[Function, Sequence[tuple[int, ...]]]] = {
         lambda x, shift, scale: mmk.modulated_norm(x, shift, scale),
         [(3, 4, 6), (3, 6), (3, 6)],
     ),
+    "norm_rotary": (
+        lambda q, k, c, s, u, w: torch.cat(mmk.norm_rotary(q, k, c, s, query_weight=u, key_weight=w), 1),
+        [(3, 2, 4, 6), (3, 1, 4, 6), (4, 2), (4, 2), (6,), (6,)],
+    ),
     "concat_tokens": (
         lambda x, y, t, p: mmk.concat_tokens([x, y], type_embedding=t, position_embeddings=[None, p]),
         [(3, 2, 6), (3, 4, 6), (2, 6), (4, 6)],

@@ -141,6 +141,14 @@ CASES = {
     "modulated_norm, no norm": Case(
         lambda x, a, b: mmk.modulated_norm(x, a, b, norm=None), ((2, 3, 4), (2, 4), (2, 3, 4))
     ),
+    "norm_rotary": Case(
+        lambda q, k, c, s, w: torch.cat(mmk.norm_rotary(q, k, c, s, query_weight=w), 1),
+        ((2, 3, 4, 6), (2, 1, 4, 6), (4, 3), (4, 3), (6,)),
+    ),
+    "norm_rotary, neighbours without a norm": Case(
+        lambda q, k, c, s: torch.cat(mmk.norm_rotary(q, k, c, s, interleaved=True), 1),
+        ((2, 3, 4, 6), (2, 1, 4, 6), (2, 4, 2), (2, 4, 2)),
+    ),
     "low_rank_fusion": Case(
         lambda a, b, f, g, w: mmk.low_rank_fusion([a, b], [f, g], w), ((3, 4), (3, 2), (2, 5, 6), (2, 3, 6), (2,))
     ),

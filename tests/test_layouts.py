@@ -116,6 +116,12 @@ OPS: dict[str, Callable[..., Inputs]] = {
         x_mask=flags(B, Lx), y_mask=flags(B, Ly)),
     "merge_attention": lambda B=2, H=2, L=6, D=8: dict(
         outputs=[r(B, H, L, D), r(B, H, L, D)], lses=[r(B, H, L), r(B, H, L)]),
+    "norm_rotary": lambda B=2, H=3, L=4, D=6: dict(
+        query=r(B, H, L, D), key=r(B, 2, L, D), cos=r(L, D // 2), sin=r(L, D // 2), query_weight=r(D), key_weight=r(D)),
+    "norm_rotary of neighbours, a table per element": lambda B=3, G=2, L=4, R=2: dict(
+        query=r(B, 2, L, 7), key=r(B, G, L, 7), cos=r(B, L, R), sin=r(B, L, R), key_weight=r(7), interleaved=True),
+    "norm_rotary of a packed batch": lambda H=3, L=4, D=6: dict(
+        query=r(L, H, D), key=r(L, 2, D), cos=r(L, D // 2), sin=r(L, D // 2)),
     "deformable_attention": lambda B=2, H=2, L=3, D=4: dict(
         value=[r(B, 6, H, D), r(B, 4, H, D)], spatial_shapes=((2, 3), (2, 2)),
         sampling_locations=torch.rand(B, L, H, 2, 2, 2), attention_weights=r(B, L, H, 2, 2), presence=flags(B, 2)),

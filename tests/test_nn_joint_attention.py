@@ -11,9 +11,10 @@ from environment import DEVICE
 from torch import Tensor
 
 from mmkernels.nn import JointAttention
+from mmkernels.ops.norm_rotary.reference import rotate
 
 
-def plain(module: JointAttention, streams: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+def plain(module: JointAttention, streams: list[Tensor], mask: Tensor | None, tables: Any = None) -> list[Tensor]:
     """The forward in plain torch, from the module's own parameters."""
     heads: list[list[Tensor]] = [[], [], []]
     for i, x in enumerate(streams):
@@ -24,6 +25,9 @@ def plain(module: JointAttention, streams: list[Tensor], mask: Tensor | None) ->
             weights = (module.query_norm_weights, module.key_norm_weights, None)[j]
             if weights is not None:
                 part = F.rms_norm(part, part.shape[-1:], weights[i], module.eps)
+            if tables is not None and tables[i] is not None and j < 2:
+                by = [t.unsqueeze(1) if t.dim() == 3 else t for t in tables[i]]
+                part = rotate(part, *by, module.rotary == "interleaved")
             heads[j].append(part)
     out = F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in heads), attn_mask=mask, enable_gqa=True)
     split = out.transpose(1, 2).flatten(2).split([x.shape[1] for x in streams], 1)
@@ -57,6 +61,39 @@ def test_output_and_gradients_equal_plain_torch(options: str, padded: bool, back
     grads = (torch.autograd.grad(sum(y.sin().sum() for y in outs), leaves) for outs in (ours, want))
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("rotary", ["halves", "interleaved"])
+def test_streams_with_positions_are_rotated(rotary: Any, norm: bool, backend: str) -> None:
+    module = JointAttention([12, 20, 7], 3, head_dim=8, num_kv_heads=1, qk_norm=norm, rotary=rotary)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    streams = [torch.randn(2, n, w, requires_grad=True) for n, w in zip((4, 9, 1), (12, 20, 7), strict=True)]
+    tables = [(torch.rand(4, 3), torch.rand(4, 3)), (torch.rand(2, 9, 4), torch.rand(2, 9, 4)), None]
+    ours, want = module(streams, tables=tables), plain(module, streams, None, tables)
+    torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+    leaves = [*streams, *module.parameters()]
+    grads = (torch.autograd.grad(sum(y.sin().sum() for y in outs), leaves) for outs in (ours, want))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert all(y.dtype == torch.bfloat16 for y in module(streams, tables=tables))
+
+
+def test_tables_come_with_rotary_one_per_stream() -> None:
+    x, table = torch.randn(1, 2, 8), (torch.rand(2, 2), torch.rand(2, 2))
+    rotated = JointAttention([8], 2, rotary="halves")
+    with pytest.raises(ValueError, match=r"^JointAttention: tables: expected None without rotary; got tables"):
+        JointAttention([8], 2)([x], tables=[table])
+    with pytest.raises(ValueError, match=r"^JointAttention: tables: expected \(cos, sin\) or None of 1 streams"):
+        rotated([x])
+    with pytest.raises(ValueError, match=r"^JointAttention: tables: expected 1, one per stream; got 2"):
+        rotated([x], tables=[table, table])
+    with pytest.raises(ValueError, match=r"^norm_rotary: cos: expected shape"):
+        rotated([x], tables=[(table[0][:1], table[1][:1])])
+    with pytest.raises(ValueError, match=r"^JointAttention: rotary: expected None, 'halves' or 'interleaved'"):
+        JointAttention([8], 2, rotary=True)  # type: ignore[arg-type]
 
 
 def test_dropout_is_applied_in_training_alone() -> None:

@@ -140,7 +140,7 @@ def _chosen(
                     for (x, _), placement in zip(found, wanted, strict=True)
                 )
                 if dim in FEATURES:  # the sums that are still to be taken
-                    names = [other for name in rule.outputs[0].split() for other in _expanded(name, sizes)]
+                    names = [other for name in str(rule.outputs[0]).split() for other in _expanded(name, sizes)]
                     costs[dim] += math.prod([sizes[name] for name in names])
         chosen.append(min(costs, key=costs.__getitem__))
     return chosen
@@ -190,7 +190,7 @@ def _local(
 
 def _spread(
     result: Any,
-    outputs: Sequence[str],
+    outputs: Sequence[Dims],
     chosen: Sequence[str | None],
     sizes: Mapping[str, int],
     mesh: Any,
@@ -198,18 +198,19 @@ def _spread(
 ) -> Any:
     """The result with its tensors as DTensors; ``over``: the dims of the mesh that they are still to be summed over."""
 
-    def spread(x: Tensor, dims: str) -> DTensor:
-        names = dims.split()
+    def spread(x: Tensor, dims: Dims) -> DTensor:
+        names = (dims if isinstance(dims, str) else dims[x.dim()]).split()
         leading = x.dim() - len(names) + 1
         names = [f"*{i}" for i in range(leading)] + names[1:] if names[:1] == ["*"] else names
-        placements: list[Placement] = [Replicate() if dim is None else Shard(names.index(dim)) for dim in chosen]
+        held = [dim if dim in names or dim != "h" else "g" for dim in chosen]  # key heads follow those of queries
+        placements: list[Placement] = [Replicate() if dim is None else Shard(names.index(dim)) for dim in held]
         for i in over:
             placements[i] = Partial()
         shape = list(x.shape)
-        for dim in {dim for dim in chosen if dim is not None}:
+        for dim in {dim for dim in held if dim is not None}:
             at = names.index(dim)
             parts = 1
-            for other, count in zip(chosen, mesh.shape, strict=True):
+            for other, count in zip(held, mesh.shape, strict=True):
                 parts *= count if other == dim else 1
             # Of a dim that holds more than the one of this name, as h·d, all parts are equal.
             exact = shape[at] * parts if sizes[dim] % parts == 0 else sizes[dim]

@@ -27,7 +27,7 @@ class Rule:
 
     Args:
         inputs: dims of the arguments.
-        outputs: dims of the results, one after another; those of a list alike.
+        outputs: dims of the results, one after another, by their number too; those of a list alike.
         free: dims that may be sharded.
         even: those of them that all ranks must have equal parts of.
         summed: dims over shards of which the result is a sum, as `partial_sums` says.
@@ -36,7 +36,7 @@ class Rule:
     """
 
     inputs: dict[str, Dims]
-    outputs: tuple[str, ...]
+    outputs: tuple[Dims, ...]
     free: str = ""
     even: str = ""
     summed: str = ""
@@ -178,6 +178,19 @@ RULES: dict[str, Rule] = {
         },
         ("b t c",),
         free="b t",
+    ),
+    "norm_rotary": Rule(
+        {
+            "query": {3: "t h d", 4: "b h t d"},
+            "key": {3: "t g d", 4: "b g t d"},
+            "cos": {2: "t r", 3: "b t r"},
+            "sin": {2: "t r", 3: "b t r"},
+            "query_weight": "d",
+            "key_weight": "d",
+        },
+        ({3: "t h d", 4: "b h t d"}, {3: "t g d", 4: "b g t d"}),
+        free="b h t",
+        even="h",
     ),
     "low_rank_fusion": Rule(
         {"xs": "b k", "factors": "r f n", "rank_weights": "r", "bias": "n", "presence": _PRESENCE},

@@ -66,7 +66,9 @@ def accelerate(
     if "transformers" in sys.modules:
         from mmkernels.integrations.transformers import switch
 
-        more_entries, more_changes = switch.plan(model, chosen, {entry.path for entry in entries})
+        more_entries, more_changes = switch.plan(
+            model, chosen, {entry.path for entry in entries if entry.with_ != "norm_rotary"}
+        )
         entries += more_entries
         changes += more_changes
     entries += _unknown_attentions(model, entries)

@@ -26,12 +26,21 @@ class SwappedForward(functools.partial):
         return inspect.signature(type(module).forward.__get__(module))
 
 
+class SwappedCall(functools.partial):
+    """The ``__call__`` of a swapped processor, with the original's signature."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[0].__call__)
+
+
 class SwappedProcessor:
     """The processor of one attention of diffusers, in place of ``original``."""
 
     def __init__(self, function: Callable[..., Any], original: Any) -> None:
         self.function = function
         self.original = original
+        self.__dict__["__call__"] = SwappedCall(function, original)  # attentions ask it which arguments to pass on
 
     def __call__(self, attn: nn.Module, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.original, attn, hidden_states, *args, **kwargs)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmkernels.integrations import diffusers_rotary
 from mmkernels.integrations._blocks import SERVED, linear
 from mmkernels.integrations._swaps import Swap
 from mmkernels.nn._children import is_plain
@@ -150,3 +151,4 @@ SWAPS: dict[str, Swap] = {
         "attention_processor.JointAttnProcessor2_0": Swap(_joint_attention, "joint_attention", ("da700cb97c56",)),
     }.items()
 }
+SWAPS.update(diffusers_rotary.SWAPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from mmkernels.nn._arguments import check_sizes, checked_widths
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops.concat_tokens import concat_tokens
 from mmkernels.ops.joint_attention import joint_attention
+from mmkernels.ops.norm_rotary import norm_rotary
 
 __all__ = ["JointAttention"]
 
@@ -33,6 +35,8 @@ class JointAttention(nn.Module):
         eps: of that norm.
         dropout: probability with which a weight of the attention is dropped in training.
         num_kv_heads: Hkv, a divisor of H: heads of keys and values that groups of query heads share; None = H.
+        rotary: which features of queries and keys are rotated together, by the ``tables`` of a call: those of the two
+            "halves" or neighbours, "interleaved", as in `norm_rotary`, which normalises them too; None: none are.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -54,6 +58,7 @@ class JointAttention(nn.Module):
         eps: float = 1e-6,
         dropout: float = 0.0,
         num_kv_heads: int | None = None,
+        rotary: Literal["halves", "interleaved"] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -71,12 +76,16 @@ class JointAttention(nn.Module):
         if num_heads % num_kv_heads != 0:
             expected = f"a divisor of num_heads, {num_heads}"
             raise ValueError(f"JointAttention: num_kv_heads: expected {expected}; got {num_kv_heads}")
+        if rotary not in (None, "halves", "interleaved"):
+            expected = "None, 'halves' or 'interleaved'"
+            raise ValueError(f"JointAttention: rotary: expected {expected}; got {rotary!r}")
         self.embed_dims = embed_dims
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.dropout = attention.check_dropout("JointAttention", dropout, "dropout")
         self.head_dim = head_dim
         self.qk_norm = qk_norm
+        self.rotary = rotary
         self.eps = eps
         width, joined = num_heads * head_dim, (num_heads + 2 * num_kv_heads) * head_dim
 
@@ -113,6 +122,7 @@ class JointAttention(nn.Module):
         *,
         key_lengths: Sequence[Tensor | None] | None = None,
         stream_bias: Tensor | None = None,
+        tables: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     ) -> list[Tensor]:
         """Every stream's attention to all streams.
 
@@ -120,16 +130,20 @@ class JointAttention(nn.Module):
             streams: (B, L_s, E_s) each.
             key_lengths: as in `joint_attention`, per stream: tokens at and beyond the length are not attended to.
             stream_bias: as in `joint_attention`, (S, S) or (H, S, S).
+            tables: per stream (cos, sin) of its tokens' positions, as in `norm_rotary`, or None for one without; given
+                with ``rotary``, and only then.
 
         Returns:
             Tensors (B, L_s, E_s).
 
         Raises:
-            ValueError, TypeError, RuntimeError: as `joint_attention`.
+            ValueError, TypeError, RuntimeError: as `joint_attention` and `norm_rotary`.
         """
         if len(streams) != len(self.embed_dims):
             raise ValueError(f"JointAttention: streams: expected {len(self.embed_dims)} tensors; got {len(streams)}")
-        heads = [self._heads(i, x) for i, x in enumerate(streams)]
+        heads = [
+            self._heads(i, x, table) for i, (x, table) in enumerate(zip(streams, self._tables(tables), strict=True))
+        ]
         queries, keys, values = ([parts[j] for parts in heads] for j in range(3))
         outs = joint_attention(
             queries,
@@ -142,13 +156,38 @@ class JointAttention(nn.Module):
         )
         return [out(y.transpose(1, 2).flatten(2)) for y, out in zip(outs, self.out_proj, strict=True)]
 
-    def _heads(self, stream: int, x: Tensor) -> list[Tensor]:
-        """Query, key and value of a stream, views [B, H, L, D] of its projection where they are not normalised."""
+    def _tables(self, tables: Sequence[tuple[Tensor, Tensor] | None] | None) -> Sequence[tuple[Tensor, Tensor] | None]:
+        count = len(self.embed_dims)
+        if (tables is None) != (self.rotary is None):
+            expected = "None without rotary" if self.rotary is None else f"(cos, sin) or None of {count} streams"
+            got = "tables" if tables is not None else "None"
+            raise ValueError(f"JointAttention: tables: expected {expected}; got {got}")
+        if tables is None:
+            return [None] * count
+        if len(tables) != count:
+            raise ValueError(f"JointAttention: tables: expected {count}, one per stream; got {len(tables)}")
+        return tables
+
+    def _heads(self, stream: int, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Query, key and value of a stream, (B, H, L, D); those that nothing is done to are views of its projection."""
         heads = self.in_proj[stream](x).unflatten(-1, (-1, self.head_dim))  # [B, L, H + 2 Hkv, D]
         q, k, v = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 2)
-        if self.query_norm_weights is not None and self.key_norm_weights is not None:
-            q = self._normalised(q, self.query_norm_weights[stream])
-            k = self._normalised(k, self.key_norm_weights[stream])
+        query_norms, key_norms = self.query_norm_weights, self.key_norm_weights
+        if table is not None:
+            q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+            q, k = norm_rotary(
+                q,
+                k,
+                *table,
+                query_weight=None if query_norms is None else query_norms[stream],
+                key_weight=None if key_norms is None else key_norms[stream],
+                eps=self.eps,
+                interleaved=self.rotary == "interleaved",
+            )
+            return [q, k, v]
+        if query_norms is not None and key_norms is not None:
+            q = self._normalised(q, query_norms[stream])
+            k = self._normalised(k, key_norms[stream])
         return [part.transpose(1, 2) for part in (q, k, v)]
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -159,4 +198,4 @@ class JointAttention(nn.Module):
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
-        return f"{self.embed_dims}, {heads}, qk_norm={self.qk_norm}, dropout={self.dropout}"
+        return f"{self.embed_dims}, {heads}, qk_norm={self.qk_norm}, dropout={self.dropout}, rotary={self.rotary!r}"

@@ -7,6 +7,7 @@ import inspect
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
 from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value, vision
+from mmkernels.integrations.transformers.rotary import find_rotary
 
 _MODELS = "transformers.models."
 
@@ -18,7 +19,12 @@ SWAPS: dict[str, Swap] = {
 
 
 def find_by_source(kind: type) -> Swap | None:
-    """The swap of a class of a model that is known by its forward's source alone, where products are faster here."""
+    """The swap of a class of a model that is known by the source of its forward, or of what that calls."""
+    return _by_own_source(kind) or (find_rotary(kind) if kind.__module__.startswith(_MODELS) else None)
+
+
+def _by_own_source(kind: type) -> Swap | None:
+    """Where products are faster here."""
     forward = kind.__dict__.get("forward")
     if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
         return None
