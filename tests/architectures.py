@@ -425,3 +425,14 @@ def qwen_image() -> Built:
     inputs = {"hidden_states": random(2, 16, 16), "encoder_hidden_states": random(2, 9, 48, seed=3)}
     inputs |= {"encoder_hidden_states_mask": keep(2, 9).bool(), "timestep": torch.tensor([0.5, 0.02])}
     return model, {**inputs, "img_shapes": [[(1, 4, 4)]] * 2}, named("sample")
+
+
+@architecture
+def timm_vit() -> Built:
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        **{"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS},
+        qk_norm=True,
+    )
+    return model, {"x": random(2, 3, 32, 32)}, lambda output: [output]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmkernels.integrations._blocks import SERVED, activated, is_plain_linear, linear, prefix_lengths, takes_products
 from mmkernels.integrations._diffusers_attention import register
-from mmkernels.integrations._swaps import Swap, SwappedProcessor, source_hash
+from mmkernels.integrations._swaps import Swap, SwappedProcessor, calls_otherwise
 from mmkernels.nn._children import is_plain
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.ops.joint_attention import joint_attention
@@ -188,11 +188,6 @@ def _qwen_block(
     return _in_range(text), _in_range(image)
 
 
-def _modulates_otherwise(module: Any) -> str | None:
-    found = source_hash(type(module)._modulate)
-    return None if found == "f3729fdbdea3" else f"an unknown version of its _modulate: hash {found}"
-
-
 def _gated(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
     """residual + gate * x, rounded once."""
     return torch.addcmul(residual, gate.unsqueeze(1), x)
@@ -299,7 +294,9 @@ SWAPS: dict[str, Swap] = {
         "attention.JointTransformerBlock": Swap(_joint_block, _NORM, ("e1fece510a37",)),
         _FLUX + "FluxTransformerBlock": Swap(_flux_block, _NORM, ("fbc8a6dbd9d9",)),
         _FLUX + "FluxSingleTransformerBlock": Swap(_flux_single_block, "concat_linear", ("839e080d4c11",)),
-        _QWEN + "QwenImageTransformerBlock": Swap(_qwen_block, _NORM, ("7369f4430af2",), _modulates_otherwise),
+        _QWEN + "QwenImageTransformerBlock": Swap(
+            _qwen_block, _NORM, ("7369f4430af2",), calls_otherwise(_modulate="f3729fdbdea3")
+        ),
         "attention_processor.JointAttnProcessor2_0": Swap(_joint_attention, "joint_attention", ("da700cb97c56",)),
     }.items()
 }
