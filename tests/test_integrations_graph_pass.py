@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from environment import ALONE, DEVICE
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 from mmkernels.integrations.torch import graph_pass
 from mmkernels.testing import assert_close_to_oracle
 
+pytestmark = pytest.mark.skipif(ALONE is not None or DEVICE != "cpu", reason="the pass replaces on the CPU")
 INF = float("inf")
 
 
@@ -275,6 +278,20 @@ def test_the_compiler_takes_the_pass_and_gradients_flow(dynamic):
         assert_close_to_oracle(got, same, oracle, scale=float(oracle.abs().max()))
 
 
-def test_graphs_in_the_compiler_s_cache_are_told_apart_by_what_the_pass_does():
-    assert graph_pass().uuid() == graph_pass().uuid()
-    assert graph_pass().uuid() != graph_pass(everywhere=True).uuid()
+def test_the_report_is_whole_when_the_compiler_finds_the_graph_in_its_cache():
+    def function(q):
+        return torch.softmax(0.3 * (q @ q.mT), -1) @ q
+
+    with fresh_cache():
+        for misses in (1, 0):
+            torch._dynamo.reset()
+            counters.clear()
+            fusing = graph_pass(everywhere=True)
+            torch.compile(function, options=fusing.options)(Q)
+            assert len(fusing.report.replaced) == 1
+            assert counters["inductor"]["fxgraph_cache_miss"] == misses
+
+
+def test_each_pass_has_a_mark_of_its_own_in_the_compiler_s_cache():
+    fusing = graph_pass()
+    assert fusing.uuid() == fusing.uuid() != graph_pass().uuid()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
@@ -30,13 +32,19 @@ class GraphPass(CustomGraphPass):
     """What `graph_pass` returns.
 
     Attributes:
-        report: one entry for each part of a graph that is a pattern, ``path`` being the name of its last node. A graph
-            that the compiler finds in its cache is not looked at again, and adds none.
+        report: one entry for each part of a graph that is a pattern, ``path`` being the name of its last node.
+        options: for ``torch.compile(…, options=…)``: the pass runs before the compiler looks into its cache, so that
+            the report is whole and what was compiled in another process is found.
     """
 
     def __init__(self, everywhere: bool) -> None:
         self.report = Report([], _nothing)
         self._everywhere = everywhere
+        self._mark = secrets.token_hex()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"pre_grad_custom_pass": self, "pre_grad_pass_timing": "early"}
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in reversed(list(graph.nodes)):
@@ -54,11 +62,13 @@ class GraphPass(CustomGraphPass):
                 _replace(graph, match)
 
     def uuid(self) -> bytes:
+        """One of this pass alone: a graph that another one's compilation had left in the cache would not be in the
+        report."""
         here = Path(__file__).parent
         files = tuple(
             str(here / f"{name}.py") for name in ("graph_pass", "graph_nodes", "graph_attention", "graph_products")
         )
-        machine = (mmkernels.__version__, _native.isa(), products_pay(), self._everywhere)
+        machine = (mmkernels.__version__, _native.isa(), products_pay(), self._everywhere, self._mark)
         return get_hash_for_files(files, repr(machine))
 
 
@@ -68,11 +78,11 @@ def graph_pass(*, everywhere: bool = False) -> GraphPass:
     ::
 
         fusing = graph_pass()
-        model = torch.compile(model, options={"pre_grad_custom_pass": fusing})
+        model = torch.compile(model, options=fusing.options)
         model(**inputs)
         print(fusing.report)
 
-    or for all of the process, ``torch._inductor.config.pre_grad_custom_pass = fusing``. Recognised are
+    or for a block, ``with torch._inductor.config.patch(fusing.options): ...``. Recognised are
 
     - ``F.scaled_dot_product_attention``, and softmax(scale · QKᵀ + masks) V written by hand,
     - cat → linear (→ activation), cat → norm → linear (→ activation), norm → linear (→ activation),
