@@ -396,3 +396,43 @@ def sd_3() -> Built:
     inputs = {"hidden_states": random(2, 4, 8, 8), "encoder_hidden_states": random(2, 9, 48)}
     inputs |= {"pooled_projections": random(2, 32), "timestep": torch.tensor([500.0, 20.0])}
     return model, inputs, named("sample")
+
+
+@architecture
+def flux() -> Built:
+    from diffusers import FluxTransformer2DModel
+
+    model = FluxTransformer2DModel(
+        **{"patch_size": 1, "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16},
+        **{"num_attention_heads": HEADS, "joint_attention_dim": 48, "pooled_projection_dim": 32},
+        axes_dims_rope=(4, 6, 6),
+    )
+    places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    inputs = {"hidden_states": random(2, 16, 8), "encoder_hidden_states": random(2, 9, 48, seed=3)}
+    inputs |= {"pooled_projections": random(2, 32), "timestep": torch.tensor([0.5, 0.02])}
+    return model, {**inputs, "img_ids": places, "txt_ids": torch.zeros(9, 3)}, named("sample")
+
+
+@architecture
+def qwen_image() -> Built:
+    from diffusers import QwenImageTransformer2DModel
+
+    model = QwenImageTransformer2DModel(
+        **{"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 16},
+        **{"num_attention_heads": HEADS, "joint_attention_dim": 48},
+        axes_dims_rope=(4, 6, 6),
+    )
+    inputs = {"hidden_states": random(2, 16, 16), "encoder_hidden_states": random(2, 9, 48, seed=3)}
+    inputs |= {"encoder_hidden_states_mask": keep(2, 9).bool(), "timestep": torch.tensor([0.5, 0.02])}
+    return model, {**inputs, "img_shapes": [[(1, 4, 4)]] * 2}, named("sample")
+
+
+@architecture
+def timm_vit() -> Built:
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        **{"img_size": 32, "patch_size": 8, "num_classes": 10, "embed_dim": WIDTH, "depth": 2, "num_heads": HEADS},
+        qk_norm=True,
+    )
+    return model, {"x": random(2, 3, 32, 32)}, lambda output: [output]

@@ -14,8 +14,8 @@ from architectures import ARCHITECTURES, WIDTH, build, cast, keep, random, token
 from torch import nn
 
 from mmkernels.integrations import _blocks, accelerate, restore
-from mmkernels.integrations import torch as of_torch
 from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.integrations.torch import modules as of_torch
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.testing import same_bits
 

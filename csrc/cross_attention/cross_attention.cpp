@@ -1,6 +1,8 @@
 // cross_attention on the CPU, as torch sees it. Arguments were checked before (mmkernels/ops/cross_attention, or
 // `fits`): here they become Params, and outputs are allocated. Query, key and value are [B, H, L, features]; masks
 // broadcast.
+#include "csrc/cross_attention/cross_attention.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <ATen/ops/empty_like.h>
@@ -184,20 +186,20 @@ bool is_masked(const Inputs& in, const Options& o, bool mask_hides) {
   return mask_hides || in.key_lengths || o.window_left >= 0 || o.window_right >= 0;
 }
 
-using Outputs = std::tuple<Tensor, std::vector<Tensor>, Tensor>;  // out, lse where it is asked for, and stats: row_max
-                                                                  // and log_sum, [2, B, Hq, Lq], of a training
-
 Options options_of(const Tensor& query, int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
                    const std::optional<double>& scale, double dropout_p) {
   const auto features = static_cast<double>(std::max<int64_t>(query.size(3), 1));
   return {window_left, window_right, bottom_right, softcap, scale ? *scale : 1. / std::sqrt(features), dropout_p};
 }
 
-Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& mask,
-                const OptionalTensor& bias, const OptionalTensor& sinks, const OptionalTensor& key_lengths,
-                int64_t window_left, int64_t window_right, bool bottom_right, double softcap,
-                std::optional<double> scale, double dropout_p, const OptionalTensor& rng_state, bool, bool return_lse,
-                bool training) {
+}  // namespace
+
+CrossAttentionOutputs cross_attention_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                                              const OptionalTensor& mask, const OptionalTensor& bias,
+                                              const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+                                              int64_t window_left, int64_t window_right, bool bottom_right,
+                                              double softcap, std::optional<double> scale, double dropout_p,
+                                              const OptionalTensor& rng_state, bool, bool return_lse, bool training) {
   Inputs in(query, key, value, mask, bias, sinks, key_lengths, rng_state);
   const Options o = options_of(query, window_left, window_right, bottom_right, softcap, scale, dropout_p);
   const bool with_stats = training || return_lse;
@@ -205,7 +207,7 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, con
   const Tensor none = at::cpu::empty({0}, query.options().dtype(at::kFloat));
   const Tensor stats =
       with_stats ? at::cpu::empty({2, query.size(0), query.size(1), query.size(2)}, none.options()) : none;
-  const auto outputs = [&]() -> Outputs {
+  const auto outputs = [&]() -> CrossAttentionOutputs {
     return {out, return_lse ? std::vector<Tensor>{lse_of(stats)} : std::vector<Tensor>{}, training ? stats : none};
   };
   if (has_no_scores(in)) {
@@ -235,17 +237,18 @@ Outputs forward(const Tensor& query, const Tensor& key, const Tensor& value, con
   return outputs();
 }
 
-std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Tensor& key, const Tensor& value,
-                             const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& sinks,
-                             const OptionalTensor& key_lengths, int64_t window_left, int64_t window_right,
-                             bool bottom_right, double softcap, std::optional<double> scale, double dropout_p,
-                             const OptionalTensor& rng_state, bool, bool return_lse, at::TensorList saved,
-                             const c10::List<bool>& needed) {
+std::vector<Tensor> cross_attention_backward_into(const std::array<Tensor, 3>& gradients, at::TensorList grads,
+                                                  const Tensor& query, const Tensor& key, const Tensor& value,
+                                                  const OptionalTensor& mask, const OptionalTensor& bias,
+                                                  const OptionalTensor& sinks, const OptionalTensor& key_lengths,
+                                                  int64_t window_left, int64_t window_right, bool bottom_right,
+                                                  double softcap, std::optional<double> scale, double dropout_p,
+                                                  const OptionalTensor& rng_state, bool, bool return_lse,
+                                                  at::TensorList saved, const c10::List<bool>& needed) {
   Inputs in(query, key, value, mask, bias, sinks, key_lengths, rng_state);
   const Options o = options_of(query, window_left, window_right, bottom_right, softcap, scale, dropout_p);
   const bool of_mask = needed[3], of_bias = needed[4], of_sinks = needed[5];
-  const Tensor dq = empty_gradient(needed[0], query), dk = empty_gradient(needed[1], key),
-               dv = empty_gradient(needed[2], value);
+  const Tensor &dq = gradients[0], &dk = gradients[1], &dv = gradients[2];
   const Tensor out = dense_rows(saved[0]), stats = saved[saved.size() - 1].contiguous();  // between them the LSE
   const Tensor grad_lse = return_lse ? grads[1].contiguous() : Tensor{};
   const auto none = [&] { return at::cpu::empty({0}, query.options()); };
@@ -316,6 +319,21 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Te
   return result(of(of_mask, mask, in.mask), of(of_bias, bias, in.bias));
 }
 
+namespace {
+
+std::vector<Tensor> backward(at::TensorList grads, const Tensor& query, const Tensor& key, const Tensor& value,
+                             const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& sinks,
+                             const OptionalTensor& key_lengths, int64_t window_left, int64_t window_right,
+                             bool bottom_right, double softcap, std::optional<double> scale, double dropout_p,
+                             const OptionalTensor& rng_state, bool enable_gqa, bool return_lse, at::TensorList saved,
+                             const c10::List<bool>& needed) {
+  const std::array gradients{empty_gradient(needed[0], query), empty_gradient(needed[1], key),
+                             empty_gradient(needed[2], value)};
+  return cross_attention_backward_into(gradients, grads, query, key, value, mask, bias, sinks, key_lengths, window_left,
+                                       window_right, bottom_right, softcap, scale, dropout_p, rng_state, enable_gqa,
+                                       return_lse, saved, needed);
+}
+
 bool fits(const std::vector<c10::IValue>& arguments) {
   const Tensor &query = arguments[0].toTensor(), &key = arguments[1].toTensor(), &value = arguments[2].toTensor();
   if (query.dim() != 4 || key.dim() != 4 || value.dim() != 4) return false;
@@ -377,7 +395,7 @@ TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
 }
 
 TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
-  m.impl("_cross_attention_fwd", forward);
+  m.impl("_cross_attention_fwd", cross_attention_forward);
   m.impl("_cross_attention_bwd", backward);
 }
 

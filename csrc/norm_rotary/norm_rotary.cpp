@@ -2,6 +2,7 @@
 // [B, H, L, D] and key [B, Hk, L, D], or packed [L, H, D] and [L, Hk, D]; cos and sin are [L, R/2] or [B or 1, L, R/2].
 #include "csrc/norm_rotary/norm_rotary.h"
 
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
@@ -13,7 +14,7 @@
 #include "csrc/cpu/torch_workers.h"
 #include "csrc/door.h"
 
-namespace mmk {
+namespace mmk::norm_rotary {
 namespace {
 
 using at::Tensor;
@@ -140,4 +141,4 @@ TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
 }
 
 }  // namespace
-}  // namespace mmk
+}  // namespace mmk::norm_rotary

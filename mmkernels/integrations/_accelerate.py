@@ -23,6 +23,7 @@ def accelerate(
     only: str | Sequence[str] | None = None,
     skip: str | Sequence[str] | None = None,
     strict: bool = False,
+    mask_text_padding: bool = False,
 ) -> Report:
     """Make an existing model faster: swap what this library has kernels for.
 
@@ -37,6 +38,9 @@ def accelerate(
         only: patterns (``fnmatch``) of the paths or classes that may be swapped; None = all.
         skip: patterns of the paths or classes that may not.
         strict: raise where anything else is left.
+        mask_text_padding: let nobody attend to the padding of a prompt in diffusers' joint attention (SD3), whose own
+            looks at no mask: the model is then called with ``joint_attention_kwargs={"attention_mask": mask}``, the
+            tokenizer's (B, L) of ones and zeros. What it computes changes.
 
     Returns:
         A `Report`, one entry for each module that was swapped or left, with reasons. It is a context manager that
@@ -44,6 +48,7 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: ``mask_text_padding`` of a model without such an attention; the model is as it was before.
         RuntimeError: ``strict``, and something is left; the model is as it was before.
 
     Example:
@@ -77,9 +82,20 @@ def accelerate(
     report = Report(entries, functools.partial(restore, model))
     if strict and (left := [entry for entry in report.left if not chosen.is_reason(entry.reason)]):
         raise RuntimeError("accelerate: strict: expected nothing to be left; got\n" + "\n".join(map(str, left)))
+    if mask_text_padding and not any(e.what == _JOINT_ATTENTION for e in report.replaced):
+        raise ValueError(
+            f"accelerate: mask_text_padding: expected a model with a {_JOINT_ATTENTION}; got none to replace"
+        )
     for change in changes:
         change()
+    if mask_text_padding:
+        from mmkernels.integrations.diffusers import mask_text_padding_of
+
+        mask_text_padding_of(model)
     return report
+
+
+_JOINT_ATTENTION = "JointAttnProcessor2_0"
 
 
 class restore(contextlib.AbstractContextManager["restore"]):

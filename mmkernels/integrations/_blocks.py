@@ -40,10 +40,10 @@ def products_pay() -> bool:
 def takes_products(x: Tensor, weight: Tensor) -> bool:
     """Whether concat_linear is the better way to multiply these."""
     return (
-        x.device.type == "cpu"
+        x.numel() * len(weight) >= _FEWEST_PRODUCTS
+        and x.device.type == "cpu"
         and x.dtype in _PRODUCT_DTYPES
         and weight.dtype == x.dtype
-        and x.numel() * weight.shape[0] >= _FEWEST_PRODUCTS
         and (x.dtype != torch.bfloat16 or weight.numel() <= _MOST_BFLOAT16_WEIGHTS)
         and not torch.compiler.is_compiling()
         and not autocast_is_on(x.device)
@@ -60,9 +60,10 @@ def linear(
 ) -> Tensor:
     """``residual + act(child(x))``, by one product where the child is a plain linear and that is faster."""
     adds = residual is None or (residual.dtype == x.dtype and residual.shape[:-1] == x.shape[:-1])
-    if adds and is_plain_linear(child) and takes_products(x, child.weight):  # type: ignore[arg-type]
+    plain = is_plain_linear(child)
+    if plain and adds and takes_products(x, child.weight):  # type: ignore[arg-type]
         return concat_linear([x], child.weight, child.bias, activation=activation, residual=residual)  # type: ignore[arg-type]
-    out = child(x)
+    out = F.linear(x, child.weight, child.bias) if plain else child(x)  # type: ignore[arg-type]
     if activation is not None:
         out = _ACTIVATIONS[activation](out)
     return out if residual is None else residual + out

@@ -77,10 +77,23 @@ def source_hash(function: Callable[..., Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
+def calls_otherwise(**known: str) -> Callable[[nn.Module], str | None]:
+    """A `Swap.why_not` of a class whose forward calls other methods: their names and the hashes of their sources."""
+
+    def why_not(module: nn.Module) -> str | None:
+        for name, expected in known.items():
+            if (found := source_hash(getattr(type(module), name))) != expected:
+                return f"an unknown version of its {name}: hash {found}"
+        return None
+
+    return why_not
+
+
 # Which file has the swaps of the classes of a library, by the first word of their modules' names.
 _TABLES = {
     "diffusers": "mmkernels.integrations.diffusers",
     "open_clip": "mmkernels.integrations.open_clip",
+    "timm": "mmkernels.integrations.timm",
     "torch": "mmkernels.integrations.torch",
     "transformers": "mmkernels.integrations.transformers.swaps",
 }

@@ -38,18 +38,36 @@ def _multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    served = not need_weights and query.dim() == 3 and query.dtype in SERVED and not query.is_nested
-    if not served or (is_causal and attn_mask is None) or module.bias_k is not None or module.add_zero_attn:
+    served = not need_weights and query.dim() == 3 and is_served(module, query)
+    if not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
+    return attend(module, query, key, value, None if is_causal else attn_mask, key_padding_mask, is_causal), None
+
+
+def is_served(module: nn.MultiheadAttention, query: Tensor) -> bool:
+    plain = module.bias_k is None and not module.add_zero_attn
+    return plain and query.dtype in SERVED and not query.is_nested
+
+
+def attend(
+    module: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """What nn.MultiheadAttention gives without weights; queries of batch 1 are those of every batch element."""
     q, k, v = _projected(module, query, key, value)
     q, k, v = (MultiheadCrossAttention._heads(module, x, True) for x in (q, k, v))  # type: ignore[arg-type]
     dropout = module.dropout if module.training else 0.0
-    options = _masking(module, None if is_causal else attn_mask, key_padding_mask, q, k)
+    options = _masking(module, attn_mask, key_padding_mask, q, k)
     out = cross_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, **options)
     out = out.transpose(1, 2) if module.batch_first else out.permute(2, 0, 1, 3)
-    return _product(out.flatten(-2), module.out_proj.weight, module.out_proj.bias), None
+    return _product(out.flatten(-2), module.out_proj.weight, module.out_proj.bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -169,13 +187,13 @@ def _embeds_patches(module: Any) -> bool:
 _LARGE_PATCH = 1024
 
 
-def _no_projection(module: nn.Module) -> str | None:
+def no_projection(module: nn.Module) -> str | None:
     return None if type(module.out_proj).__name__ == "NonDynamicallyQuantizableLinear" else "its out_proj is wrapped"
 
 
 SWAPS = {
     "torch.nn.modules.activation.MultiheadAttention": Swap(
-        _multihead_attention, "cross_attention", ("7ab37236339a",), _no_projection
+        _multihead_attention, "cross_attention", ("7ab37236339a",), no_projection
     ),
     "torch.nn.modules.transformer.TransformerEncoderLayer": Swap(_encoder_layer, "concat_linear", ("e7c7d6541243",)),
     "torch.nn.modules.transformer.TransformerDecoderLayer": Swap(_decoder_layer, "concat_linear", ("006e14d4d728",)),
