@@ -6,13 +6,21 @@ import inspect
 
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
-from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value, vision
+from mmkernels.integrations.transformers import (
+    blip,
+    feed_forward,
+    grounding_dino,
+    layers,
+    pooled,
+    query_key_value,
+    vision,
+)
 
 _MODELS = "transformers.models."
 
 SWAPS: dict[str, Swap] = {
     _MODELS + name: swap
-    for table in (query_key_value.SWAPS, grounding_dino.SWAPS, blip.SWAPS, vision.SWAPS)
+    for table in (query_key_value.SWAPS, grounding_dino.SWAPS, blip.SWAPS, vision.SWAPS, pooled.SWAPS)
     for name, swap in table.items()
 }
 
