@@ -138,8 +138,8 @@ def dropout_p(child: nn.Module) -> float | None:
     return child.p if child.training else 0.0  # type: ignore[return-value]
 
 
-def masking(mask: Tensor | None) -> dict[str, Any]:
-    """The options of cross_attention that say an additive or bool mask [B, 1|H, 1|Lq, Lk].
+def masking(mask: Tensor | None, batch: int) -> dict[str, Any]:
+    """The options of cross_attention that say an additive or bool mask [1|B, 1|H, 1|Lq, Lk].
 
     One over keys alone, padded on the right, becomes ``key_lengths``, and one that forbids nothing no option at all:
     padded keys are then not computed. What was found is kept with the tensor, since a model gives one mask to all its
@@ -159,7 +159,7 @@ def masking(mask: Tensor | None) -> dict[str, Any]:
     _, is_prefix, lengths = known
     if not is_prefix:
         return {"attn_mask": mask}
-    return {} if lengths is None else {"key_lengths": lengths}
+    return {} if lengths is None else {"key_lengths": lengths.expand(batch)}
 
 
 def _is_broadcast(x: Tensor, dim: int) -> bool:

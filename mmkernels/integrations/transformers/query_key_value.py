@@ -27,7 +27,7 @@ def heads(x: Tensor, size: int) -> Tensor:
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Attention of projected tokens, (B, L, H·D) → the same."""
     size = module.attention_head_size
-    out = cross_attention(heads(q, size), heads(k, size), heads(v, size), dropout_p=p, **masking(mask))
+    out = cross_attention(heads(q, size), heads(k, size), heads(v, size), dropout_p=p, **masking(mask, q.shape[0]))
     return out.transpose(1, 2).flatten(2)
 
 
@@ -35,7 +35,7 @@ def attend_to(module: Any, x: Tensor, context: Tensor, mask: Tensor | None, p: f
     """Attention of tokens to others, (B, L, ·) → (B, L, H·D)."""
     children = (module.query, module.key, module.value)
     if p == 0.0:
-        out = attend_of_children(children, x, context, module.num_attention_heads, masking(mask))
+        out = attend_of_children(children, x, context, module.num_attention_heads, masking(mask, x.shape[0]))
         if out is not None:
             return out
     q, k, v = linear(module.query, x), linear(module.key, context), linear(module.value, context)

@@ -12,6 +12,7 @@ from mmkernels.integrations.transformers import (
     grounding_dino,
     layers,
     pooled,
+    pooling_heads,
     query_key_value,
     vision,
 )
@@ -20,7 +21,14 @@ _MODELS = "transformers.models."
 
 SWAPS: dict[str, Swap] = {
     _MODELS + name: swap
-    for table in (query_key_value.SWAPS, grounding_dino.SWAPS, blip.SWAPS, vision.SWAPS, pooled.SWAPS)
+    for table in (
+        query_key_value.SWAPS,
+        grounding_dino.SWAPS,
+        blip.SWAPS,
+        vision.SWAPS,
+        pooled.SWAPS,
+        pooling_heads.SWAPS,
+    )
     for name, swap in table.items()
 }
 
