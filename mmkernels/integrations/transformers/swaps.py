@@ -11,6 +11,7 @@ from mmkernels.integrations.transformers import (
     feed_forward,
     grounding_dino,
     layers,
+    packed,
     pooled,
     pooling_heads,
     query_key_value,
@@ -34,12 +35,16 @@ SWAPS: dict[str, Swap] = {
 
 
 def find_by_source(kind: type) -> Swap | None:
-    """The swap of a class of a model that is known by its forward's source alone, where products are faster here."""
+    """The swap of a class of a model that is known by its forward's source alone."""
     forward = kind.__dict__.get("forward")
-    if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
+    if not kind.__module__.startswith(_MODELS) or not callable(forward):
         return None
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    if code is None or code.co_names not in _NAMES:  # which is looked at first, since it takes no time
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return None
+    if "get_max_seqlen" in code.co_names:
+        return packed.BY_SOURCE.get(source_hash(forward))
+    if code.co_names not in _NAMES or not _blocks.products_pay():  # names are looked at first: they take no time
         return None
     source = source_hash(forward)
     return feed_forward.BY_SOURCE.get(source) or layers.BY_SOURCE.get(source)
