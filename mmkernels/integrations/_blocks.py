@@ -21,6 +21,7 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 _FEWEST_PRODUCTS = 1 << 24  # below, a call is too short for what a product gains
 _MOST_BFLOAT16_WEIGHTS = 1 << 22  # above, torch's products are 1.05 times faster
+_MOST_WIDENING_IN_TRAINING = 3 << 19  # above, weights that widen have gradients that torch's products give sooner
 _LENGTHS = "_mmkernels_key_lengths"
 
 
@@ -44,11 +45,17 @@ def takes_products(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in _PRODUCT_DTYPES
         and weight.dtype == x.dtype
         and x.numel() * weight.shape[0] >= _FEWEST_PRODUCTS
-        and (x.dtype != torch.bfloat16 or weight.numel() <= _MOST_BFLOAT16_WEIGHTS)
+        and (x.dtype != torch.bfloat16 or weight.numel() <= _most_bfloat16_weights(weight))
         and not torch.compiler.is_compiling()
         and not autocast_is_on(x.device)
         and products_pay()
     )
+
+
+def _most_bfloat16_weights(weight: Tensor) -> int:
+    widens = weight.shape[0] > weight.shape[1]
+    trains = widens and weight.requires_grad and torch.is_grad_enabled()
+    return _MOST_WIDENING_IN_TRAINING if trains else _MOST_BFLOAT16_WEIGHTS
 
 
 def linear(
