@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -60,7 +61,8 @@ KINDS = [
 ]
 
 
-NOT_WAITING = ["a hook", "hidden states", "attentions", "dropout", "a tuple", "a wrapper", "autocast"]
+NOT_WAITING = ["a hook", "another forward", "another forward of attention", "a wrapper", "hidden states"]
+NOT_WAITING += ["attentions", "dropout", "a tuple", "autocast"]
 
 
 @pytest.fixture
@@ -120,6 +122,9 @@ def test_the_last_layer_does_not_wait(kind, what, layers):
     last = model.encoder.layers[-1]
     if what == "a hook":
         last.mlp.fc2.register_forward_hook(lambda module, args, out: out * 1.5)
+    if what.startswith("another forward"):
+        child = last.self_attn if what.endswith("attention") else last
+        child.forward = functools.partial(type(child).forward, child)
     if what == "a wrapper":
         last.self_attn.v_proj = nn.Sequential(last.self_attn.v_proj)
     if what == "dropout":
@@ -147,6 +152,15 @@ def test_both_encoders_of_a_contrastive_model_compute_one_token(layers):
     assert whole == 1  # two layers of text, one of the image
     torch.testing.assert_close(out.to_tuple(), plain.to_tuple(), rtol=1e-4, atol=1e-4)
     assert len(layers) == whole + 2
+
+
+def test_tokens_are_not_computed_by_the_weights_of_another_call():
+    model, inputs = encoder("images of CLIP")
+    accelerate(model)
+    others = {name: nn.Parameter(p * 2.0) for name, p in model.named_parameters()}
+    out = torch.func.functional_call(model, others, (), inputs)
+    with pytest.raises(RuntimeError, match="expected its weights to be those of the call"):
+        out.last_hidden_state  # noqa: B018
 
 
 @pytest.mark.parametrize("part", ["Text", "Vision"])

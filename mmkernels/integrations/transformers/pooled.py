@@ -18,7 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 
 from mmkernels.integrations._blocks import is_plain_linear, linear
 from mmkernels.integrations._few_queries import attend_of_children
-from mmkernels.integrations._swaps import Swap, source_hash
+from mmkernels.integrations._swaps import Swap, SwappedForward, source_hash
 from mmkernels.integrations.transformers import NAME
 from mmkernels.integrations.transformers.feed_forward import with_residual
 from mmkernels.integrations.transformers.unfinished import Unfinished, are_watched, may_wait
@@ -117,6 +117,9 @@ def _waits(module: Any, x: Tensor | None, options: dict[str, Any], ends: _Ends) 
         return False
     layer, attn = encoder.layers[-1], encoder.layers[-1].self_attn
     if source_hash(type(layer).forward) not in _LAYERS or source_hash(type(attn).forward) not in _ATTENTIONS:
+        return False
+    forward = layer.__dict__.get("forward")
+    if not (forward is None or isinstance(forward, SwappedForward)) or "forward" in attn.__dict__:
         return False
     if module.training and getattr(layer, "gradient_checkpointing", False):
         return False

@@ -34,7 +34,7 @@ class Unfinished(BaseModelOutputWithPooling):
     ) -> Unfinished:
         """``rest`` gives the last hidden state and the pooled output by ``layers``, ``pooled`` that one alone."""
         modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-        moment = (type(module).__name__, layers, _versions(layers), modes)
+        moment = (type(module).__name__, layers, _weights(layers), modes)
         self.__dict__[_WAITING] = functools.partial(_resume, moment, rest)
         if pooled is not None:
             self.__dict__[_POOLED] = functools.partial(_resume, moment, pooled)
@@ -116,20 +116,25 @@ class Unfinished(BaseModelOutputWithPooling):
         return BaseModelOutputWithPooling, tuple(getattr(self, name) for name in fields)
 
 
-def _resume(moment: tuple[str, list[nn.Module], list[int], tuple[bool, bool]], function: Callable[[], Any]) -> Any:
+Weights = list[tuple[Tensor, int]]
+
+
+def _resume(moment: tuple[str, list[nn.Module], Weights, tuple[bool, bool]], function: Callable[[], Any]) -> Any:
     """What a function gives in the modes of the call."""
-    name, layers, versions, (is_grad_enabled, is_inference) = moment
-    if _versions(layers) != versions:
+    name, layers, weights, (is_grad_enabled, is_inference) = moment
+    found = _weights(layers)
+    same = (p is before and version == then for (p, version), (before, then) in zip(found, weights, strict=False))
+    if len(found) != len(weights) or not all(same):
         raise RuntimeError(
             f"{name}: last_hidden_state: an accelerated model computes it when it is read; "
-            "expected its weights to be those of the call; got ones changed in place since"
+            "expected its weights to be those of the call; got others, or ones changed in place since"
         )
     with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad_enabled):
         return function()
 
 
-def _versions(layers: list[nn.Module]) -> list[int]:
-    return [p._version for layer in layers for p in layer.parameters() if not p.is_inference()]
+def _weights(layers: list[nn.Module]) -> Weights:
+    return [(p, -1 if p.is_inference() else p._version) for layer in layers for p in layer.parameters()]
 
 
 def may_wait(module: Any, x: Tensor | None, options: dict[str, Any]) -> bool:
