@@ -11,7 +11,7 @@ import torch
 from architectures import HEADS, WIDTH, build, keep, random, tokens, why_no_models
 from torch import nn
 
-from mmkernels.integrations import _few_queries, accelerate, restore
+from mmkernels.integrations import _blocks, _few_queries, accelerate, restore
 from mmkernels.testing import same_bits
 
 NO_MODELS = why_no_models()
@@ -63,6 +63,18 @@ KINDS = [
 
 NOT_WAITING = ["a hook", "another forward", "another forward of attention", "a wrapper", "hidden states"]
 NOT_WAITING += ["attentions", "dropout", "a tuple", "autocast"]
+
+
+@pytest.fixture(autouse=True)
+def _calls_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_blocks, "_FEWEST_PRODUCTS", 0)
+
+
+def test_short_calls_are_left_as_they_are(monkeypatch):
+    keys = _few_queries.Projection(random(WIDTH, WIDTH), None)
+    assert _few_queries.pays(1, random(2, 50, WIDTH), keys, HEADS)
+    monkeypatch.undo()
+    assert not _few_queries.pays(1, random(2, 50, WIDTH), keys, HEADS)
 
 
 @pytest.fixture

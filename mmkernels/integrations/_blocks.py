@@ -38,13 +38,18 @@ def products_pay() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes long enough for a choice between ways of doing it."""
+    return x.numel() * weight.shape[0] >= _FEWEST_PRODUCTS
+
+
 def takes_products(x: Tensor, weight: Tensor) -> bool:
     """Whether concat_linear is the better way to multiply these."""
     return (
         x.device.type == "cpu"
         and x.dtype in _PRODUCT_DTYPES
         and weight.dtype == x.dtype
-        and x.numel() * weight.shape[0] >= _FEWEST_PRODUCTS
+        and is_large(x, weight)
         and (x.dtype != torch.bfloat16 or weight.numel() <= _most_bfloat16_weights(weight))
         and not torch.compiler.is_compiling()
         and not autocast_is_on(x.device)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmkernels.integrations._blocks import is_plain_linear, linear
+from mmkernels.integrations._blocks import is_large, is_plain_linear, linear
 from mmkernels.ops._checks import autocast_is_on
 
 __all__ = ["Projection", "attend", "attend_of_children", "pays"]
@@ -32,7 +32,9 @@ class Projection(NamedTuple):
 
 def pays(queries: int, x: Tensor, keys: Projection, heads: int) -> bool:
     """Whether queries had better take the projections of ``x`` (B, L, C)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or autocast_is_on(x.device):
+    if not is_large(x, keys.weight) or x.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or autocast_is_on(x.device):
         return False
     if x.dtype not in (torch.float32, torch.bfloat16) or x.dtype != keys.weight.dtype:
         return False

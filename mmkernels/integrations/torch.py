@@ -14,6 +14,7 @@ from mmkernels.integrations._blocks import (
     SERVED,
     activated,
     dropout_p,
+    is_large,
     linear,
     masking,
     prefix_lengths,
@@ -49,7 +50,7 @@ def _multihead_attention(
         )
     dropout = module.dropout if module.training else 0.0
     merged = None
-    if key is value and attn_mask is None and dropout == 0.0:
+    if key is value and attn_mask is None and dropout == 0.0 and is_large(key, module.out_proj.weight):
         merged = _attended(module, query, key, key_padding_mask)
     if merged is not None:
         return _product(merged, module.out_proj.weight, module.out_proj.bias), None
