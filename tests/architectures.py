@@ -364,6 +364,96 @@ def mllama() -> Built:
 
 
 @architecture
+def idefics() -> Built:
+    from transformers import IdeficsConfig, IdeficsForVisionText2Text
+
+    config = IdeficsConfig(
+        **text(additional_vocab_size=0, cross_layer_interval=1, use_resampler=True, dropout=0.0),
+        vision_config={"embed_dim": WIDTH, **vision()},
+        perceiver_config={
+            **{"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4, "resampler_head_dim": 16},
+        },
+        alpha_initializer="ones",
+    )
+    x = tokens(2, 12)
+    inputs = {"input_ids": x, "attention_mask": keep(2, 12), "pixel_values": random(2, 2, 3, 32, 32)}
+    inputs["image_attention_mask"] = torch.ones(2, 12, 2, dtype=torch.long)
+    inputs["image_attention_mask"][1, :4, 1] = 0
+    return IdeficsForVisionText2Text(config), {**inputs, "use_cache": False}, named("logits")
+
+
+@architecture
+def idefics_2() -> Built:
+    from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+
+    config = Idefics2Config(
+        vision_config=vision(),
+        perceiver_config={
+            **{"hidden_size": WIDTH, "resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 4},
+            **{"resampler_head_dim": 16, "num_key_value_heads": 2},
+        },
+        text_config={"model_type": "mistral", **text(num_key_value_heads=2, max_position_embeddings=64)},
+        image_token_id=IMAGE_TOKEN,
+    )
+    x = tokens(2, 12)
+    x[:, 3:7] = IMAGE_TOKEN
+    inputs = {"input_ids": x, "attention_mask": keep(2, 12), "pixel_values": random(2, 1, 3, 32, 32)}
+    inputs["pixel_attention_mask"] = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+    inputs["pixel_attention_mask"][1, :, :, 16:] = False
+    return Idefics2ForConditionalGeneration(config), {**inputs, "use_cache": False}, named("logits")
+
+
+@architecture
+def pali_gemma() -> Built:
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    config = PaliGemmaConfig(
+        vision_config={"model_type": "siglip_vision_model", **vision(), "vision_use_head": False},
+        text_config={"model_type": "gemma", **text(num_key_value_heads=2, head_dim=16, max_position_embeddings=64)},
+        image_token_id=IMAGE_TOKEN,
+        projection_dim=WIDTH,
+    )
+    x = tokens(2, 24)
+    x[:, :16] = IMAGE_TOKEN
+    inputs = {"input_ids": x, "attention_mask": keep(2, 24) | (x == IMAGE_TOKEN), "pixel_values": random(2, 3, 32, 32)}
+    inputs["token_type_ids"] = (torch.arange(24) >= 20).long().expand(2, -1)
+    return PaliGemmaForConditionalGeneration(config), {**inputs, "use_cache": False}, named("logits")
+
+
+@architecture
+def gemma_3_with_windows() -> Built:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    of_text = text(num_key_value_heads=2, head_dim=16, max_position_embeddings=64, sliding_window=6)
+    config = Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **vision(), "vision_use_head": False},
+        text_config={**of_text, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        image_token_index=IMAGE_TOKEN,
+        mm_tokens_per_image=4,
+    )
+    x = tokens(2, 18)
+    x[:, 3:7] = IMAGE_TOKEN
+    inputs = {"input_ids": x, "attention_mask": keep(2, 18), "pixel_values": random(2, 3, 32, 32)}
+    inputs["token_type_ids"] = (x == IMAGE_TOKEN).long()
+    return Gemma3ForConditionalGeneration(config), {**inputs, "use_cache": False}, named("logits")
+
+
+@architecture
+def udop_with_position_bias() -> Built:
+    from transformers import UdopConfig, UdopForConditionalGeneration
+
+    config = UdopConfig(
+        **{"vocab_size": 100, "d_model": WIDTH, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": HEADS},
+        **{"dropout_rate": 0.0, "image_size": 32, "patch_size": 8, "max_2d_position_embeddings": 64},
+        **{"pad_token_id": 0, "decoder_start_token_id": 0, "use_cache": False},
+    )
+    x = tokens(2, 12)
+    boxes = torch.rand(2, 12, 4, generator=torch.Generator().manual_seed(7)).sort(-1)[0][..., [0, 1, 2, 3]]
+    inputs = {"input_ids": x, "attention_mask": keep(2, 12), "bbox": boxes, "pixel_values": random(2, 3, 32, 32)}
+    return UdopForConditionalGeneration(config), {**inputs, "labels": tokens(2, 5)}, named("logits", "loss")
+
+
+@architecture
 def coca() -> Built:
     from open_clip.coca_model import CoCa
 

@@ -136,3 +136,17 @@ def test_a_swapped_forward_has_the_signature_of_the_class_s():
     assert "forward" in layer.__dict__
     assert inspect.signature(layer.forward) == inspect.signature(type(layer).forward.__get__(layer))
     assert inspect.signature(pickle.loads(pickle.dumps(layer)).forward) == inspect.signature(layer.forward)
+
+
+def test_large_bfloat16_weights_that_widen_are_torch_s_to_train(monkeypatch):
+    from mmkernels.integrations import _blocks
+
+    monkeypatch.setattr(_blocks, "products_pay", lambda: True)
+    x = torch.empty(64, 1024, dtype=torch.bfloat16)
+    widens = torch.empty(2048, 1024, dtype=torch.bfloat16, requires_grad=True)
+    assert not _blocks.takes_products(x, widens)
+    assert _blocks.takes_products(torch.empty(64, 2048, dtype=torch.bfloat16), widens.t())
+    assert _blocks.takes_products(x, widens.detach())
+    assert _blocks.takes_products(x.float(), widens.float())
+    with torch.no_grad():
+        assert _blocks.takes_products(x, widens)

@@ -88,3 +88,15 @@ def test_a_mask_that_is_absent_means_what_the_module_says(bert):
     ):
         expected = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
         torch.testing.assert_close(attention(module, q, k, v, None, is_causal=given)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_one_mask_of_padding_may_serve_a_batch(kind, bert):
+    from mmkernels.integrations.transformers.interface import attention
+
+    q, k, v = (random(2, 4, 6, 16, seed=i) for i in range(3))
+    mask = (torch.arange(6) < 4)[None, None, None]
+    if kind == "additive":
+        mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(attention(bert, q, k, v, mask)[0], expected)

@@ -21,6 +21,7 @@ SERVED = (torch.float32, torch.bfloat16, torch.float16)
 _PRODUCT_DTYPES = (torch.float32, torch.bfloat16)
 _FEWEST_PRODUCTS = 1 << 24  # below, a call is too short for what a product gains
 _MOST_BFLOAT16_WEIGHTS = 1 << 22  # above, torch's products are 1.05 times faster
+_MOST_WIDENING_IN_TRAINING = 3 << 19  # above, weights that widen have gradients that torch's products give sooner
 _LENGTHS = "_mmkernels_key_lengths"
 
 
@@ -37,18 +38,29 @@ def products_pay() -> bool:
     return cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
+def is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product takes long enough for a choice between ways of doing it."""
+    return x.numel() * len(weight) >= _FEWEST_PRODUCTS
+
+
 def takes_products(x: Tensor, weight: Tensor) -> bool:
     """Whether concat_linear is the better way to multiply these."""
     return (
-        x.numel() * len(weight) >= _FEWEST_PRODUCTS
+        is_large(x, weight)
         and x.device.type == "cpu"
         and x.dtype in _PRODUCT_DTYPES
         and weight.dtype == x.dtype
-        and (x.dtype != torch.bfloat16 or weight.numel() <= _MOST_BFLOAT16_WEIGHTS)
+        and (x.dtype != torch.bfloat16 or weight.numel() <= _most_bfloat16_weights(weight))
         and not torch.compiler.is_compiling()
         and not autocast_is_on(x.device)
         and products_pay()
     )
+
+
+def _most_bfloat16_weights(weight: Tensor) -> int:
+    widens = weight.shape[0] > weight.shape[1]
+    trains = widens and weight.requires_grad and torch.is_grad_enabled()
+    return _MOST_WIDENING_IN_TRAINING if trains else _MOST_BFLOAT16_WEIGHTS
 
 
 def linear(
@@ -139,8 +151,8 @@ def dropout_p(child: nn.Module) -> float | None:
     return child.p if child.training else 0.0  # type: ignore[return-value]
 
 
-def masking(mask: Tensor | None) -> dict[str, Any]:
-    """The options of cross_attention that say an additive or bool mask [B, 1|H, 1|Lq, Lk].
+def masking(mask: Tensor | None, batch: int) -> dict[str, Any]:
+    """The options of cross_attention that say an additive or bool mask [1|B, 1|H, 1|Lq, Lk].
 
     One over keys alone, padded on the right, becomes ``key_lengths``, and one that forbids nothing no option at all:
     padded keys are then not computed. What was found is kept with the tensor, since a model gives one mask to all its
@@ -160,7 +172,7 @@ def masking(mask: Tensor | None) -> dict[str, Any]:
     _, is_prefix, lengths = known
     if not is_prefix:
         return {"attn_mask": mask}
-    return {} if lengths is None else {"key_lengths": lengths}
+    return {} if lengths is None else {"key_lengths": lengths.expand(batch)}
 
 
 def _is_broadcast(x: Tensor, dim: int) -> bool:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmkernels.integrations import _few_queries, _key_lengths
 from mmkernels.integrations._blocks import (
     SERVED,
     activated,
     dropout_p,
+    is_large,
     linear,
     masking,
     prefix_lengths,
@@ -39,6 +41,9 @@ def _multihead_attention(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     served = not need_weights and query.dim() == 3 and is_served(module, query)
+    if key_padding_mask is not None and query.dim() == key.dim() == 3:  # of another shape it is torch's error
+        batch_first = key if module.batch_first else key.transpose(0, 1)
+        served = served and key_padding_mask.shape == batch_first.shape[:2]
     if not served or (is_causal and attn_mask is None):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -61,13 +66,43 @@ def attend(
     is_causal: bool = False,
 ) -> Tensor:
     """What nn.MultiheadAttention gives without weights; queries of batch 1 are those of every batch element."""
+    dropout = module.dropout if module.training else 0.0
+    plain = key is value and len(query) == len(key) and attn_mask is None and not is_causal and dropout == 0.0
+    if plain and is_large(key, module.out_proj.weight):
+        merged = _attended(module, query, key, key_padding_mask)
+        if merged is not None:
+            return _product(merged, module.out_proj.weight, module.out_proj.bias)
     q, k, v = _projected(module, query, key, value)
     q, k, v = (MultiheadCrossAttention._heads(module, x, True) for x in (q, k, v))  # type: ignore[arg-type]
-    dropout = module.dropout if module.training else 0.0
     options = _masking(module, attn_mask, key_padding_mask, q, k)
     out = cross_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, **options)
     out = out.transpose(1, 2) if module.batch_first else out.permute(2, 0, 1, 3)
     return _product(out.flatten(-2), module.out_proj.weight, module.out_proj.bias)
+
+
+def _attended(module: nn.MultiheadAttention, query: Tensor, key: Tensor, padding: Tensor | None) -> Tensor | None:
+    """Attention before its output projection where not all keys and values need to be computed, else None."""
+    usual = module.batch_first and module._qkv_same_embed_dim
+    if not usual or torch.compiler.is_compiling() or key.device.type != "cpu":
+        return None
+    lengths = None
+    if padding is not None:
+        lengths = prefix_lengths(~padding) if padding.dtype == torch.bool and padding.shape == key.shape[:2] else None
+        if lengths is None:
+            return None
+    heads, width, weight, bias = module.num_heads, module.embed_dim, module.in_proj_weight, module.in_proj_bias
+    keys, values = (
+        _few_queries.Projection(weight[i * width :][:width], None if bias is None else bias[i * width :][:width])
+        for i in (1, 2)
+    )
+    if _few_queries.pays(query.shape[1], key, keys, heads):
+        q = _product(query, weight[:width], None if bias is None else bias[:width])
+        keep = None if lengths is None else (torch.arange(key.shape[1]) < lengths[:, None])[:, None]
+        return _few_queries.attend(q, key, keys, values, heads, module.head_dim**-0.5, keep)
+    if lengths is None or query is key or not _key_lengths.pays(key, lengths, weight[width:]):
+        return None
+    q = _product(query, weight[:width], None if bias is None else bias[:width])
+    return _key_lengths.attend_to_kept(q, key, lengths, weight[width:], None if bias is None else bias[width:], heads)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,9 +137,11 @@ def _masking(
             lengths = prefix_lengths(keep)
             if lengths is not None:
                 options = _masking(module, attn_mask, None, q, k)
+                if "key_lengths" in options:  # of one query's mask
+                    lengths = torch.minimum(lengths, options["key_lengths"])
                 return {**options, "key_lengths": lengths}
     mask = MultiheadCrossAttention._merged_mask(module, attn_mask, padding, q, k, 0)  # type: ignore[arg-type]
-    return masking(mask)
+    return masking(mask, q.shape[0])
 
 
 def _encoder_layer(

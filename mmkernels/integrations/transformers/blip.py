@@ -9,7 +9,7 @@ from torch import Tensor
 from mmkernels.integrations._blocks import SERVED, dropout_p, linear
 from mmkernels.integrations._swaps import Swap
 from mmkernels.integrations.transformers.interface import weights_are_captured
-from mmkernels.integrations.transformers.query_key_value import attend
+from mmkernels.integrations.transformers.query_key_value import attend_to
 from mmkernels.ops.cross_attention import cross_attention
 
 __all__ = ["SWAPS"]
@@ -44,8 +44,7 @@ def _text_attention(
     context, mask = hidden_states, attention_mask
     if encoder_hidden_states is not None:
         context, mask = encoder_hidden_states, encoder_attention_mask
-    q, k, v = linear(module.query, hidden_states), linear(module.key, context), linear(module.value, context)
-    return attend(module, q, k, v, mask, p), None
+    return attend_to(module, hidden_states, context, mask, p), None
 
 
 SWAPS = {

@@ -167,7 +167,7 @@ def attention(
             module, query, key, value, attention_mask, scaling, dropout, softcap, position_bias, s_aux, kwargs
         )
     q_length = query.shape[2]
-    options = _options(attention_mask)
+    options = _options(attention_mask, query.shape[0])
     if attention_mask is None and q_length > 1:
         causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
         options = {"is_causal": bool(causal)}
@@ -189,14 +189,14 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _options(mask: Tensor | None) -> dict[str, Any]:
+def _options(mask: Tensor | None, batch: int) -> dict[str, Any]:
     if mask is None:
         return {}
     if not torch.compiler.is_compiling():
         compact = mask.__dict__.get(_COMPACT)
         if compact is not None and compact.version == _version(mask):
             return dict(compact.options)
-    return dict(masking(mask))
+    return dict(masking(mask, batch))
 
 
 def _eager(

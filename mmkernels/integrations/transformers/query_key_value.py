@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from mmkernels.integrations._blocks import SERVED, dropout_p, linear, masking
+from mmkernels.integrations._few_queries import attend_of_children
 from mmkernels.integrations._swaps import Swap
 from mmkernels.integrations.transformers.weights import weights
 from mmkernels.ops.cross_attention import cross_attention
 
-__all__ = ["SWAPS", "attend", "heads"]
+__all__ = ["SWAPS", "attend_to", "heads"]
 
 
 def heads(x: Tensor, size: int) -> Tensor:
@@ -26,8 +27,19 @@ def heads(x: Tensor, size: int) -> Tensor:
 def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
     """Attention of projected tokens, (B, L, H·D) → the same."""
     size = module.attention_head_size
-    out = cross_attention(heads(q, size), heads(k, size), heads(v, size), dropout_p=p, **masking(mask))
+    out = cross_attention(heads(q, size), heads(k, size), heads(v, size), dropout_p=p, **masking(mask, q.shape[0]))
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_to(module: Any, x: Tensor, context: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """Attention of tokens to others, (B, L, ·) → (B, L, H·D)."""
+    children = (module.query, module.key, module.value)
+    if p == 0.0:
+        out = attend_of_children(children, x, context, module.num_attention_heads, masking(mask, x.shape[0]))
+        if out is not None:
+            return out
+    q, k, v = linear(module.query, x), linear(module.key, context), linear(module.value, context)
+    return attend(module, q, k, v, mask, p)
 
 
 def _served(module: Any, x: Tensor, mask: Tensor | None) -> float | None:
@@ -57,8 +69,7 @@ def _context_attention(
     p = _served(module, hidden_states, attention_mask)
     if output_attentions or p is None:
         return type(module).forward(module, hidden_states, context, attention_mask, output_attentions)
-    q, k, v = linear(module.query, hidden_states), linear(module.key, context), linear(module.value, context)
-    return (attend(module, q, k, v, attention_mask, p),)
+    return (attend_to(module, hidden_states, context, attention_mask, p),)
 
 
 def _projected_attention(

@@ -6,14 +6,31 @@ import inspect
 
 from mmkernels.integrations import _blocks
 from mmkernels.integrations._swaps import Swap, source_hash
-from mmkernels.integrations.transformers import blip, feed_forward, grounding_dino, layers, query_key_value, vision
+from mmkernels.integrations.transformers import (
+    blip,
+    feed_forward,
+    grounding_dino,
+    layers,
+    packed,
+    pooled,
+    pooling_heads,
+    query_key_value,
+    vision,
+)
 from mmkernels.integrations.transformers.rotary import find_rotary
 
 _MODELS = "transformers.models."
 
 SWAPS: dict[str, Swap] = {
     _MODELS + name: swap
-    for table in (query_key_value.SWAPS, grounding_dino.SWAPS, blip.SWAPS, vision.SWAPS)
+    for table in (
+        query_key_value.SWAPS,
+        grounding_dino.SWAPS,
+        blip.SWAPS,
+        vision.SWAPS,
+        pooled.SWAPS,
+        pooling_heads.SWAPS,
+    )
     for name, swap in table.items()
 }
 
@@ -24,12 +41,16 @@ def find_by_source(kind: type) -> Swap | None:
 
 
 def _by_own_source(kind: type) -> Swap | None:
-    """Where products are faster here."""
+    """Where products are faster here, or images of all sizes are packed."""
     forward = kind.__dict__.get("forward")
-    if not kind.__module__.startswith(_MODELS) or not _blocks.products_pay():
+    if not kind.__module__.startswith(_MODELS) or not callable(forward):
         return None
-    code = getattr(inspect.unwrap(forward), "__code__", None) if callable(forward) else None
-    if code is None or code.co_names not in _NAMES:  # which is looked at first, since it takes no time
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return None
+    if "get_max_seqlen" in code.co_names:
+        return packed.BY_SOURCE.get(source_hash(forward))
+    if code.co_names not in _NAMES or not _blocks.products_pay():  # names are looked at first: they take no time
         return None
     source = source_hash(forward)
     return feed_forward.BY_SOURCE.get(source) or layers.BY_SOURCE.get(source)
