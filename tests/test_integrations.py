@@ -136,3 +136,9 @@ def test_a_swapped_forward_has_the_signature_of_the_class_s():
     assert "forward" in layer.__dict__
     assert inspect.signature(layer.forward) == inspect.signature(type(layer).forward.__get__(layer))
     assert inspect.signature(pickle.loads(pickle.dumps(layer)).forward) == inspect.signature(layer.forward)
+
+
+def test_accelerating_a_model_of_torch_does_not_import_its_compiler():
+    code = "import sys, torch; from mmkernels.integrations import accelerate; accelerate(torch.nn.Linear(2, 2))"
+    code += "; assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
