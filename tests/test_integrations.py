@@ -150,3 +150,9 @@ def test_large_bfloat16_weights_that_widen_are_torch_s_to_train(monkeypatch):
     assert _blocks.takes_products(x.float(), widens.float())
     with torch.no_grad():
         assert _blocks.takes_products(x, widens)
+
+
+def test_accelerating_a_model_of_torch_does_not_import_its_compiler():
+    code = "import sys, torch; from mmkernels.integrations import accelerate; accelerate(torch.nn.Linear(2, 2))"
+    code += "; assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

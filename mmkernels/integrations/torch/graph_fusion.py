@@ -64,10 +64,7 @@ class GraphPass(CustomGraphPass):
     def uuid(self) -> bytes:
         """One of this pass alone: a graph that another one's compilation had left in the cache would not be in the
         report."""
-        here = Path(__file__).parent
-        files = tuple(
-            str(here / f"{name}.py") for name in ("graph_pass", "graph_nodes", "graph_attention", "graph_products")
-        )
+        files = tuple(str(path) for path in sorted(Path(__file__).parent.glob("graph_*.py")))
         machine = (mmkernels.__version__, _native.isa(), products_pay(), self._everywhere, self._mark)
         return get_hash_for_files(files, repr(machine))
 
