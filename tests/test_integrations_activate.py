@@ -12,7 +12,6 @@ from torch.nn import attention
 
 from mmkernels import _native
 from mmkernels.integrations.torch import activate, deactivate
-from mmkernels.integrations.torch import activate as activate_function
 from mmkernels.testing import assert_close_to_oracle, same_bits
 
 pytestmark = native_only
@@ -252,8 +251,17 @@ def test_torch_s_registry_knows_it_and_another_implementation_comes_back_after_t
 def test_without_the_compiled_library_it_says_so_and_changes_nothing(monkeypatch):
     monkeypatch.setattr(_native, "_library", None)
     with pytest.raises(RuntimeError, match="compiled library"):
-        activate_function()
+        activate()
     assert attention.current_flash_attention_impl() is None
+
+
+def test_a_torch_without_the_registry_is_said_so(monkeypatch):
+    from mmkernels.integrations.torch.activate import activate as function
+
+    monkeypatch.setitem(function.__globals__, "_HAS_REGISTRY", False)
+    deactivate()
+    with pytest.raises(RuntimeError, match="got an older one"):
+        activate()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -29,13 +29,17 @@ def _register() -> _Handle:
 
 
 def _door(name: str) -> Any:
+    if not _HAS_REGISTRY:
+        raise RuntimeError("activate: expected a torch with a registry of attention implementations; got an older one")
     door = _native.door(name)
     if door is None:
         raise RuntimeError(f"activate: expected the compiled library of mmkernels; got none: {_native.reason()}")
     return door
 
 
-attention.register_flash_attention_impl(_NAME, register_fn=_register)
+_HAS_REGISTRY = hasattr(attention, "register_flash_attention_impl")
+if _HAS_REGISTRY:
+    attention.register_flash_attention_impl(_NAME, register_fn=_register)
 
 
 class Activation:
@@ -93,7 +97,7 @@ def activate() -> Activation:
         of the block what was not active before.
 
     Raises:
-        RuntimeError: the compiled library is not available.
+        RuntimeError: the compiled library is not available, or torch has no such registry.
 
     Example:
         >>> x = torch.randn(1, 8, 64, 32)
@@ -103,9 +107,9 @@ def activate() -> Activation:
         {'forward': 1, 'backward': 0}
     """
     with _LOCK:
+        _door("serve_torch_attention")
         before = attention.current_flash_attention_impl()
         if before != _NAME:
-            _door("serve_torch_attention")
             attention.activate_flash_attention_impl(_NAME)
         return Activation(before)
 
@@ -113,7 +117,7 @@ def activate() -> Activation:
 def deactivate() -> None:
     """Give torch's attention back to its own kernels, bit for bit; changes nothing where they have it."""
     with _LOCK:
-        if attention.current_flash_attention_impl() == _NAME:
+        if _HAS_REGISTRY and attention.current_flash_attention_impl() == _NAME:
             attention.restore_flash_attention_impl()
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-import mmkernels
 from mmkernels import _native
-from mmkernels.integrations._blocks import products_pay
 from mmkernels.integrations._report import Entry, Report
 from mmkernels.integrations.torch import graph_attention, graph_products
 from mmkernels.integrations.torch.graph_nodes import Match, reason_of_span
@@ -44,7 +42,8 @@ class GraphPass(CustomGraphPass):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"pre_grad_custom_pass": self, "pre_grad_pass_timing": "early"}
+        timing = {"pre_grad_pass_timing": "early"} if hasattr(config, "pre_grad_pass_timing") else {}
+        return {"pre_grad_custom_pass": self, **timing}
 
     def __call__(self, graph: fx.Graph) -> None:
         for node in reversed(list(graph.nodes)):
@@ -61,12 +60,10 @@ class GraphPass(CustomGraphPass):
             if reason is None:
                 _replace(graph, match)
 
-    def uuid(self) -> bytes:
+    def uuid(self) -> str:
         """One of this pass alone: a graph that another one's compilation had left in the cache would not be in the
         report."""
-        files = tuple(str(path) for path in sorted(Path(__file__).parent.glob("graph_*.py")))
-        machine = (mmkernels.__version__, _native.isa(), products_pay(), self._everywhere, self._mark)
-        return get_hash_for_files(files, repr(machine))
+        return self._mark
 
 
 def graph_pass(*, everywhere: bool = False) -> GraphPass:
