@@ -2,7 +2,7 @@
 
     python docs/integration_gains.py                     # measures all and prints the table
     python docs/integration_gains.py "CLIP ViT-B/32"     # some of them
-    python docs/integration_gains.py --update            # measures all and writes the table into integrations.md
+    python docs/integration_gains.py --update            # and writes what it measured into integrations.md
 
 Random weights of released models' widths. One thread, its CPU time, eager and accelerated in turn, the best of several.
 Needs the packages of requirements-models.txt, downloads nothing; some minutes.
@@ -178,10 +178,14 @@ def table(models: dict[str, Callable[[], Model]]) -> str:
 
 
 def updated(page: str, table: str) -> str:
-    """The page with another table."""
+    """The page with another table; rows of models that the new one has not stay."""
     before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}{table}{END}{after}"
+    old, _, after = rest.partition(END)
+    rows = {line.split(" | ")[0]: line for line in (*old.splitlines(), *table.splitlines())}
+    names = [f"| {name}" for name in MODELS]
+    kept = [line for line in table.splitlines() if line.split(" | ")[0] not in names]
+    lines = "\n".join([*kept, *(rows[name] for name in names if name in rows)])
+    return f"{before}{BEGIN}{lines}\n{END}{after}"
 
 
 def main() -> None:
@@ -190,8 +194,6 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write the table into integrations.md")
     options = parser.parse_args()
     chosen = {n: b for n, b in MODELS.items() if not options.model or n.startswith(tuple(options.model))}
-    if options.update and options.model:
-        parser.error("--update measures all models")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = table(chosen)
