@@ -156,3 +156,23 @@ def test_accelerating_a_model_of_torch_does_not_import_its_compiler():
     code = "import sys, torch; from mmkernels.integrations import accelerate; accelerate(torch.nn.Linear(2, 2))"
     code += "; assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_the_table_of_gains_is_written_into_the_page_by_its_script():
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "docs" / "integration_gains.py"
+    spec = importlib.util.spec_from_file_location("integration_gains", path)
+    gains = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gains)
+    page = gains.PAGE.read_text()
+    written = page.partition(gains.BEGIN)[2].partition(gains.END)[0]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines()[4:]] == list(gains.MODELS)
+    assert gains.updated(page, written) == page
+
+    def toy():
+        return decoder(), {"tgt": torch.randn(1, 3, 64), "memory": torch.randn(1, 5, 64)}, lambda out: out
+
+    cells = gains.row("a toy", toy).strip("| ").split(" | ")
+    assert cells[0] == "a toy" and len(cells) == 1 + 2 * 2 * len(gains.DTYPES)
+    assert all(cell.endswith("ms") for cell in cells[1::2]) and all(float(cell[:-1]) > 0 for cell in cells[2::2])

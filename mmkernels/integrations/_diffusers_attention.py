@@ -66,5 +66,5 @@ def _attention(
         options = {"scale": scale, "enable_gqa": enable_gqa, "_parallel_config": _parallel_config}
         return native(query, key, value, attn_mask, dropout_p, is_causal, **options)  # type: ignore[no-any-return]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options = masking(attn_mask) | {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    options = masking(attn_mask, query.shape[0]) | {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     return cross_attention(q, k, v, dropout_p=dropout_p, **options).transpose(1, 2)

@@ -57,7 +57,9 @@ def _qwen_image_attention(
     image, text, mask = hidden_states, encoder_hidden_states, encoder_hidden_states_mask
     head_dim = attn.inner_dim // attn.heads
     tables = _complex_tables(image_rotary_emb) if text is not None and attention_mask is None else None
-    options = {} if mask is None else masking(mask[:, None, None]) if mask.dtype == torch.bool else {"attn_mask": mask}
+    options: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
+    if mask is not None and mask.dtype == torch.bool:
+        options = masking(mask[:, None, None], len(mask))
     streams = None
     if tables is not None and "attn_mask" not in options:
         streams = _streams(original, attn, image, text, head_dim)

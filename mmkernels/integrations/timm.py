@@ -27,7 +27,7 @@ def _attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causa
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     dropout = module.attn_drop.p if module.training else 0.0
     q, k = module.q_norm(q), module.k_norm(k)
-    out = cross_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, **masking(attn_mask))
+    out = cross_attention(q, k, v, is_causal=is_causal, dropout_p=dropout, **masking(attn_mask, q.shape[0]))
     out = module.norm(out.transpose(1, 2).flatten(2))
     out = out if gate is None else out * gate
     return module.proj_drop(linear(module.proj, out))  # type: ignore[no-any-return]
