@@ -385,8 +385,11 @@ void norm_rotary_backward(const NormRotaryParams& p) {
       }
       for (int64_t l = begin; tables && l < end; ++l) {
         const int64_t at = (l - begin) * table;
-        for (const auto& [to, from] : {std::pair(p.grad_cos, cos + at), std::pair(p.grad_sin, sin + at)}) {
-          if (to.data != nullptr) store_vector(p.table_dtype, row_address(to, b0, l, p.table_dtype), p.half, from);
+        if (p.grad_cos.data != nullptr) {
+          store_vector(p.table_dtype, row_address(p.grad_cos, b0, l, p.table_dtype), p.half, cos + at);
+        }
+        if (p.grad_sin.data != nullptr) {
+          store_vector(p.table_dtype, row_address(p.grad_sin, b0, l, p.table_dtype), p.half, sin + at);
         }
       }
     }
