@@ -152,6 +152,24 @@ def test_large_bfloat16_weights_that_widen_are_torch_s_to_train(monkeypatch):
         assert _blocks.takes_products(x, widens)
 
 
+def test_small_self_attention_without_gradients_is_torch_s_one_call(monkeypatch):
+    from mmkernels.integrations.torch import modules
+
+    calls = []
+    ours = modules.cross_attention
+    monkeypatch.setattr(modules, "cross_attention", lambda *args, **options: calls.append(1) or ours(*args, **options))
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    accelerate(module)
+    x, y = torch.randn(2, 6, 32), torch.randn(2, 3, 32)
+    with torch.no_grad():
+        module(x, x, x, need_weights=False)
+        assert not calls
+        module(x, y, y, need_weights=False)
+    assert len(calls) == 1
+    module(x, x, x, need_weights=False)
+    assert len(calls) == 2
+
+
 def test_accelerating_a_model_of_torch_does_not_import_its_compiler():
     code = "import sys, torch; from mmkernels.integrations import accelerate; accelerate(torch.nn.Linear(2, 2))"
     code += "; assert 'torch._dynamo' not in sys.modules and 'torch._inductor' not in sys.modules"

@@ -44,11 +44,19 @@ def _multihead_attention(
     if key_padding_mask is not None and query.dim() == key.dim() == 3:  # of another shape it is torch's error
         batch_first = key if module.batch_first else key.transpose(0, 1)
         served = served and key_padding_mask.shape == batch_first.shape[:2]
-    if not served or (is_causal and attn_mask is None):
+    if not served or (is_causal and attn_mask is None) or _takes_short_way(module, query, key, value):
         return nn.MultiheadAttention.forward(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
     return attend(module, query, key, value, None if is_causal else attn_mask, key_padding_mask, is_causal), None
+
+
+def _takes_short_way(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch has one call for all of this, and its time is that of the call."""
+    of_self = query is key and key is value and module.batch_first and module._qkv_same_embed_dim
+    if not of_self or module.training or torch.is_grad_enabled():
+        return False
+    return not is_large(query, module.in_proj_weight)
 
 
 def is_served(module: nn.MultiheadAttention, query: Tensor) -> bool:
