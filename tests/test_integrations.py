@@ -176,21 +176,60 @@ def test_accelerating_a_model_of_torch_does_not_import_its_compiler():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_the_table_of_gains_is_written_into_the_page_by_its_script():
+@pytest.fixture
+def gains():
+    """The script that measures what `accelerate` gains, and writes it into the libraries' pages."""
     import importlib.util
 
-    path = Path(__file__).parents[1] / "docs" / "integration_gains.py"
-    spec = importlib.util.spec_from_file_location("integration_gains", path)
-    gains = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gains)
-    page = gains.PAGE.read_text()
-    written = page.partition(gains.BEGIN)[2].partition(gains.END)[0]
-    assert [line.split(" | ")[0].removeprefix("| ") for line in written.splitlines()[4:]] == list(gains.MODELS)
-    assert gains.updated(page, written) == page
+    path = Path(__file__).parents[1] / "docs" / "integrations" / "measure.py"
+    spec = importlib.util.spec_from_file_location("measure", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
+
+def rows(gains, text):
+    return [
+        line.split(" | ")[0][2:] for line in text.partition(gains.BEGIN)[2].partition(gains.END)[0].splitlines()[4:]
+    ]
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers", "diffusers", "open_clip", "timm"])
+def test_a_table_of_gains_has_rows_of_models_that_the_script_measures(library, gains):
+    text, names = gains.page(library).read_text(), list(gains.MODELS[library])
+    assert text.count(gains.BEGIN) == text.count(gains.END) == 1
+    assert rows(gains, text) == [name for name in names if name in rows(gains, text)]
+    written = text.partition(gains.BEGIN)[2].partition(gains.END)[0].splitlines()
+    machine = written[0] if written else "a machine"
+    assert not written or gains.updated(text, names, [], machine) == text
+    new = gains.updated(text, names, [f"| {names[-1]} | 1 ms |"], machine)
+    assert rows(gains, new) == [name for name in names if name in (*rows(gains, text), names[-1])]
+    assert rows(gains, gains.updated(new, names, [f"| {names[0]} | 1 ms |"], "another machine")) == names[:1]
+    outside = [(t.partition(gains.BEGIN)[0], t.partition(gains.END)[2]) for t in (text, new)]
+    assert outside[0] == outside[1]
+
+
+def test_the_script_of_gains_writes_each_row_into_its_page_and_skips_what_is_not_installed(
+    gains, tmp_path, monkeypatch, capsys
+):
     def toy():
         return decoder(), {"tgt": torch.randn(1, 3, 64), "memory": torch.randn(1, 5, 64)}, lambda out: out
 
-    cells = gains.row("a toy", toy).strip("| ").split(" | ")
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(gains, "MODELS", {"torch": {"a toy": toy}, "no_such_library": {"none": toy}})
+    monkeypatch.setattr(gains, "page", lambda library: tmp_path / library)
+    monkeypatch.setattr(gains, "SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--update"])
+    (tmp_path / "torch").write_text(f"before\n{gains.BEGIN}{gains.END}after\n")
+    try:
+        gains.main()
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    cells = printed.out.strip("| \n").split(" | ")
     assert cells[0] == "a toy" and len(cells) == 1 + 2 * 2 * len(gains.DTYPES)
     assert all(cell.endswith("ms") for cell in cells[1::2]) and all(float(cell[:-1]) > 0 for cell in cells[2::2])
+    assert printed.err == "none: skipped, no_such_library is not installed\n"
+    text = (tmp_path / "torch").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and printed.out in text
+    assert rows(gains, text) == ["a toy"]
