@@ -26,6 +26,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
 import torch  # noqa: E402
@@ -164,9 +165,9 @@ def sd_3() -> Model:
     sizes = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 24, "caption_projection_dim": 1536}
     sizes |= {"in_channels": 16, "out_channels": 16, "joint_attention_dim": 4096, "pooled_projection_dim": 2048}
     model = SD3Transformer2DModel(
-        **sizes, sample_size=48, pos_embed_max_size=96, qk_norm="rms_norm", dual_attention_layers=(0,)
+        **sizes, sample_size=40, pos_embed_max_size=96, qk_norm="rms_norm", dual_attention_layers=(0,)
     )
-    inputs = {"hidden_states": torch.randn(1, 16, 48, 48), "encoder_hidden_states": torch.randn(1, 154, 4096)}
+    inputs = {"hidden_states": torch.randn(1, 16, 40, 40), "encoder_hidden_states": torch.randn(1, 154, 4096)}
     inputs |= {"pooled_projections": torch.randn(1, 2048), "timestep": torch.tensor([500.0])}
     return model, inputs, lambda out: out.sample
 
@@ -175,7 +176,7 @@ def flux() -> Model:
     from diffusers import FluxTransformer2DModel
 
     model = FluxTransformer2DModel(num_layers=1, num_single_layers=2, num_attention_heads=12)
-    height = width = 24
+    height = width = 20
     places = torch.cartesian_prod(torch.zeros(1), torch.arange(float(height)), torch.arange(float(width)))
     inputs = {"hidden_states": torch.randn(1, height * width, 64), "encoder_hidden_states": torch.randn(1, 128, 4096)}
     inputs |= {"pooled_projections": torch.randn(1, 768), "timestep": torch.tensor([0.5])}
@@ -186,9 +187,9 @@ def qwen_image() -> Model:
     from diffusers import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(num_layers=2, num_attention_heads=12)
-    inputs = {"hidden_states": torch.randn(1, 24 * 24, 64), "encoder_hidden_states": torch.randn(1, 128, 3584)}
+    inputs = {"hidden_states": torch.randn(1, 20 * 20, 64), "encoder_hidden_states": torch.randn(1, 128, 3584)}
     inputs |= {"encoder_hidden_states_mask": torch.ones(1, 128).bool(), "timestep": torch.tensor([0.5])}
-    return model, {**inputs, "img_shapes": [[(1, 24, 24)]]}, lambda out: out.sample
+    return model, {**inputs, "img_shapes": [[(1, 20, 20)]]}, lambda out: out.sample
 
 
 def clip_of_open_clip() -> Model:
@@ -259,9 +260,9 @@ MODELS: dict[str, dict[str, Callable[[], Model]]] = {
         "Grounding DINO, Swin-T at 512², 2 layers of text, 2 of fusion and 2 of queries": grounding_dino,
     },
     "diffusers": {
-        "SD3 medium, 2 layers, 384² and 154 tokens": sd_3,
-        "FLUX of half its width, 1 double layer and 2 single ones, 384² and 128 tokens": flux,
-        "Qwen-Image of half its width, 2 layers, 384² and 128 tokens": qwen_image,
+        "SD3 medium, 2 layers, 320² and 154 tokens": sd_3,
+        "FLUX of half its width, 1 double layer and 2 single ones, 320² and 128 tokens": flux,
+        "Qwen-Image of half its width, 2 layers, 320² and 128 tokens": qwen_image,
     },
     "open_clip": {
         "CLIP ViT-B/32, 4 layers each, 4 pairs": clip_of_open_clip,
