@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import re
 import sys
@@ -16,20 +18,20 @@ from mmkernels.integrations.transformers import NAME, register
 if TYPE_CHECKING:
     from mmkernels.integrations._accelerate import Selection
 
-_BEFORE = "_mmkernels_attn_implementation"
+_BEFORE = "_mmkernels_configs"
 _LOOKS_AT_THE_NAME = re.compile(r"""_attn_implementation\s*(==\s*["']sdpa|in\s*\()""")
 
 
-class Switched(str):
-    """The attention that a model had. Unpickling one registers ours, which the model then has."""
+class Configs(dict[str, Any]):
+    """What a module's configs were before, by attribute. Unpickling them registers the attention of those it has."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _switched, (str(self),)
+        return _unpickled, (dict(self),)
 
 
-def _switched(before: str) -> Switched:
+def _unpickled(before: dict[str, Any]) -> Configs:
     register()
-    return Switched(before)
+    return Configs(before)
 
 
 def plan(model: nn.Module, chosen: Selection, known: set[str]) -> tuple[list[Entry], list[Callable[[], object]]]:
@@ -37,7 +39,7 @@ def plan(model: nn.Module, chosen: Selection, known: set[str]) -> tuple[list[Ent
     from transformers import PreTrainedModel
 
     entries: list[Entry] = []
-    changes: list[Callable[[], object]] = []
+    ours: list[Any] = []  # models that are to have our attention
     configs: dict[int, str | None] = {}
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel) and id(module.config) not in configs:
@@ -49,7 +51,7 @@ def plan(model: nn.Module, chosen: Selection, known: set[str]) -> tuple[list[Ent
             reason = _reason_to_leave(module) or next(filter(None, reasons), None)
             configs[id(module.config)] = reason
             if reason is None and module.config._attn_implementation != NAME:
-                changes.append(_change(module))
+                ours.append(module)
     for path, module in model.named_modules():
         config = getattr(module, "config", None)
         if path in known or id(config) not in configs or not _uses_interface(type(module)):
@@ -57,28 +59,43 @@ def plan(model: nn.Module, chosen: Selection, known: set[str]) -> tuple[list[Ent
         reason = configs[id(config)]
         status = "left" if reason else "replaced"
         entries.append(Entry(path, type(module).__name__, "cross_attention", status, reason))  # type: ignore[arg-type]
-    return entries, changes
+    return entries, [lambda: _switch(model, ours)] if ours else []
 
 
-def _change(module: nn.Module) -> Callable[[], None]:
-    def change() -> None:
-        register()
-        config: Any = module.config
-        module.__dict__[_BEFORE] = Switched(config._attn_implementation)
-        config._attn_implementation_internal = NAME
+def _switch(root: nn.Module, models: list[Any]) -> None:
+    """Give ``models`` of root our attention, in configs of their own: others may have been built from the same."""
+    from transformers import PreTrainedConfig
 
-    return change
+    register()
+    copies: dict[int, Any] = {}
+    for module in root.modules():
+        before = {k: v for k, v in module.__dict__.items() if isinstance(v, PreTrainedConfig)}
+        if before:
+            module.__dict__[_BEFORE] = Configs({**before, **module.__dict__.get(_BEFORE, {})})
+            module.__dict__.update({k: copy.deepcopy(v, copies) for k, v in before.items()})
+    for module in models:
+        module.config._attn_implementation_internal = NAME
 
 
 def undo(model: nn.Module) -> list[Callable[[], None]]:
-    """Give the models under ``model`` the attention that they had; returns what sets ours again."""
-    again = []
+    """Give the models under ``model`` the configs that they had; returns what sets theirs of now again."""
+    again: list[Callable[[], None]] = []
     for module in model.modules():
         before = module.__dict__.pop(_BEFORE, None)
         if before is not None:
-            module.config._attn_implementation_internal = str(before)  # type: ignore[union-attr]
-            again.append(_change(module))
+            now = {name: module.__dict__[name] for name in before if name in module.__dict__}
+            for name, config in now.items():
+                _say_again(before[name], config)
+            module.__dict__.update({name: before[name] for name in now})
+            again.append(functools.partial(module.__dict__.update, {**now, _BEFORE: before}))
     return again
+
+
+def _say_again(before: Any, now: Any) -> None:
+    """What was set in a config since, but for the attention."""
+    for name, value in now.__dict__.items():
+        if name != "_attn_implementation_internal" and not hasattr(value, "_attn_implementation_internal"):
+            before.__dict__[name] = value
 
 
 def _uses_interface(kind: type) -> bool:
@@ -108,7 +125,19 @@ def _reason_to_leave(module: Any) -> str | None:
         return "its class does not let its attention be set"
     if not (module._supports_sdpa or module._supports_flex_attn or module._supports_flash_attn):
         return "its class takes the additive masks of eager attention alone"
+    if _is_causal_by_mask_alone(module):
+        return "its causal order depends on the kind of its attention"
     source = inspect.getsource(sys.modules[type(module).__module__])
     if _LOOKS_AT_THE_NAME.search(source):
         return "its code treats the attention's name specially"
     return None
+
+
+def _is_causal_by_mask_alone(module: Any) -> bool:
+    """Whether masks are causal and attentions say that they are not: "sdpa" forgets a mask where nothing is padded."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or "create_causal_mask" not in code.co_names or "create_bidirectional_mask" in code.co_names:
+        return False
+    kinds = {type(attention) for _, attention in _attentions(module)}
+    says_otherwise = all("self.is_causal = False" in inspect.getsource(kind.__init__) for kind in kinds)  # type: ignore[misc]
+    return says_otherwise and "is_causal" not in inspect.getsource(type(module))
