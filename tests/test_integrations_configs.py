@@ -83,4 +83,4 @@ def test_a_forward_leaves_no_tensor_behind(name):
 
     alive()
     first = alive()
-    assert alive() == first
+    assert alive() <= first
