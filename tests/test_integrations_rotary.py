@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import HEADS, WIDTH, Built, cast, keep, language, named, qwen, random, tokens, why_no_models
+from architectures_beyond_transformers import flux, qwen_image
 from test_integrations_transformers import distance, joined, run
 from torch import Tensor
 
@@ -21,31 +22,9 @@ NO_MODELS = why_no_models()
 pytestmark = pytest.mark.skipif(NO_MODELS is not None, reason=str(NO_MODELS))
 
 
-def flux() -> Built:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        **{"patch_size": 1, "in_channels": 8, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16},
-        **{"num_attention_heads": HEADS, "joint_attention_dim": 48, "pooled_projection_dim": 32},
-        axes_dims_rope=(4, 6, 6),
-    )
-    places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
-    inputs = {"hidden_states": random(2, 16, 8), "encoder_hidden_states": random(2, 9, 48, seed=3)}
-    inputs |= {"pooled_projections": random(2, 32), "timestep": torch.tensor([0.5, 0.02])}
-    return model, {**inputs, "img_ids": places, "txt_ids": torch.zeros(9, 3)}, named("sample")
-
-
-def qwen_image(mask: Tensor | None = None) -> Built:
-    from diffusers import QwenImageTransformer2DModel
-
-    model = QwenImageTransformer2DModel(
-        **{"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16},
-        **{"num_attention_heads": HEADS, "joint_attention_dim": 48},
-        axes_dims_rope=(4, 6, 6),
-    )
-    inputs = {"hidden_states": random(2, 16, 16), "encoder_hidden_states": random(2, 9, 48, seed=3)}
-    inputs |= {"encoder_hidden_states_mask": mask, "timestep": torch.tensor([0.5, 0.02])}
-    return model, {**inputs, "img_shapes": [[(1, 4, 4)]] * 2}, named("sample")
+def qwen_image_without_mask() -> Built:
+    model, inputs, outputs = qwen_image()
+    return model, {**inputs, "encoder_hidden_states_mask": None}, outputs
 
 
 def modern_bert() -> Built:
@@ -65,9 +44,9 @@ MODELS: dict[str, tuple[Callable[[], Built], int]] = {
     "olmo, which casts": (lambda: language("OlmoConfig", "OlmoForCausalLM"), 2),
     "modern bert": (modern_bert, 2),
     "qwen2-vl": (lambda: qwen("Qwen2VL", embed_dim=64, hidden_size=WIDTH), 1),
-    "flux": (flux, 3),
-    "qwen-image": (qwen_image, 2),
-    "qwen-image, a mask": (lambda: qwen_image(keep(2, 9).bool()), 2),
+    "flux": (flux, 6),
+    "qwen-image": (qwen_image_without_mask, 4),
+    "qwen-image, a mask": (qwen_image, 4),
 }
 
 
