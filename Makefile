@@ -74,8 +74,8 @@ build-here: bench-plan $(INSTALLED)
 	@MMKERNELS_THIS_MACHINE=1 $(COMPILE)
 
 bench-plan:
-	@echo 'make bench, on 2 cores: .venv is set up if it is not there (1 min), what this CPU runs is compiled as far as it'
-	@echo 'has changed (3 min if nothing is there), two photographs are compared (examples/photo_text.py), and every op is'
+	@echo 'make bench, on 2 cores: .venv is set up if it is not there (1 to 2 min), what this CPU runs is compiled as far as'
+	@echo 'it has changed (3 to 4 min if nothing is there), photographs are compared (examples/photo_text.py), and every op is'
 	@echo 'measured against torch (5 min; ARGS=--quick: 1 min). "make test" compiles the rest.'
 
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
