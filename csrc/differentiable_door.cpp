@@ -401,7 +401,8 @@ class EagerNode : public torch::autograd::Node {
     tensors.reserve(shapes_.size() + kept_.size());
     auto kept = kept_.begin();
     for (const auto& shape : shapes_) {
-      tensors.push_back(shape ? at::cpu::empty_strided(shape->sizes, shape->strides, shape->options) : kept++->unpack(self));
+      tensors.push_back(shape ? at::cpu::empty_strided(shape->sizes, shape->strides, shape->options)
+                              : kept++->unpack(self));
     }
     for (; kept != kept_.end(); ++kept) tensors.push_back(kept->unpack(self));
     return tensors;

@@ -110,7 +110,8 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   for (size_t i = 0; i < outputs.size(); ++i) {
     const Tensor &output = outputs[i].toTensor(), &lse = lses[i].toTensor();
     if (output.scalar_type() != first.scalar_type() || output.sizes() != first.sizes()) return false;
-    if (lse.scalar_type() != at::kFloat || lse.sizes() != first.sizes().slice(0, first.sizes().size() - 1)) return false;
+    if (lse.scalar_type() != at::kFloat || lse.sizes() != first.sizes().slice(0, first.sizes().size() - 1))
+      return false;
   }
   return true;
 }
