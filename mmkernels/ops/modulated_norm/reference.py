@@ -9,12 +9,13 @@ from mmkernels.ops._norm import normalize
 
 def modulated_norm(
     x: Tensor,  # [B, L, C]
-    shift: Tensor,  # [B, 1 or L, C]
-    scale: Tensor,  # [B, 1 or L, C]
+    shift: Tensor,  # [B, C] or [B, 1 or L, C]
+    scale: Tensor,  # alike
     norm: str | None,
     norm_weight: Tensor | None,  # [C]
     norm_bias: Tensor | None,  # [C]
     eps: float,
 ) -> Tensor:
     """norm(x) ∘ (1 + scale) + shift, per token."""
+    shift, scale = (t.unsqueeze(1) if t.dim() == 2 else t for t in (shift, scale))
     return normalize(x, norm, norm_weight, norm_bias, eps) * (1 + scale) + shift
