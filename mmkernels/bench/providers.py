@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -29,17 +28,6 @@ NAMES = (
 )
 
 
-@contextlib.contextmanager
-def on_isa(name: str) -> Iterator[None]:
-    """The library on one instruction set, inside."""
-    before = _native.isa()
-    _native.set_isa(name)
-    try:
-        yield
-    finally:
-        _native.set_isa(before)
-
-
 def ours_elsewhere(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
     """``ours@...`` -> what ours runs inside of, for the backends and instruction sets that this machine has."""
     there = [name for name, reason in backend_status().items() if reason is None and name != "simt"]
@@ -48,7 +36,7 @@ def ours_elsewhere(device: str) -> dict[str, Callable[[], AbstractContextManager
     isas = _native.supported_isas() if device == "cpu" else []
     return {
         **{f"ours@{name}": partial(use_backend, name) for name in there},
-        **{f"ours@{name}": partial(on_isa, name) for name in isas},
+        **{f"ours@{name}": partial(_native.use_isa, name) for name in isas},
     }
 
 
