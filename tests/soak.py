@@ -33,6 +33,8 @@ from mmkernels.testing import assert_matches_reference, op_names, poisoned_memor
 from mmkernels.testing.inputs import Inputs, function_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Products of few rows are torch's on all threads there are, so that the last bits depend on their number.
+TORCHS_PRODUCTS = frozenset({"contrastive_loss", "sigmoid_contrastive_loss"})
 MOST_GROWTH = 24 << 20  # bytes, while the allocator's pools settle
 
 
@@ -54,6 +56,14 @@ def results(function: Callable[..., Any], inputs: Inputs) -> list[Tensor]:
     return [*(x.detach() for x in outs), *pulled]
 
 
+def alike(function: Callable[..., Any], got: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """The same bits, also where another number of threads computed; the same numbers where those are torch's."""
+    if function.__name__ not in TORCHS_PRODUCTS:
+        return same_bits(got, expected)
+    pairs = [(x.float(), y.float(), torch.finfo(y.dtype).eps) for x, y in zip(got, expected, strict=True)]
+    return all(torch.allclose(x, y, rtol=8 * eps, atol=8 * eps * y.abs().max().item()) for x, y, eps in pairs)
+
+
 # --- activities: what a round does -----------------------------------------------------------------------------------
 
 
@@ -66,7 +76,7 @@ def compare(draw: random.Random) -> None:
         torch.set_num_threads(1)
         alone = results(function, inputs)
         torch.set_num_threads(draw.choice((2, 3)))
-        assert same_bits(results(function, inputs), alone), "other bits with more threads"
+        assert alike(function, results(function, inputs), alone), f"{function.__name__}: other bits with more threads"
 
 
 def threads(draw: random.Random) -> None:
@@ -112,7 +122,8 @@ class Computed(Dataset[bool]):
         return len(self.calls)
 
     def __getitem__(self, i: int) -> bool:
-        return same_bits(results(*self.calls[i]), self.expected[i])
+        function, inputs = self.calls[i]
+        return alike(function, results(function, inputs), self.expected[i])
 
 
 def loader(draw: random.Random) -> None:
@@ -129,7 +140,7 @@ def forked(draw: random.Random) -> None:
     function, inputs = drawn_call(draw, most=300)
     expected = results(function, inputs)
     child = multiprocessing.get_context("fork").Process(
-        target=lambda: os._exit(0 if same_bits(results(function, inputs), expected) else 3)
+        target=lambda: os._exit(0 if alike(function, results(function, inputs), expected) else 3)
     )
     child.start()
     child.join()
@@ -157,7 +168,7 @@ def interrupted(draw: random.Random) -> None:
     if outs:
         with contextlib.suppress(Broken):
             torch.autograd.grad([x.float().sum() for x in outs], before, allow_unused=True)
-    assert same_bits(results(function, inputs), expected), "other bits after a backward that failed"
+    assert same_bits(results(function, inputs), expected), f"{function.__name__}: other bits after a failed backward"
 
 
 def refused(draw: random.Random) -> None:
@@ -172,7 +183,7 @@ def refused(draw: random.Random) -> None:
         assert str(error).startswith(f"{function.__name__}: "), f"not said by whom: {error}"
     else:
         raise AssertionError(f"{function.__name__} took {wrong[name]!r} for {name}")
-    assert same_bits(results(function, inputs), expected), "other bits after a call that was refused"
+    assert same_bits(results(function, inputs), expected), f"{function.__name__}: other bits after a refused call"
 
 
 ACTIVITIES = (compare, compare, compare, threads, loader, forked, interrupted, refused)
