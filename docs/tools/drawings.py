@@ -95,8 +95,8 @@ def concatenation() -> str:
 
 def two_directions() -> str:
     """Blocks of scores, used by rows and by columns."""
-    d = Drawing(700, 360)
-    left, top, block = 150, 60, 66
+    d = Drawing(740, 440)
+    left, top, block = 150, 60, 80
     d.words(left, 24, "the shorter side, such as text")
     d.words(10, top + 20, "the longer side,")
     d.words(10, top + 38, "such as an image,")
@@ -106,12 +106,12 @@ def two_directions() -> str:
             done = row == 0 or (row == 1 and column < 1)
             fill = NOW if (row, column) == (1, 1) else DONE if done else PLAIN
             d.box(left + column * block, top + row * block, block, block, fill)
-    d.words(left + block + block // 2, top + block + 38, "96 × 96", "middle")
+    d.words(left + block + block // 2 + 4, top + block + 38, "96 × 96", "middle")
     right = left + 3 * block
     d.arrow(left + 10, top + block + 58, right + 26, top + block + 58)
     d.box(right + 36, top + block + 10, 280, 46, KEPT, "sums of rows: complete after one walk")
     d.words(right + 36, top + block + 78, "image to text")
-    d.arrow(left + block + 12, top + 10, left + block + 12, top + 4 * block + 14)
+    d.arrow(left + block + 7, top + 10, left + block + 7, top + 4 * block + 14)
     d.box(left, top + 4 * block + 18, 3 * block, 24, KEPT, "sums of columns")
     d.words(right + 20, top + 4 * block + 36, "text to image: they run along the strip")
     return d.svg("bidirectional_cross_attention: a block of scores is formed once and used twice")

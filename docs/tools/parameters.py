@@ -23,7 +23,7 @@ import mmkernels as mmk
 DOCS = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(<!-- parameters of ([\w.]+):[^>]*-->\n).*?(<!-- /parameters -->)", re.DOTALL)
 _SIZE = (
-    r"(?:\*|…|[A-ZΣΠ][\w·/]*(?: ?\([^()]*\))?(?: [·]? ?[A-Z]\w*)?(?: \+ \d)?"
+    r"(?:\*|…|\.\.\.|[A-ZΣΠ][\w·/]*(?: ?\([^()]*\))?(?: [·]? ?[A-Z]\w*)?(?: \+ \d)?"
     r"|rank·N|\d|B or 1|[a-z]_dim|[kv]dim|sources)"
 )
 _SHAPE = re.compile(rf"(?<![\w`])\((?:{_SIZE},|{_SIZE}(?:, {_SIZE})+)?\)")
