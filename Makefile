@@ -9,6 +9,7 @@ ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
+DOCS := $(VENV)/.docs
 CLANG_FORMAT := $(VENV)/bin/clang-format
 else
 CLANG_FORMAT := clang-format
@@ -20,13 +21,14 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-compare bench-plan gallery test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-compare bench-plan gallery docs test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
 	@echo 'make bench-compare BASE=main~1'
 	@echo '               measure that commit, then this tree, and say what became faster and slower'
 	@echo 'make gallery   run the examples and write docs/gallery.md (ARGS="--seconds 10" bounds the training in each)'
+	@echo 'make docs      write the tables of the pages and build them as a site, build/docs/index.html'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -35,7 +37,7 @@ help:
 	@echo 'make matrix    other compilers and Pythons, each tried once; writes docs/building.md (ARGS="clang++")'
 	@echo 'make interpret run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
 	@echo 'make simt      run them on the CUDA kernels in their emulator (ARGS likewise)'
-	@echo 'make kernels   compile the kernels for GPUs that need not be here and write docs/kernels.md'
+	@echo 'make kernels   compile the kernels for GPUs that need not be here and write docs/generated/kernels.md'
 	@echo 'make sanitize  run the kernel tests against a build with ASan and UBSan'
 	@echo 'make gpu       test and benchmark on a machine with a GPU; writes docs/gpu/<card>.md'
 	@echo 'make lint      check style; make format repairs it'
@@ -64,6 +66,13 @@ bench-compare: build-here
 
 gallery: build-here
 	$(PY) examples/gallery.py $(ARGS)
+
+# Every warning, as of a link that leads nowhere, is an error.
+docs: $(INSTALLED) $(DOCS)
+	$(PY) docs/tools/parameters.py
+	$(PY) docs/tools/drawings.py
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going --jobs auto -c docs . build/docs
+	@echo 'The site: build/docs/index.html'
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)
@@ -173,6 +182,11 @@ $(VENV)/.models: requirements-models.txt $(VENV)/.environment
 	@if $(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
 	then $(PY) -m pip install --quiet --no-deps -r requirements-models.txt; \
 	else echo 'make test: transformers and diffusers need Python 3.11: their models are not tested'; fi
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.environment
+	@$(PY) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make docs needs Python 3.11 or later")'
+	$(PY) -m pip install --quiet -r requirements-docs.txt
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml setup.py

@@ -104,7 +104,7 @@ def table() -> Table:
 
 
 def render(kernels: Table) -> str:
-    """The part of docs/kernels.md, its heading first."""
+    """The part of docs/generated/kernels.md, its heading first."""
     lines = [_INTRODUCTION, f"| kernel | {' | '.join(ARCHITECTURES)} |", "|---" * (1 + len(ARCHITECTURES)) + "|"]
     for name, row in kernels.items():
         cells = [f"{f.registers} · {f.dots} · {f.copies} · {f.wide}" for f in (row[a] for a in ARCHITECTURES)]
@@ -113,13 +113,13 @@ def render(kernels: Table) -> str:
 
 
 def section(document: str) -> str:
-    """This part of docs/kernels.md; empty where it has none."""
+    """This part of docs/generated/kernels.md; empty where it has none."""
     _, heading, rest = document.partition(HEADING)
     return heading + rest
 
 
 def excesses(kernels: Table, document: str) -> list[str]:
-    """Where the kernels are over what docs/kernels.md allows; one line each."""
+    """Where the kernels are over what docs/generated/kernels.md allows; one line each."""
     allowed: dict[tuple[str, str], tuple[int, ...]] = {}
     for line in section(document).splitlines():
         cells = [c.strip() for c in line.split("|")[1:-1]]

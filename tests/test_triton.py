@@ -229,7 +229,7 @@ def test_import_mmkernels_does_not_import_triton() -> None:
 
 @pytest.mark.parametrize("op", ops_with_kernels() if _triton.absent() is None else [])
 def test_kernels_compile_for_every_target_within_budget(op: str) -> None:
-    """docs/kernels.md has the budgets: `make kernels` writes it."""
+    """docs/generated/kernels.md has the budgets: `make kernels` writes it."""
     done = without_interpreter("-m", "mmkernels", "kernels", "--check", "--jobs", "1", "--ops", op)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = r"^[1-9]\d* kernels on 4 targets in \d+ s, 0 over budget; CUDA C\+\+: left out with --ops\.$"
@@ -280,4 +280,4 @@ def test_kernels_without_the_interpreter_alone() -> None:
     )
     assert done.returncode == 2
     assert "TRITON_INTERPRET=1 is set" in done.stderr
-    assert Path("docs/kernels.md").exists()
+    assert Path("docs/generated/kernels.md").exists()

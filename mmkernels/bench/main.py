@@ -221,8 +221,9 @@ def show(args: argparse.Namespace, measured: Measured, machine: dict[str, Any], 
     if args.update_readme:
         root = suite.benchmarks_dir().parent
         report.update_readme(root / "README.md", report.markdown_table(rows, baselines, machine, ceilings, when))
-        (root / "docs" / "measured.md").write_text(report.markdown_rows(rows, baselines, machine, ceilings, when))
-        print(f"Updated: {root / 'README.md'} and docs/measured.md")
+        every_row = report.markdown_rows(rows, baselines, machine, ceilings, when)
+        (root / "docs" / "generated" / "measured.md").write_text(every_row)
+        print(f"Updated: {root / 'README.md'} and docs/generated/measured.md")
     page = html.page(rows, baselines, machine, measured.ceilings, when, changes or ())
     (args.output / "report.html").write_text(page, encoding="utf-8")
     if args.report is not None:

@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="also write every row here, in Markdown, or the page where it ends in .html; its folder has to exist",
     )
-    parser.add_argument("--update-readme", action="store_true", help="rewrite README's table, docs/measured.md")
+    parser.add_argument("--update-readme", action="store_true", help="rewrite README's table, docs/generated/")
     return parser
 
 

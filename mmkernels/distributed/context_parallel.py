@@ -160,11 +160,12 @@ def context_parallel_attention(
         RuntimeError: tensors on different devices; a rank that does not take part within the group's timeout.
 
     Example:
-        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (8,))
-        >>> here = shard_positions(32768, mesh, order="zigzag").cuda()
+        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))  # of one process; each has its share
+        >>> query, key, value = (torch.randn(1, 8, 64, 32) for _ in range(3))
+        >>> here = shard_positions(64, mesh, order="zigzag")
         >>> q, k, v = (x[:, :, here] for x in (query, key, value))
         >>> context_parallel_attention(q, k, v, mesh, is_causal=True, order="zigzag").shape
-        torch.Size([1, 16, 4096, 128])
+        torch.Size([1, 8, 64, 32])
     """
     group = group_of(OP, mesh)
     check_order(OP, order)

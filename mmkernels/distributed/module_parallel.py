@@ -57,8 +57,8 @@ class ModuleParallel(ParallelStyle):
         TypeError: a module of another kind, or ``rows`` for one that is no ConcatFusion.
 
     Example:
-        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (8,))
-        >>> parallelize_module(model, mesh, {"read": ModuleParallel(), "fuse": ModuleParallel()})
+        >>> mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))  # of one process; each has its share
+        >>> model = parallelize_module(model, mesh, {"read": ModuleParallel(), "fuse": ModuleParallel()})
     """
 
     def __init__(self, *, rows: bool = False) -> None:
@@ -105,7 +105,7 @@ def parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """A plan for ``parallelize_module``: every module of `mmkernels.nn` in a model, and none inside another.
 
     Example:
-        >>> parallelize_module(model, mesh, parallel_plan(model))
+        >>> model = parallelize_module(model, mesh, parallel_plan(model))
     """
     kinds = tuple(getattr(modules, name) for name in modules.__all__)
     plan: dict[str, ParallelStyle] = {}

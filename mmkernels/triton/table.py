@@ -1,7 +1,8 @@
 """``python -m mmkernels kernels``: every kernel compiled for every target, without a GPU, and held to budgets.
 
 The calls that an op's ``kernel_triton.py`` lists are made on meta tensors, forward and backward, so that its own
-launches say what is compiled. docs/kernels.md is the table of what came out, and the budget of what comes out next.
+launches say what is compiled. docs/generated/kernels.md is the table of what came out, and the budget of what comes out
+next.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)  # the last for an op's first call alone
-DOCUMENT = Path("docs/kernels.md")
+DOCUMENT = Path("docs/generated/kernels.md")
 _OPS = Path(__file__).parents[1] / "ops"
 
 
@@ -161,7 +162,7 @@ Budget = tuple[int, float, int, int]  # registers, KB of shared memory, tensor-c
 
 
 def budgets(document: str) -> dict[tuple[Kernel, str], Budget]:
-    """What docs/kernels.md allows each kernel on each target."""
+    """What docs/generated/kernels.md allows each kernel on each target."""
     found: dict[tuple[Kernel, str], Budget] = {}
     op = ""
     for line in document.splitlines():
