@@ -21,7 +21,7 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-compare bench-plan gallery docs test build build-here fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-compare bench-plan gallery docs test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
@@ -32,6 +32,9 @@ help:
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
+	@echo 'make soak      random calls for an hour, by threads, forks and failing backwards (ARGS="--minutes 1")'
+	@echo 'make wheel     sdist and wheel in dist/, the wheel tried in an environment of its own'
+	@echo 'make matrix    other compilers and Pythons, each tried once; writes docs/building.md (ARGS="clang++")'
 	@echo 'make interpret run the tests that choose a backend in the interpreter of Triton (ARGS="tests/test_modulated_norm.py")'
 	@echo 'make simt      run them on the CUDA kernels in their emulator (ARGS likewise)'
 	@echo 'make kernels   compile the kernels for GPUs that need not be here and write docs/generated/kernels.md'
@@ -83,13 +86,25 @@ build-here: bench-plan $(INSTALLED)
 	@MMKERNELS_THIS_MACHINE=1 $(COMPILE)
 
 bench-plan:
-	@echo 'make bench, on 2 cores: .venv is set up if it is not there (1 min), what this CPU runs is compiled as far as it'
-	@echo 'has changed (3 min if nothing is there), two photographs are compared (examples/photo_text.py), and every op is'
+	@echo 'make bench, on 2 cores: .venv is set up if it is not there (1 to 2 min), what this CPU runs is compiled as far as'
+	@echo 'it has changed (3 to 4 min if nothing is there), photographs are compared (examples/photo_text.py), and every op is'
 	@echo 'measured against torch (5 min; ARGS=--quick: 1 min). "make test" compiles the rest.'
 
 fuzz: export MMKERNELS_FUZZ_EXAMPLES ?= 20000
 fuzz: build
 	$(PYTEST) -n 2 --dist worksteal tests/test_*_fuzz.py $(ARGS)
+
+soak: build
+	$(PY) tests/soak.py $(ARGS)
+
+wheel: export MMKERNELS_TEST_ISA = 0
+wheel: $(INSTALLED)
+	rm -rf dist
+	MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m build --no-isolation
+	$(PY) tools/check_wheel.py $(ARGS) dist/*.whl
+
+matrix: $(INSTALLED)
+	$(PY) tools/matrix.py $(ARGS)
 
 interpret: export MMKERNELS_BACKEND = triton
 interpret: build

@@ -7,6 +7,7 @@ MMKERNELS_TEST_ISA=1        add what only tests use: the widest ISA's code with 
                             kernels in the emulator
 MMKERNELS_SANITIZE=1        build with ASan and UBSan into build/sanitize, and leave the package's own library alone
 MMKERNELS_ISAS="a b"        compile these instruction sets only; baseline always is
+MMKERNELS_PREBUILT=path     package the libraries in this directory instead of compiling
 MMKERNELS_THIS_MACHINE=1    compile what this machine runs and no more: baseline, the best instruction set of its CPU,
                             CUDA kernels if it has a GPU; what a fuller build of before has is kept
 CXX, CUDACXX, MAX_JOBS      the compilers; the number of parallel compile jobs
@@ -39,6 +40,7 @@ def flag(name: str, default: str = "0") -> bool:
 SANITIZE = flag("MMKERNELS_SANITIZE")
 TEST_ISA = flag("MMKERNELS_TEST_ISA")
 THIS_MACHINE = flag("MMKERNELS_THIS_MACHINE")
+PREBUILT = os.environ.get("MMKERNELS_PREBUILT")
 
 
 def tool(*names: str) -> str | None:
@@ -70,6 +72,8 @@ LIBRARIES = [LIBRARY, *(["libmmkernels_cuda.so"] if NVCC else []), *(["libmmkern
 def why_not_native() -> str | None:
     if not flag("MMKERNELS_BUILD_NATIVE", "1"):
         return "MMKERNELS_BUILD_NATIVE=0"
+    if PREBUILT:
+        return None if (Path(PREBUILT) / LIBRARY).exists() else f"MMKERNELS_PREBUILT={PREBUILT} holds no {LIBRARY}"
     headers = (Path(sysconfig.get_path("include")) / "Python.h").exists()
     needed = {
         "torch": TORCH,
@@ -130,6 +134,8 @@ class BuildNative(build_ext):
 
 def build_native() -> list[Path]:
     """Compiles; the libraries that it made."""
+    if PREBUILT:
+        return [library for name in LIBRARIES if (library := Path(PREBUILT) / name).exists()]
     assert TORCH and CMAKE and NINJA and COMPILER
     match = re.search(r"__version__ = '([^']+)'", (TORCH / "version.py").read_text())
     torch_version = match.group(1) if match else "unknown"

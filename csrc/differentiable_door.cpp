@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
+#include <ATen/ops/empty_strided_cpu_dispatch.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -223,9 +224,9 @@ struct Results {
   variable_list outputs, saved;
 };
 
-Results run_forward(const DoorOp& op, const Call& call, bool training) {
+Results run_forward(const DoorOp& op, Call& call, bool training) {  // takes the arguments
   at::AutoDispatchBelowADInplaceOrView below;
-  torch::jit::Stack stack(call.arguments.begin(), call.arguments.end());
+  torch::jit::Stack stack = std::move(call.arguments);
   stack.emplace_back(training);
   op.forward.callBoxed(stack);
   Results results;
@@ -285,12 +286,23 @@ using NodePointer = decltype(torch::autograd::Edge::function);  // intrusive sin
 // The backward of one call.
 class EagerNode : public torch::autograd::Node {
  public:
-  EagerNode(const DoorOp& op, const Call& call) : op_(op), arguments_(call.arguments) {
+  EagerNode(const DoorOp& op, const Call& call) : op_(op) {
+    arguments_.reserve(op.kinds.size());
     for (size_t i = 0; i < op.kinds.size(); ++i) {  // of tensors only their number: they are kept by themselves
-      IValue& x = arguments_[i];
-      if (op.kinds[i] == Kind::tensor) x = IValue();
-      if (op.kinds[i] == Kind::optional_tensor) x = !x.isNone();
-      if (op.kinds[i] == Kind::tensors) x = static_cast<int64_t>(x.toListRef().size());
+      const IValue& x = call.arguments[i];
+      switch (op.kinds[i]) {
+        case Kind::tensor:
+          arguments_.emplace_back();
+          break;
+        case Kind::optional_tensor:
+          arguments_.emplace_back(!x.isNone());
+          break;
+        case Kind::tensors:
+          arguments_.emplace_back(static_cast<int64_t>(x.toListRef().size()));
+          break;
+        default:
+          arguments_.push_back(x);
+      }
     }
   }
 
@@ -389,7 +401,8 @@ class EagerNode : public torch::autograd::Node {
     tensors.reserve(shapes_.size() + kept_.size());
     auto kept = kept_.begin();
     for (const auto& shape : shapes_) {
-      tensors.push_back(shape ? at::empty_strided(shape->sizes, shape->strides, shape->options) : kept++->unpack(self));
+      tensors.push_back(shape ? at::cpu::empty_strided(shape->sizes, shape->strides, shape->options)
+                              : kept++->unpack(self));
     }
     for (; kept != kept_.end(); ++kept) tensors.push_back(kept->unpack(self));
     return tensors;
@@ -411,7 +424,7 @@ Pointer own(typename Pointer::element_type* node) {
   }
 }
 
-variable_list run_recorded(const DoorOp& op, const Call& call, const Kept& kept) {
+variable_list run_recorded(const DoorOp& op, Call& call, const Kept& kept) {
   variable_list leaves;  // that are there
   for (const Tensor& leaf : call.leaves) {
     if (leaf.defined()) leaves.push_back(leaf);
@@ -435,7 +448,7 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   if (!runs_plainly() || (!checked && op.check == nullptr)) Py_RETURN_NONE;
   Call call;
   call.one_dtype = !checked && op.check->dtypes == DoorCheck::Dtypes::one;
-  call.arguments.reserve(op.kinds.size());
+  call.arguments.reserve(op.kinds.size() + 1);  // and `training`
   for (size_t i = 0; i < op.kinds.size(); ++i) {
     if (!take(arguments[i + 3], op.kinds[i], op.any_strides[i], call)) Py_RETURN_NONE;
   }

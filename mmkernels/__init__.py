@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmkernels import nn
 from mmkernels._dispatch import Explanation, explain, use_backend
 from mmkernels._errors import UnsupportedError
+from mmkernels._fork import watch_forks
 from mmkernels.ops.additive_attention_pool import additive_attention_pool
 from mmkernels.ops.bidirectional_cross_attention import bidirectional_cross_attention
 from mmkernels.ops.bilinear_fusion import bilinear_fusion
@@ -66,6 +67,9 @@ __all__ = [
     "use_backend",
     "varlen_cross_attention",
 ]
+
+watch_forks()
+del watch_forks
 
 
 def __dir__() -> list[str]:

@@ -159,6 +159,22 @@ class use_backend(contextlib.ContextDecorator):
         _around_backward.names[0] = names
 
 
+@dataclass(frozen=True)
+class Served:
+    """A call that one backend was preferred for: which one served it, and why not that one."""
+
+    op: str
+    backend: str
+    reason: str | None  # None where the preferred one did
+
+
+class Preference(str):
+    """The name of a backend, to be forced as such, that others may stand in for. ``calls`` says where they did."""
+
+    def __init__(self, name: str) -> None:
+        self.calls: list[Served] = []
+
+
 def forced_backend() -> str | None:
     """The backend that this thread's calls are forced to, or None."""
     names = _forced.get(_forced_default)
@@ -333,7 +349,9 @@ class Operator:
         if names and names[-1] == _EXPLAIN:
             self.explain_reference(_TANGENTS)
         if names and names[-1] != "reference":
-            raise self._refusal(names[-1], _TANGENTS)
+            if not isinstance(names[-1], Preference):
+                raise self._refusal(names[-1], _TANGENTS)
+            names[-1].calls.append(Served(self.name, "reference", _TANGENTS))
         args = tuple([_alive(t) for t in x] if isinstance(x, (list, tuple)) else _alive(x) for x in args)
         if not torch._C._is_any_autocast_enabled():
             return self._differentiable(*args)
@@ -366,13 +384,18 @@ class Operator:
         return self._forced_backend(names[-1], args)
 
     def _forced_backend(self, name: str, args: tuple[Any, ...]) -> Backend:
-        for backend in self.backends:
-            if backend.name == name:
-                reason = backend.supports(*args)
-                if reason is None:
-                    return backend
-                raise self._refusal(name, reason)
-        raise UnsupportedError(f"{self.name}: backend {name!r} was forced and this op has none")
+        forced = next((backend for backend in self.backends if backend.name == name), None)
+        reason = f"this op has no {name} kernels" if forced is None else forced.supports(*args)
+        if isinstance(name, Preference):
+            backend = forced if reason is None else next(b for b in self.backends if b.supports(*args) is None)
+            assert backend is not None
+            name.calls.append(Served(self.name, backend.name, reason))
+            return backend
+        if forced is None:
+            raise UnsupportedError(f"{self.name}: backend {name!r} was forced and this op has none")
+        if reason is not None:
+            raise self._refusal(name, reason)
+        return forced
 
     def _explain(self, forced: str | None, args: tuple[Any, ...]) -> Explanation:
         if forced is not None:

@@ -10,20 +10,31 @@ Environment, read once at import:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.machinery
 import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch  # loads the libraries that ours links against
 
-__all__ = ["available", "build_info", "compiled_isas", "isa", "library_path", "reason", "set_isa", "supported_isas"]
+__all__ = [
+    "available",
+    "build_info",
+    "compiled_isas",
+    "isa",
+    "library_path",
+    "reason",
+    "set_isa",
+    "supported_isas",
+    "use_isa",
+]
 
 _MODULE = "mmkernels._C"
 
@@ -125,6 +136,17 @@ def set_isa(name: str) -> None:
         why = "this CPU cannot run it" if name in compiled_isas() else "the library was not compiled for it"
         raise ValueError(f"set_isa: instruction set {name!r}: {why}; supported here: {', '.join(supported_isas())}")
     _library.set_isa(name)
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """The library on one instruction set inside the block, in every thread; raises as `set_isa` does."""
+    before = isa()
+    set_isa(name)
+    try:
+        yield
+    finally:
+        set_isa(before)
 
 
 def _apply_environment() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch.testing._internal.optests.generate_tests import OpCheckError
 
 import mmkernels as mmk
 from mmkernels import _cuda, _native, _triton
+from mmkernels.testing import Implementation
 
 
 def why_no_native(private_op: str = "_cross_attention_fwd") -> str | None:
@@ -34,17 +34,6 @@ NATIVE_ABSENT = why_no_native() if DEVICE == "cpu" else f"the tensors are on {DE
 native_only = pytest.mark.skipif(NATIVE_ABSENT is not None, reason=str(NATIVE_ABSENT))
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """A backend, and for the compiled library the instruction set in use."""
-
-    backend: str
-    isa: str | None = None
-
-    def __str__(self) -> str:
-        return self.backend if self.isa is None else f"cpu {self.isa}"
-
-
 REFERENCE = Implementation("reference")
 TRITON = Implementation("triton")
 NATIVE = [Implementation("cpu", isa) for isa in _native.supported_isas()] or [Implementation("cpu", "absent")]
@@ -52,15 +41,8 @@ NATIVE = [Implementation("cpu", isa) for isa in _native.supported_isas()] or [Im
 
 def use_implementation(implementation: Implementation) -> Iterator[str]:
     """Force the implementation; yields its backend's name."""
-    if implementation.isa is None:
-        with mmk.use_backend(implementation.backend):
-            yield implementation.backend
-        return
-    before = _native.isa()
-    _native.set_isa(implementation.isa)
-    with mmk.use_backend(implementation.backend):
+    with implementation.forced():
         yield implementation.backend
-    _native.set_isa(before)
 
 
 TRITON_PARAMETER = pytest.param(

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from processes import take_part
 from sharded_ops import SHAPES, of_tensors, prepared_in_float64, results, spread, worst
-from test_layouts import OPS, function_of
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import mmkernels as mmk
 from mmkernels.distributed import parallel_plan
+from mmkernels.testing.inputs import CALLS, function_of
 
-COMPILED = [name for name in OPS if " of " not in name]
+COMPILED = [name for name in CALLS if " of " not in name]
 BROKEN = ("contrastive_loss", "sigmoid_contrastive_loss")  # whose calls are between graphs
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from processes import take_part
-from test_layouts import OPS, Inputs, at, function_of, prepared
+from test_layouts import at, prepared
 from test_overrides import MODULES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mmkernels as mmk
 from mmkernels.distributed import ModuleParallel, parallel_plan
+from mmkernels.testing.inputs import CALLS, Inputs, function_of
 
 SHAPES = {2: (2,), 4: (2, 2)}
 MIXTURES = {2: 4, 4: 1}
@@ -251,7 +252,7 @@ def messages(mesh: DeviceMesh) -> list[str]:
 def work(rank: int, ranks: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", SHAPES[ranks])
     found: dict[str, Any] = {"errors": {}, "modules": modules(init_device_mesh("cpu", (ranks,)))}
-    for name in OPS:
+    for name in CALLS:
         try:
             found["errors"][name] = errors(name, mesh)
         except Exception as error:

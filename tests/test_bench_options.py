@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bench_toys import run, toy_benchmarks
 from torch import Tensor
 
 from mmkernels import _native
-from mmkernels.bench import Suite, Workload, memory, plugin, providers, shapes, summary, timing
+from mmkernels.bench import Suite, Workload, memory, options, plugin, providers, shapes, summary, timing
 from mmkernels.bench.compare import NOISE, below, changes, read, words
 from mmkernels.bench.engine import Row, disagreement, within
+from mmkernels.bench.libraries import LIBRARIES
 from mmkernels.bench.suite import available_ops, load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,16 +173,73 @@ def test_ours_runs_where_it_was_asked_to_and_the_machine_is_left_as_it_was() -> 
     for name, context in providers.ours_elsewhere("cpu").items():
         within(context, lambda: (seen.append(_native.isa()), torch.ones(1))[1:])()
         assert name.partition("@")[2] in (seen[-1], "reference", "cpu") and _native.isa() == before
-    with pytest.raises(KeyError), providers.on_isa(before):
+    with pytest.raises(KeyError), _native.use_isa(before):
         raise KeyError
     assert _native.isa() == before and len(seen) == len(providers.ours_elsewhere("cpu"))
+
+
+class _Libraries:
+    """Stand-ins for other libraries, with their signatures and layouts, computed by torch."""
+
+    @staticmethod
+    def attention(query, key, value):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+    @staticmethod
+    def jsd(log_q, log_p):
+        m = (0.5 * log_p.exp() + 0.5 * log_q.exp()).log()
+        return sum(0.5 * F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (log_p, log_q))
+
+
+def test_other_libraries_compete_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {
+        "flash_attn": {"flash_attn_func": _Libraries.attention},
+        "xformers": {},
+        "xformers.ops": {"memory_efficient_attention": _Libraries.attention},
+        "liger_kernel": {},
+        "liger_kernel.transformers": {},
+        "liger_kernel.transformers.functional": {"liger_jsd": _Libraries.jsd, "liger_kl_div": F.kl_div},
+    }
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.util.spec_from_loader(name, None)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    for library, op in (("flash-attn", "cross_attention"), ("xformers", "cross_attention")):
+        provider = providers.builtin("cuda")[library]
+        assert provider.serves(op) and library not in providers.builtin("cpu")
+        problem = BENCHMARKS[op].cases()[0].problem(torch.float32)
+        assert problem.provided is not None
+        torch.testing.assert_close(problem.provided(provider.run)(*problem.leaves), problem.torch(*problem.leaves))
+    kinds = set()
+    for case in BENCHMARKS["distillation_loss"].cases():
+        if not re.fullmatch(r"(forward_kl|reverse_kl|jsd) \d+x\d+", case.shape) or case.training:
+            continue
+        problem = case.problem(torch.float32)
+        assert problem.provided is not None
+        got = problem.provided(providers.builtin("cuda")["liger-kernel"].run)(*problem.leaves)
+        torch.testing.assert_close(got, problem.torch(*problem.leaves), rtol=1e-4, atol=1e-5)
+        kinds.add(case.shape.split(" ")[0])
+    assert kinds == {"forward_kl", "reverse_kl", "jsd"}
+
+
+def test_a_library_that_is_absent_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = providers.presence()
+    assert "not here: xformers, xformers not installed (pip install xformers)" in said
+    assert "not here: onnxruntime, onnxruntime, onnx, onnxscript not installed" in said
+    assert "not here: compiled@zentorch" in said and "here, on cpu: ours, torch, compiled" in said
+    assert "not here: xformers" in options.build_parser().format_help()
+    with pytest.raises(ValueError, match=r"^xformers: xformers not installed \(pip install xformers\)"):
+        providers.selected(["xformers"], {}, {}, "cpu")
 
 
 def test_torchs_attention_is_kept_to_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = BENCHMARKS["cross_attention"].cases()[0].problem(torch.float32)
     expected = (problem.torch(*problem.leaves),)
     found = providers.builtin("cpu")
-    assert {"eager", "sdpa@math", "sdpa@flash"} == set(found)
+    assert {"eager", "sdpa@math", "sdpa@flash"} == set(found) - set(LIBRARIES)
+    found = {name: provider for name, provider in found.items() if name not in LIBRARIES}
     for name in found:
         assert problem.provided is not None
         one = problem.provided(found[name].run)

@@ -253,5 +253,5 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 
 
 def test_example_inputs_run(either_backend: str) -> None:
-    out, key = mmk.norm_rotary(*reference.example_inputs())
+    out, key = mmk.norm_rotary(**reference.example_inputs(device=DEVICE))
     assert out.shape == (2, 4, 16, 64) and key.shape == (2, 2, 16, 64)

@@ -9,10 +9,10 @@ import pytest
 from processes import needs_gloo, results_of_ranks
 from sharded_compiled import COMPILED
 from sharded_ops import SHAPES
-from test_layouts import OPS
 
 import mmkernels as mmk
 from mmkernels.distributed.sharding_rules import RULES
+from mmkernels.testing.inputs import CALLS
 
 pytestmark = needs_gloo
 
@@ -26,7 +26,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
 
 
 @pytest.mark.parametrize("ranks", SHAPES)
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", CALLS)
 def test_any_placement_gives_the_outputs_and_gradients_of_the_whole(
     name: str, ranks: int, worlds: dict[int, list[dict[str, Any]]]
 ) -> None:

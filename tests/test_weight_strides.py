@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 from fusion_cases import allocations
-from test_layouts import OPS
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels import _native
 from mmkernels.testing import assert_close_to_oracle
+from mmkernels.testing.inputs import CALLS
 
 WEIGHTS = frozenset(
     {"weight", "value_weights", "gate_weight", "factors", "query_weight", "weight1", "weight2", "x_weight", "y_weight"}
 )
 # norm_rotary's are factors of features, of one dim.
-PRODUCTS = [name for name in OPS if WEIGHTS & set(OPS[name]()) and not name.startswith("norm_rotary")]
+PRODUCTS = [name for name in CALLS if WEIGHTS & set(CALLS[name]()) and not name.startswith("norm_rotary")]
 ISAS = [isa for isa in _native.supported_isas() if isa != "emulated"]
 
 Layout = Callable[[Tensor], Tensor]
@@ -61,7 +61,7 @@ SIZES = {
 
 
 def sized(name: str, sizes: dict[str, int]) -> dict[str, Any]:
-    make = OPS[name]
+    make = CALLS[name]
     known = make.__code__.co_varnames[: make.__code__.co_argcount]
     return make(**{k: v for k, v in sizes.items() if k in known})
 

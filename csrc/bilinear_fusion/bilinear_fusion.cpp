@@ -80,6 +80,7 @@ std::vector<Tensor> bilinear_fusion_backward(const std::vector<Tensor>& grads, c
     p.sides[s].projection = projections[s].data_ptr();
     if (needed[s]) p.sides[s].grad_x = results[s].data_ptr();
     if (needed[2 + s]) p.sides[s].grad_weight = results[2 + s].data_ptr();
+    p.sides[s].stream = worth_streaming(static_cast<int64_t>(results[2 + s].nbytes()));
   }
   MMK_DISPATCH(bilinear_backward)(p);
   for (int s = 0; s < 2; ++s) present.clear(results[s], s);

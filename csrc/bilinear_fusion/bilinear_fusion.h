@@ -17,6 +17,7 @@ struct BilinearSide {
   void* projection = nullptr;   // [rank·N][B], contiguous; null where the forward need not keep it
   void* grad_x = nullptr;       // [B][width], contiguous, or null
   void* grad_weight = nullptr;  // [rank·N][width], dense and by columns where the weight is, or null
+  bool stream = false;          // grad_weight may pass the caches: it is aligned to 64 bytes
 };
 
 struct BilinearParams {

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kMostLanes = 128, kProjections = 256, kDepth = 128;
 constexpr int64_t kFewRowsDepth = 1024;
-constexpr int64_t kTileRows = 256, kTileColumns = 256, kChunk = 128;
+constexpr int64_t kTileRows = 256, kTileColumns = 256, kChunk = 128, kRowsAtOnce = 16;
 
 const void* element(const void* data, Dtype dtype, int64_t at) {
   return static_cast<const char*>(data) + at * element_size(dtype);
@@ -238,6 +238,25 @@ void form_grad_projection(const BilinearParams& p, const void* other, const floa
   });
 }
 
+// to = Σ_b weights[b] · x[b] of whole vectors; past the caches, or not.
+template <bool kStream>
+void weigh_rows(const float* weights, const float* x, int64_t stride, int64_t rows, int64_t width, float* to) {
+  for_runs<4>(width / VW, [&](auto vectors, int64_t v) {
+    constexpr int kVectors = static_cast<int>(vectors);
+    vf acc[1][kVectors];
+    clear(acc);
+    accumulate<false>(acc, weights, Constant<0>{}, Constant<1>{}, x + v * VW, stride, rows);
+    MMK_UNROLL for (int j = 0; j < kVectors; ++j) {
+      float* const at = to + (v + j) * VW;
+      if constexpr (kStream) {
+        stream(at, acc[0][j]);
+      } else {
+        store(at, acc[0][j]);
+      }
+    }
+  });
+}
+
 template <bool kPairs>
 void backward_side(const BilinearParams& p, const BilinearSide& side, const void* other, const float* grad_out,
                    int64_t ldg, float* memory, int64_t floats) {
@@ -246,6 +265,8 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
   constexpr int64_t ldr = spread_stride(kTileRows), ldc = spread_stride(kChunk);  // dP's, by projections and by rows
   // A copy pays when it is read again, and columns come in whole vectors only from a copy.
   const auto is_in_place = [&](int64_t rows) { return rows <= 2 * kFeatureRows && side.width % VW == 0; };
+  // Of a few rows of float32 the weight's gradient is more to write than to compute: whole rows, where they belong.
+  const bool writes_rows = !kPairs && p.dtype == Dtype::f32 && !side.weight.by_columns && is_in_place(p.batch);
   if (side.grad_x != nullptr) {
     for_each_claim(p.workers, ceil_div(p.batch, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
       const BackwardTile tile(p, Carver(memory + worker * floats));
@@ -257,8 +278,13 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
           form_grad_projection<kPairs, false>(p, other, grad_out, ldg, c, some, row, rows, tile.grad_projection, ldr);
           const Operand weight = operand_of_columns<kPairs>(p.dtype, from_element(side.weight, p.dtype, c, column),
                                                             some, columns, is_in_place(rows), tile.operand, ldo);
-          multiply(kPairs, tile.grad_projection, 1, ldr, rows, weight.data, weight.stride, units<kPairs>(some), columns,
-                   {c == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+          // Of a weight that is read where it lies, a few rows at a time: long lines of memory.
+          const int64_t depth = units<kPairs>(some), run = is_in_place(rows) ? kRowsAtOnce : depth;
+          for (int64_t k = 0; k < depth; k += run) {
+            multiply(kPairs, tile.grad_projection + k * ldr, 1, ldr, rows, weight.data + k * weight.stride,
+                     weight.stride, min(run, depth - k), columns,
+                     {c + k == 0 ? Combine::store : Combine::add, tile.sums, ldo});
+          }
         }
         write_rows(tile.sums, ldo, rows, columns, p.dtype, element(side.grad_x, p.dtype, row * side.width + column),
                    side.width);
@@ -266,6 +292,23 @@ void backward_side(const BilinearParams& p, const BilinearSide& side, const void
     });
   }
   if (side.grad_weight == nullptr) return;
+  if (writes_rows) {
+    for_each_claim(p.workers, ceil_div(all, kTileRows), 1, [&](int worker, int64_t t, int64_t end) {
+      const BackwardTile tile(p, Carver(memory + worker * floats));
+      for (; t < end; ++t) {
+        const int64_t c = t * kTileRows, rows = min(kTileRows, all - c);
+        form_grad_projection<false, true>(p, other, grad_out, ldg, c, rows, 0, p.batch, tile.grad_projection, ldc);
+        for (int64_t i = 0; i < rows; ++i) {
+          with_bool(side.stream, [&](auto stream) {
+            weigh_rows<stream>(tile.grad_projection + i * ldc, static_cast<const float*>(side.x), side.x_stride,
+                               p.batch, side.width, static_cast<float*>(side.grad_weight) + (c + i) * side.width);
+          });
+        }
+      }
+      if (side.stream) stream_fence();
+    });
+    return;
+  }
   for_each_claim(p.workers, ceil_div(all, kTileRows) * column_tiles, 1, [&](int worker, int64_t t, int64_t end) {
     const BackwardTile tile(p, Carver(memory + worker * floats));
     for (; t < end; ++t) {

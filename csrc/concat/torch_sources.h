@@ -173,6 +173,26 @@ inline std::optional<SharedShape> shared_shape(const c10::List<at::Tensor>& xs) 
   return shape;
 }
 
+// Whether a list has one tensor [of[i], last] of the dtype for each modality; i is its number.
+template <class Rows>
+bool fits_each(const c10::IValue& list, const c10::IValue& xs, const SharedShape& shape, Rows of) {
+  const auto tensors = list.toListRef(), modalities = xs.toListRef();
+  if (tensors.size() != modalities.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto [lead, last] = of(modalities[i].toTensor().size(-1));
+    if (!SharedShape::fits(tensors[i].toTensor(), shape.dtype, lead, last)) return false;
+  }
+  return true;
+}
+
+// Whether an optional presence is [*, M] or [M].
+inline bool presence_fits(const c10::IValue& presence, const SharedShape& shape, size_t modalities) {
+  if (presence.isNone()) return true;
+  const auto count = static_cast<int64_t>(modalities);
+  return SharedShape::fits(presence.toTensor(), at::kBool, shape.lead, count) ||
+         SharedShape::fits(presence.toTensor(), at::kBool, {}, count);
+}
+
 inline bool is_activation(std::string_view name) {
   for (const auto& [known, activation] : kActivationNames) {
     if (known == name) return true;

@@ -111,14 +111,11 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   const auto shape = shared_shape(arguments[0].toTensorList());
   const Tensor& weight = arguments[1].toTensor();
   if (!shape || weight.dim() != 2) return false;
-  const int64_t features = weight.size(0), modalities = static_cast<int64_t>(arguments[0].toListRef().size());
-  const auto presence_fits = [&](at::IntArrayRef of) {
-    return SharedShape::fits(arguments[4].toTensor(), at::kBool, of, modalities);
-  };
+  const int64_t features = weight.size(0);
   const auto is_scalar = [&](const Tensor& t) { return t.dim() == 0 && t.scalar_type() == shape->dtype; };
   return shape->fits(arguments[1], {features}, shape->width) && shape->fits(arguments[2], {}, features) &&
          (arguments[3].isNone() || is_activation(arguments[3].toStringRef())) &&
-         (arguments[4].isNone() || presence_fits(shape->lead) || presence_fits({})) &&
+         presence_fits(arguments[4], *shape, arguments[0].toListRef().size()) &&
          shape->fits(arguments[5], shape->lead, features) &&
          (shape->fits(arguments[6], {}, features) || is_scalar(arguments[6].toTensor()));
 }

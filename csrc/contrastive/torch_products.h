@@ -1,7 +1,7 @@
 // The products of x [n, D] with y [N, D], a tile of rows at a time, and of their gradients with x and y: torch's, whose
 // rate is the core's. A group of tiles belongs to one thread, which takes them in their order and has sums of its own;
 // those of the groups are added in order. Their number depends on n alone, so that any number of threads gives the same
-// bits.
+// bits, but where there is one tile: torch then takes all threads for its products, and sums as it likes.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -11,6 +11,7 @@
 
 #include "csrc/concat/torch_sources.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk::gated_concat {
 namespace {
@@ -75,6 +76,19 @@ std::vector<Tensor> gated_concat_backward(at::TensorList grads, const Tensor& x,
   MMK_DISPATCH(gated_concat_backward)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const Tensor &x = arguments[0].toTensor(), &y = arguments[1].toTensor(), &weight = arguments[2].toTensor();
+  if (x.dim() == 0 || weight.dim() != 2) return false;
+  const auto lead = x.sizes().slice(0, static_cast<size_t>(x.dim() - 1));
+  const auto dtype = x.scalar_type();
+  const int64_t gates = weight.size(0);
+  return y.dim() == x.dim() && SharedShape::fits(y, dtype, lead, y.size(-1)) && (gates == 1 || gates == x.size(-1)) &&
+         SharedShape::fits(weight, dtype, {gates}, x.size(-1) + y.size(-1)) &&
+         (arguments[3].isNone() || SharedShape::fits(arguments[3].toTensor(), dtype, {}, gates));
+}
+
+const DoorCheck door_check("gated_concat", fits);
 
 }  // namespace
 

@@ -11,6 +11,7 @@
 
 #include "csrc/concat/torch_sources.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk::gated_fusion {
 namespace {
@@ -128,6 +129,25 @@ std::vector<Tensor> gated_fusion_backward(at::TensorList grads, at::TensorList x
   MMK_DISPATCH(gated_fusion_backward)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto shape = shared_shape(arguments[0].toTensorList());
+  const auto value_weights = arguments[1].toListRef(), value_biases = arguments[2].toListRef();
+  const Tensor& gate_weight = arguments[3].toTensor();
+  if (!shape || gate_weight.dim() != 2 || value_weights.empty() || value_weights[0].toTensor().dim() != 2) return false;
+  const auto count = static_cast<int64_t>(arguments[0].toListRef().size());
+  const int64_t features = value_weights[0].toTensor().size(0), gates = gate_weight.size(0);
+  const std::vector<int64_t> rows{features}, none;
+  const auto weight = [&](int64_t width) { return std::pair{at::IntArrayRef(rows), width}; };
+  const auto bias = [&](int64_t) { return std::pair{at::IntArrayRef(none), features}; };
+  return fits_each(arguments[1], arguments[0], *shape, weight) &&
+         (value_biases.empty() || fits_each(arguments[2], arguments[0], *shape, bias)) &&
+         (gates == count * features || (count == 2 && gates == features)) &&
+         shape->fits(arguments[3], {gates}, shape->width) && shape->fits(arguments[4], {}, gates) &&
+         presence_fits(arguments[5], *shape, arguments[0].toListRef().size());
+}
+
+const DoorCheck door_check("gated_fusion", fits);
 
 }  // namespace
 

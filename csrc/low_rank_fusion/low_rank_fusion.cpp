@@ -7,6 +7,7 @@
 
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk::low_rank_fusion {
 namespace {
@@ -96,6 +97,27 @@ std::vector<Tensor> low_rank_fusion_backward(const std::vector<Tensor>& grads, c
   for (size_t i = 0; i < count; ++i) present.clear(results[i], static_cast<int64_t>(i));
   return results;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto xs = arguments[0].toListRef(), factors = arguments[1].toListRef();
+  if (xs.empty() || factors.size() != xs.size() || !arguments[4].isNone()) return false;
+  const Tensor &first = xs[0].toTensor(), &factor = factors[0].toTensor(), &rank_weights = arguments[2].toTensor();
+  if (first.dim() != 2 || factor.dim() != 3) return false;
+  const int64_t rank = factor.size(0), outputs = factor.size(2);
+  for (size_t i = 0; i < xs.size(); ++i) {
+    const Tensor &x = xs[i].toTensor(), &f = factors[i].toTensor();
+    if (x.dim() != 2 || x.size(0) != first.size(0) || x.scalar_type() != first.scalar_type() ||
+        f.scalar_type() != first.scalar_type() || f.sizes() != at::IntArrayRef({rank, x.size(1) + 1, outputs})) {
+      return false;
+    }
+  }
+  const auto is_vector = [&](const Tensor& t, int64_t size) {
+    return t.scalar_type() == first.scalar_type() && t.dim() == 1 && t.size(0) == size;
+  };
+  return is_vector(rank_weights, rank) && (arguments[3].isNone() || is_vector(arguments[3].toTensor(), outputs));
+}
+
+const DoorCheck door_check("low_rank_fusion", fits);
 
 }  // namespace
 

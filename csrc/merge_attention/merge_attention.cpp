@@ -12,6 +12,7 @@
 #include "csrc/attention/torch_rows.h"
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk::merge_attention {
 namespace {
@@ -100,6 +101,22 @@ std::vector<Tensor> backward(at::TensorList grads, at::TensorList outputs, at::T
   for (const Result& result : results) pulled.push_back(result.finished(call.order));
   return pulled;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto outputs = arguments[0].toListRef(), lses = arguments[1].toListRef();
+  if (outputs.empty() || lses.size() != outputs.size()) return false;
+  const Tensor& first = outputs[0].toTensor();
+  if (first.dim() < 2) return false;
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    const Tensor &output = outputs[i].toTensor(), &lse = lses[i].toTensor();
+    if (output.scalar_type() != first.scalar_type() || output.sizes() != first.sizes()) return false;
+    if (lse.scalar_type() != at::kFloat || lse.sizes() != first.sizes().slice(0, first.sizes().size() - 1))
+      return false;
+  }
+  return true;
+}
+
+const DoorCheck door_check("merge_attention", fits, DoorCheck::Dtypes::any);
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def("_merge_attention_fwd(Tensor[] outputs, Tensor[] lses, bool training) -> (Tensor out, Tensor lse)");

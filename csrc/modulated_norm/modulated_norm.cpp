@@ -1,15 +1,17 @@
-// modulated_norm on the CPU, as torch sees it. Arguments were checked at the door (mmkernels/ops/modulated_norm): x is
-// [B, L, C], shift and scale both [B, 1, C] or both [B, L, C].
+// modulated_norm on the CPU, as torch sees it. Arguments were checked at the door: x is [B, L, C], shift and scale are
+// both [B, C], both [B, 1, C] or both [B, L, C].
 #include "csrc/modulated_norm/modulated_norm.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_cpu_dispatch.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <vector>
 
 #include "csrc/cpu/large_output.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 #include "csrc/norm/torch_rows.h"
 
 namespace mmk::modulated_norm {
@@ -18,6 +20,15 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kName = "modulated_norm";
+
+// Shift, scale or a gradient of theirs, [B, C] or per token.
+TokenRows modulation_rows(const Tensor& t) {
+  if (t.dim() == 3) return token_rows(t);
+  check_dense_rows(t, 2);
+  return {t.data_ptr(), t.stride(0), 0};
+}
+
+bool is_per_token(const Tensor& t, int64_t length) { return t.dim() == 3 && t.size(1) == length && length != 1; }
 
 ModulatedNormParams make_params(const Tensor& x, const Tensor& shift, const Tensor& scale,
                                 std::optional<std::string_view> norm, const OptionalTensor& weight,
@@ -30,9 +41,9 @@ ModulatedNormParams make_params(const Tensor& x, const Tensor& shift, const Tens
   p.norm = norm_named(kName, norm);
   p.eps = static_cast<float>(eps);
   p.x = token_rows(x);
-  p.shift = token_rows(shift);
-  p.scale = token_rows(scale);
-  p.per_token = shift.size(1) == p.length && scale.size(1) == p.length && p.length != 1;
+  p.shift = modulation_rows(shift);
+  p.scale = modulation_rows(scale);
+  p.per_token = is_per_token(shift, p.length) && is_per_token(scale, p.length);
   p.weight = vector_data(weight);
   p.bias = vector_data(bias);
   p.stream = worth_streaming(static_cast<int64_t>(x.nbytes()));
@@ -64,13 +75,30 @@ std::vector<Tensor> backward(at::TensorList grads, const Tensor& x, const Tensor
   ModulatedNormParams p = make_params(x, shift, scale, norm, weight, bias, eps, 20.);
   p.grad_out = token_rows(grads[0]);
   if (needed[0]) p.grad_x = token_rows(dx);
-  if (needed[1]) p.grad_shift = token_rows(dshift);
-  if (needed[2]) p.grad_scale = token_rows(dscale);
+  if (needed[1]) p.grad_shift = modulation_rows(dshift);
+  if (needed[2]) p.grad_scale = modulation_rows(dscale);
   if (needed[3]) p.grad_weight = dweight.data_ptr();
   if (needed[4]) p.grad_bias = dbias.data_ptr();
   MMK_DISPATCH(modulated_norm_backward)(p);
   return result;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const Tensor &x = arguments[0].toTensor(), &shift = arguments[1].toTensor(), &scale = arguments[2].toTensor();
+  if (x.dim() != 3 || shift.sizes() != scale.sizes()) return false;
+  const int64_t batch = x.size(0), length = x.size(1), features = x.size(2);
+  const bool modulates = shift.dim() == 2 || (shift.dim() == 3 && (shift.size(1) == 1 || shift.size(1) == length));
+  if (!modulates || shift.size(0) != batch || shift.size(-1) != features) return false;
+  const auto is_vector = [&](const c10::IValue& argument) {
+    return argument.isNone() || argument.toTensor().sizes() == at::IntArrayRef(features);
+  };
+  if (arguments[3].isNone()) return arguments[4].isNone() && arguments[5].isNone();
+  const auto& norm = arguments[3].toStringRef();
+  return (norm == "layer" || norm == "rms") && is_vector(arguments[4]) && is_vector(arguments[5]) &&
+         std::isfinite(arguments[6].toDouble()) && arguments[6].toDouble() >= 0.;
+}
+
+const DoorCheck door_check(kName, fits);
 
 TORCH_LIBRARY_FRAGMENT(mmkernels, m) {
   m.def(

@@ -7,6 +7,7 @@
 
 #include "csrc/cpu/torch_tensors.h"
 #include "csrc/cpu/torch_workers.h"
+#include "csrc/door.h"
 
 namespace mmk::tensor_fusion_linear {
 namespace {
@@ -86,6 +87,24 @@ std::vector<Tensor> tensor_fusion_linear_backward(const std::vector<Tensor>& gra
   for (size_t i = 0; i < xs.size(); ++i) present.clear(results[i], static_cast<int64_t>(i));
   return results;
 }
+
+bool fits(const std::vector<c10::IValue>& arguments) {
+  const auto xs = arguments[0].toListRef();
+  const Tensor& weight = arguments[1].toTensor();
+  if (xs.empty() || weight.dim() != 2 || !arguments[3].isNone()) return false;
+  int64_t features = 1;
+  for (const c10::IValue& value : xs) {
+    const Tensor& x = value.toTensor();
+    if (x.dim() != 2 || x.size(0) != xs[0].toTensor().size(0) || x.scalar_type() != weight.scalar_type()) return false;
+    if (__builtin_mul_overflow(features, x.size(1) + 1, &features)) return false;
+  }
+  const auto fits_bias = [&](const Tensor& bias) {
+    return bias.scalar_type() == weight.scalar_type() && bias.dim() == 1 && bias.size(0) == weight.size(0);
+  };
+  return weight.size(1) == features && (arguments[2].isNone() || fits_bias(arguments[2].toTensor()));
+}
+
+const DoorCheck door_check(kName, fits);
 
 }  // namespace
 

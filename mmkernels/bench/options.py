@@ -34,6 +34,9 @@ ops: {ops}
 
 shapes: {shapes}
 
+providers:
+{providers}
+
 Exit status: 0, 1 if a result was wrong or --fail-below was not met, 2 if the command line was, 130 if interrupted.
 """
 
@@ -51,10 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     ops = textwrap.fill(named, 100, subsequent_indent="     ", break_on_hyphens=False)
     presets = "".join(f"\n  {name:9} {what}" for name, what in PRESETS.items())
     shapes = f"{presets}\n  B=2,...   sizes by letter or field; several with ';' between, or one a line in a file"
+    here = "\n".join(
+        textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        for line in providers.presence().splitlines()
+    )
     parser = argparse.ArgumentParser(
         prog="python -m mmkernels bench",
         description="Check every op against float64, then time it against plain torch.",
-        epilog=EXAMPLES.format(ops=ops, shapes=shapes.strip()),
+        epilog=EXAMPLES.format(ops=ops, shapes=shapes.strip(), providers=here),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     budget = "of the whole run; what it has no time for is left out and named (default: %(default)g)"

@@ -22,6 +22,7 @@ def save_plot(path: Path, op: str, rows: Sequence[Row], baseline: str, caption: 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     rows = [row for row in rows if row.op == op and "ours" in row.seconds]
     groups = list(dict.fromkeys(row.group for row in rows))
@@ -53,7 +54,7 @@ def save_plot(path: Path, op: str, rows: Sequence[Row], baseline: str, caption: 
             axis.set_title(f"{times(mean)} over {baseline} (geometric mean)", loc="right", fontsize=9, color=OURS)
     for axis in axes[-1]:
         axis.set_xlabel("GF/s   (dashed: a plain matrix product)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for _, _, color in series]
+    handles = [Rectangle((0, 0), 1, 1, color=color) for _, _, color in series]
     figure.legend(
         handles, [name for _, name, _ in series], loc="outside upper right", ncols=3, frameon=False, fontsize=10
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -15,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mmkernels import _native, use_backend
 from mmkernels._dispatch import backend_status
 
+from .libraries import LIBRARIES
 from .plugin import Provider
 from .suite import Suite, Workload
 
@@ -25,19 +25,9 @@ SDPA_KERNELS = {"cpu": ("math", "flash_attention"), "cuda": ("math", "flash_atte
 NAMES = (
     "ours (always), torch (the best of eager torch), eager (the formula in plain torch), compiled (that under "
     "torch.compile), compiled@BACKEND (under another of its backends), ours@BACKEND or ours@ISA, sdpa@KERNEL (torch's "
-    "attention kept to one kernel), a benchmark's own (flash, flex, ...), those of --plugin, or all"
+    "attention kept to one kernel), another library, a benchmark's own (flash, flex, ...), those of --plugin, or all; "
+    "which of them are here is said below"
 )
-
-
-@contextlib.contextmanager
-def on_isa(name: str) -> Iterator[None]:
-    """The library on one instruction set, inside."""
-    before = _native.isa()
-    _native.set_isa(name)
-    try:
-        yield
-    finally:
-        _native.set_isa(before)
 
 
 def ours_elsewhere(device: str) -> dict[str, Callable[[], AbstractContextManager[object]]]:
@@ -48,7 +38,7 @@ def ours_elsewhere(device: str) -> dict[str, Callable[[], AbstractContextManager
     isas = _native.supported_isas() if device == "cpu" else []
     return {
         **{f"ours@{name}": partial(use_backend, name) for name in there},
-        **{f"ours@{name}": partial(on_isa, name) for name in isas},
+        **{f"ours@{name}": partial(_native.use_isa, name) for name in isas},
     }
 
 
@@ -68,7 +58,22 @@ def builtin(device: str) -> dict[str, Provider]:
         name = f"sdpa@{kernel.removesuffix('_attention')}"
         run = partial(_on_sdpa_kernel, getattr(SDPBackend, kernel.upper()))
         found[name] = Provider(name, run, SDPA_OPS)
-    return found
+    here = {name: library.provider for name, library in LIBRARIES.items() if library.absent(device) is None}
+    return {**found, **here}
+
+
+def presence() -> str:
+    """Which providers this machine has for its CPU and, with a GPU, for that; which libraries it lacks, and why."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    lines = []
+    for device in devices:
+        names = (*COLUMNS, *ours_elsewhere(device), *builtin(device))
+        lines.append(f"here, on {device}: {', '.join(names)}")
+    absent = {name: reasons for name, library in LIBRARIES.items() if (reasons := [*map(library.absent, devices)])}
+    lines += [f"not here: {name}, {reasons[0]}" for name, reasons in absent.items() if all(reasons)]
+    zentorch = importlib.util.find_spec("zentorch") is not None
+    lines.append("here: compiled@zentorch" if zentorch else "not here: compiled@zentorch, zentorch not installed")
+    return "\n".join(lines)
 
 
 def compile_backend(name: str) -> str | None:
@@ -119,6 +124,8 @@ def selected(
             names |= everything
         elif name in everything or compile_backend(name) is not None:
             names.add(name)
+        elif name in LIBRARIES:
+            raise ValueError(f"{name}: {LIBRARIES[name].absent(device)}")
         else:
             raise ValueError(f"expected {', '.join(sorted(everything))}, compiled@BACKEND or all; got {name!r}")
     return frozenset(names)

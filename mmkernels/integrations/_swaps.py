@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 
-class SwappedForward(functools.partial):
+class SwappedForward(functools.partial[Any]):
     """``forward`` of one instance: it pickles, and a deep copy of the module has one of its own.
 
     Its signature is the class's forward's, which ``generate`` of transformers looks at.
@@ -26,7 +26,7 @@ class SwappedForward(functools.partial):
         return inspect.signature(type(module).forward.__get__(module))
 
 
-class SwappedCall(functools.partial):
+class SwappedCall(functools.partial[Any]):
     """The ``__call__`` of a swapped processor, with the original's signature."""
 
     @property

@@ -57,7 +57,7 @@ def attention_mask(
         allow_is_bidirectional_skip=allow_is_bidirectional_skip,
         **options,
     )
-    if dense is None or dense.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if dense is None or dense.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return dense
     compact = _compact(q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask)
     if compact is not None:

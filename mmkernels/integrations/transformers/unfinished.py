@@ -139,7 +139,7 @@ def _weights(layers: list[nn.Module]) -> Weights:
 
 def may_wait(module: Any, x: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether nothing of an encoder's call but what it returns depends on when its layers run."""
-    if x is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x is None or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
     config = module.config
     returns_dict = options.get("return_dict", getattr(config, "return_dict", True))

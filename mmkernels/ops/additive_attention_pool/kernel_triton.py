@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mmkernels.ops.additive_attention_pool.op import Arguments
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.concat_linear.op import Arguments as LinearArguments
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 from mmkernels.triton.math import number, pick, tanh
 from mmkernels.triton.pool import modalities, needed_modalities, presence_flags, present
@@ -320,7 +321,7 @@ def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor]:
     count, (batch, features), hidden = len(views), views[0].shape, weight.shape[0]
     shift = bias
     if query is not None and query_weight is not None:
-        shift, _ = linear.forward(linear.Arguments([query], query_weight, bias), False)
+        shift, _ = linear.forward(LinearArguments([query], query_weight, bias), False)
     flags, *flag_strides = presence_flags(presence, batch, count)
     activations = weight.new_empty((batch, count * hidden) if training else 0)
     config = linear._config(weight, batch, hidden)
@@ -390,7 +391,7 @@ def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], nee
     dquery = dquery_weight = None
     if total is not None and query is not None and query_weight is not None:
         wanted = (of_query, of_query_weight, False, False, False, False)
-        dquery, dquery_weight, *_ = linear.backward([total], linear.Arguments([query], query_weight), [], wanted)
+        dquery, dquery_weight, *_ = linear.backward([total], LinearArguments([query], query_weight), [], wanted)
     others = (dweight, dvector, dbias, dquery, dquery_weight, None)
     return [*dxs, *(g.new_empty(0) if t is None else t for t in others)]
 

@@ -29,3 +29,15 @@ def concat_tokens(
         tokens.append(token + positions[i] if i in positions else token)
     out = normalize(torch.cat(tokens, 1), norm, norm_weight, norm_bias, eps)
     return out if out_dtype is None else out.to(out_dtype)
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: the tokens of a text and the patches of an image, each kind with its embedding."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return {"xs": [random(2, 12, 64), random(2, 49, 64)], "type_embedding": random(2, 64), "norm": "layer"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -40,6 +41,10 @@ def gated_concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = Non
         >>> gated_concat(text, image, torch.randn(64, 96)).shape
         torch.Size([8, 97])
     """
+    if may_use_door():
+        plain = gated_concat_op.unchecked(x, y, weight, bias)
+        if plain is not None:
+            return plain
     if is_overridden(x, y, weight, bias):
         return overridden_call(gated_concat, locals())
     name = "gated_concat"

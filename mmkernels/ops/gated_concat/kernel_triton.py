@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmkernels.ops._rows import as_rows
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.concat_linear.op import Arguments as LinearArguments
 from mmkernels.ops.gated_concat.op import Arguments
 from mmkernels.triton.launch import Config, ceil_div, dot_precision, launch, next_power_of_2, tiles
 
@@ -163,7 +164,7 @@ def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor]:
     x, y, weight, bias = a
     xs = as_rows(x), as_rows(y)
     (rows, x_width), y_width, gates = xs[0].shape, xs[1].shape[1], weight.shape[0]
-    gate = linear.forward(linear.Arguments([x, y], weight, bias, "sigmoid"), False)[0].view(rows, gates)
+    gate = linear.forward(LinearArguments([x, y], weight, bias, "sigmoid"), False)[0].view(rows, gates)
     out = x.new_empty((*x.shape[:-1], x_width + y_width + 1))
     block = min(next_power_of_2(max(x_width, y_width)), 512)
     config = Config({"BLOCK_M": 1024 // block, "BLOCK_K": block}, num_stages=1)  # 8 elements per thread

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -57,6 +58,10 @@ def low_rank_fusion(
         >>> low_rank_fusion(xs, factors, torch.randn(4), torch.zeros(64)).shape
         torch.Size([8, 64])
     """
+    if may_use_door():
+        plain = low_rank_fusion_op.unchecked(xs, factors, rank_weights, bias, presence)
+        if plain is not None:
+            return plain
     if is_overridden(xs, factors, rank_weights, bias, presence):
         return overridden_call(low_rank_fusion, locals())
     name = "low_rank_fusion"

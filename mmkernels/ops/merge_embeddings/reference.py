@@ -36,3 +36,17 @@ def check_count(rows: int, mask: Tensor) -> None:
         raise ValueError(
             f"merge_embeddings: mask: expected {rows} True positions, one for each row of modal; got {int(count)}"
         )
+
+
+def example_inputs(
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: two texts with places for the patches of three images, two of them in the first."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    mask = torch.zeros(2, 40, dtype=torch.bool, device=device)
+    mask[0, 2:20] = mask[1, 5:14] = True
+    return {"text": random(2, 40, 64), "modal": [random(9, 64) for _ in range(3)], "mask": mask}

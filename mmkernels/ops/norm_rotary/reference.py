@@ -43,10 +43,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def example_inputs(
-    batch: int = 2, heads: int = 4, key_heads: int = 2, length: int = 16, features: int = 64
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random queries and keys, and the tables of positions 0 … length - 1 (Su et al., RoFormer)."""
-    frequency = 10000.0 ** (-torch.arange(0, features, 2) / features)
-    angle = torch.arange(length)[:, None] * frequency
-    query, key = (torch.randn(batch, n, length, features) for n in (heads, key_heads))
-    return query, key, angle.cos(), angle.sin()
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, object]:
+    """One small call: queries and keys, and the tables of positions 0 to 15 (Su et al., RoFormer)."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    length, features = 16, 64
+    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, features, 2) / features)
+    query, key = (torch.randn(2, heads, length, features, generator=generator).to(device, dtype) for heads in (4, 2))
+    return {"query": query, "key": key, "cos": angle.cos().to(device, dtype), "sin": angle.sin().to(device, dtype)}

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops.concat_linear import kernel_triton as linear
+from mmkernels.ops.concat_linear.op import Arguments as LinearArguments
 from mmkernels.ops.split_attention_pool.op import Arguments
 from mmkernels.triton.launch import Config, launch, tiles
 from mmkernels.triton.math import number, pick
@@ -189,8 +190,8 @@ def forward(a: Arguments, training: bool) -> tuple[Tensor, Tensor, Tensor, Tenso
     grid, strides = (tiles(_TILES, batch, features),), (views[0].stride(0), *flag_strides)
     total = weight1.new_empty((batch, features))
     launch(_sum, grid, views, flags, total, batch, features, *strides, config=_TILES)
-    z, preactivation = linear.forward(linear.Arguments([total], weight1, bias1, activation), training)
-    energies, _ = linear.forward(linear.Arguments([z], weight2, bias2), False)
+    z, preactivation = linear.forward(LinearArguments([total], weight1, bias1, activation), training)
+    energies, _ = linear.forward(LinearArguments([z], weight2, bias2), False)
     pooled, weights = total.new_empty(total.shape), total.new_empty((batch, count, features))
     launch(_pool, grid, views, energies, flags, pooled, weights, batch, features, *strides, config=_TILES)
     if training:
@@ -215,14 +216,14 @@ def backward(grads: Sequence[Tensor], a: Arguments, saved: Sequence[Tensor], nee
         config=_TILES,
     )
     wanted = (any((*of_xs, of_weight1, of_bias1)), of_weight2, of_bias2, False, False, False)
-    dz, dweight2, dbias2, *_ = linear.backward([denergies], linear.Arguments([z], weight2, bias2), [], wanted)
+    dz, dweight2, dbias2, *_ = linear.backward([denergies], LinearArguments([z], weight2, bias2), [], wanted)
     dtotal, dweight1, dbias1 = (g.new_empty(0) for _ in range(3))
     dxs = [x.new_empty(x.shape if n else 0) for x, n in zip(xs, of_xs, strict=True)]
     if wanted[0]:
         kept = preactivation if preactivation.numel() else z
         wanted = (any(of_xs), of_weight1, of_bias1, False, False, False)
         dtotal, dweight1, dbias1, *_ = linear.backward(
-            [dz], linear.Arguments([total], weight1, bias1, activation), [kept], wanted
+            [dz], LinearArguments([total], weight1, bias1, activation), [kept], wanted
         )
     if any(of_xs):
         parts, which, dx_row = needed_modalities(xs, dxs, of_xs)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
@@ -51,6 +52,10 @@ def tensor_fusion_linear(
         >>> tensor_fusion_linear([text, audio, video], torch.randn(64, 33 * 17 * 9)).shape
         torch.Size([8, 64])
     """
+    if may_use_door():
+        plain = tensor_fusion_linear_op.unchecked(xs, weight, bias, presence)
+        if plain is not None:
+            return plain
     if is_overridden(xs, weight, bias, presence):
         return overridden_call(tensor_fusion_linear, locals())
     name = "tensor_fusion_linear"

@@ -1,0 +1,126 @@
+"""``make matrix``: other compilers and other Pythons than the one in use, each tried once.
+
+Each builds in a copy of the checkout under ``build/matrix`` and runs a choice of the tests there; what is not on this
+machine is said to be absent. The results are written into docs/building.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "building.md"
+BEGIN, END = "<!-- matrix: written by `make matrix` -->\n", "<!-- end of matrix -->\n"
+TESTS = ("concat_linear", "gated_fusion", "modulated_norm", "joint_attention", "testing_kit", "isa_isolation")
+
+
+def copy_of_checkout(name: str) -> Path:
+    """The checkout's files, in a folder that keeps what was built there before."""
+    folder = ROOT / "build" / "matrix" / name.replace(" ", "_")
+    listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for file in filter(None, listed.split("\0")):
+        source, target = ROOT / file, folder / file
+        if source.is_file() and not (target.exists() and target.read_bytes() == source.read_bytes()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    return folder
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    """The output of a command; raises with its last lines where it fails."""
+    print("$", " ".join(command), flush=True)
+    own = {k: v for k, v in os.environ.items() if not k.startswith("MMKERNELS_")}
+    done = subprocess.run(
+        command, cwd=folder, env={**own, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stdout.splitlines()[-15:]))
+    return done.stdout
+
+
+def build_and_test(name: str, python: str, isas: str, **environment: str) -> str:
+    """What the tests say of a build by a compiler or for a Python."""
+    folder = copy_of_checkout(name)
+    environment |= {"MMKERNELS_REQUIRE_NATIVE": "1", "MMKERNELS_BUILD_CUDA": "0", "MMKERNELS_ISAS": isas}
+    run([python, "setup.py", "--quiet", "build_ext", "--inplace"], folder, **environment)
+    tests = [f"tests/test_{test}.py" for test in TESTS]
+    said = run([python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], folder, PYTHONPATH=str(folder))
+    return re.sub(r" in .*", "", said.splitlines()[-1].strip("= "))
+
+
+def version(tool: str) -> str:
+    return subprocess.check_output([tool, "--version"], text=True).splitlines()[0]
+
+
+def compiler(cxx: str) -> Callable[[argparse.Namespace], tuple[str, str]]:
+    def tried(args: argparse.Namespace) -> tuple[str, str]:
+        return version(cxx), build_and_test(cxx, sys.executable, args.isas, CXX=cxx)
+
+    return tried
+
+
+def interpreter(python: str) -> Callable[[argparse.Namespace], tuple[str, str]]:
+    """A Python with an environment of its own, which pip fills from requirements.txt."""
+
+    def tried(args: argparse.Namespace) -> tuple[str, str]:
+        folder = copy_of_checkout(python)
+        own = str(folder / ".venv" / "bin" / "python")
+        if not Path(own).exists():
+            run([python, "-m", "venv", ".venv"], folder)
+            run([own, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"], folder)
+        return version(python), build_and_test(python, own, args.isas)
+
+    return tried
+
+
+TRIED: dict[str, tuple[str, Callable[[argparse.Namespace], tuple[str, str]]]] = {
+    "g++": ("g++", compiler("g++")),
+    "clang++": ("clang++", compiler("clang++")),
+    "Python 3.10": ("python3.10", interpreter("python3.10")),
+    "Python 3.12": ("python3.12", interpreter("python3.12")),
+}
+
+
+def rows_of_page() -> dict[str, str]:
+    table = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
+    return {line.split("|")[1].strip(): line for line in table.splitlines() if line.startswith("|")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make matrix ARGS=", description=__doc__)
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(TRIED)} (default: all)")
+    parser.add_argument("--isas", default="", help="instruction sets to compile, all if none are named")
+    args = parser.parse_args()
+    if unknown := [what for what in args.what if what not in TRIED]:
+        parser.error(f"expected {', '.join(TRIED)}; got {', '.join(unknown)}")
+    rows, failed = rows_of_page(), False
+    for what in args.what or TRIED:
+        tool, tried = TRIED[what]
+        if shutil.which(tool) is None:
+            named, result = f"no {tool} on this machine", "not tried"
+        else:
+            try:
+                named, result = tried(args)
+            except RuntimeError as error:
+                print(f"{what}: {error}")
+                named, result, failed = version(tool), "failed", True
+        compiled = f", compiled for baseline and {args.isas}" if args.isas and result != "not tried" else ""
+        rows[what] = f"| {what} | {named}{compiled} | {result} | {date.today()} |"
+        print(rows[what], flush=True)
+    head = "| | | result | |\n|---|---|---|---|\n"
+    table = head + "".join(f"{rows[what]}\n" for what in TRIED if what in rows)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
