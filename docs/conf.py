@@ -85,10 +85,10 @@ TREE = {
     },
     "docs/integrations": {"": [f"docs/integrations/{library}" for library in LIBRARIES]},
     "docs/internals/README": {"": [f"docs/internals/{page}" for page in INTERNALS]},
-    "docs/README": {
-        "": ["docs/generated/measured", "docs/generated/kernels", "docs/gpu/README", "docs/gpu/NVIDIA-H200"]
-    },
 }
+_NAMED = {re.sub(r".*<(.*)>$", r"\1", page) for below in TREE.values() for pages in below.values() for page in pages}
+_FOUND = {path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+TREE["docs/README"] = {"": sorted(_FOUND - _NAMED)}  # generated tables and whatever has no place above
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 
 
@@ -129,6 +129,11 @@ def read(app: Any, page: str, source: list[str]) -> None:
     source[0] = f"{resolved(source[0], page)}\n\n{toctrees(page)}\n"
 
 
+def outdated(app: Any, environment: Any, added: set[str], changed: set[str], removed: set[str]) -> list[str]:
+    """The pages that are read again in every build: those whose tree may have changed while they have not."""
+    return list(TREE)
+
+
 def add_index(app: Any, failure: Exception | None) -> None:
     """The first page under the name that servers look for."""
     if failure is None:
@@ -137,4 +142,5 @@ def add_index(app: Any, failure: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", read)
+    app.connect("env-get-outdated", outdated)
     app.connect("build-finished", add_index)
