@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._norm import normalize
 
 
@@ -29,3 +30,22 @@ def concat_tokens(
         tokens.append(token + positions[i] if i in positions else token)
     out = normalize(torch.cat(tokens, 1), norm, norm_weight, norm_bias, eps)
     return out if out_dtype is None else out.to(out_dtype)
+
+
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    return {
+        "all options": {
+            "xs": [draw(B, L, C), draw(B, 2, C)],
+            "type_embedding": draw(2, C),
+            "position_embeddings": [draw(L, C), draw(2, C)],
+            "norm": "layer",
+            "norm_weight": draw(C),
+            "norm_bias": draw(C),
+        },
+        "no affine": {"xs": [draw(B, L, C), draw(B, 2, C)], "type_embedding": draw(2, C), "norm": "layer"},
+        "no norm": {
+            "xs": [draw(B, L, C), draw(B, 2, C)],
+            "type_embedding": draw(2, C),
+            "position_embeddings": [None, draw(2, C)],
+        },
+    }

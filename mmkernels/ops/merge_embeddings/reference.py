@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._checks import eager_values_readable
+from mmkernels.ops._examples import Draw, Examples
 
 
 def merge_embeddings(
@@ -36,3 +37,12 @@ def check_count(rows: int, mask: Tensor) -> None:
         raise ValueError(
             f"merge_embeddings: mask: expected {rows} True positions, one for each row of modal; got {int(count)}"
         )
+
+
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    rows = B * min(L, 2)
+    mask = (torch.arange(L) < 2).expand(B, L).clone()
+    return {
+        "a list": {"text": draw(B, L, C), "modal": [draw(rows // 3, C), draw(rows - rows // 3, C)], "mask": mask},
+        "one": {"text": draw(B, L, C), "modal": draw(rows, C), "mask": mask},
+    }

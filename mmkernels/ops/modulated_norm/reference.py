@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._norm import normalize
 
 
@@ -18,3 +19,17 @@ def modulated_norm(
 ) -> Tensor:
     """norm(x) ∘ (1 + scale) + shift, per token."""
     return normalize(x, norm, norm_weight, norm_bias, eps) * (1 + scale) + shift
+
+
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    return {
+        "layer norm": {
+            "x": draw(B, L, C),
+            "shift": draw(B, C),
+            "scale": draw(B, C),
+            "norm_weight": draw(C),
+            "norm_bias": draw(C),
+        },
+        "RMSNorm": {"x": draw(B, L, C), "shift": draw(B, L, C), "scale": draw(B, L, C), "norm": "rms"},
+        "no norm": {"x": draw(B, L, C), "shift": draw(B, C), "scale": draw(B, L, C), "norm": None},
+    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
+
 
 def norm_rotary(
     query: Tensor,  # [B, H, L, D], or packed [L, H, D]
@@ -42,11 +44,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([out, rest], -1)
 
 
-def example_inputs(
-    batch: int = 2, heads: int = 4, key_heads: int = 2, length: int = 16, features: int = 64
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random queries and keys, and the tables of positions 0 … length - 1 (Su et al., RoFormer)."""
-    frequency = 10000.0 ** (-torch.arange(0, features, 2) / features)
-    angle = torch.arange(length)[:, None] * frequency
-    query, key = (torch.randn(batch, n, length, features) for n in (heads, key_heads))
-    return query, key, angle.cos(), angle.sin()
+def example_inputs(draw: Draw, B: int = 2, H: int = 3, L: int = 4, D: int = 6) -> Examples:
+    return {
+        "weights": {
+            "query": draw(B, H, L, D),
+            "key": draw(B, 2, L, D),
+            "cos": draw(L, D // 2),
+            "sin": draw(L, D // 2),
+            "query_weight": draw(D),
+            "key_weight": draw(D),
+        },
+        "neighbours, a table per element": {
+            "query": draw(B, H, L, 7),
+            "key": draw(B, 2, L, 7),
+            "cos": draw(B, L, 2),
+            "sin": draw(B, L, 2),
+            "key_weight": draw(7),
+            "interleaved": True,
+        },
+        "packed": {"query": draw(L, H, D), "key": draw(L, 2, D), "cos": draw(L, D // 2), "sin": draw(L, D // 2)},
+    }
