@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from agreement import agree
-from environment import DEVICE
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmkernels.testing import poisoned_memory, same_bits
 
 Function = Callable[..., Tensor]
+Results = Callable[[], Sequence[Tensor]]
 
 
 def fixed_gradient(out: Tensor) -> Tensor:
@@ -37,19 +37,36 @@ def check_each_gradient_alone(function: Function, leaves: Sequence[Tensor]) -> N
         assert agree(torch.autograd.grad(out, [alone[i]], fixed_gradient(out)), [expected]), f"gradient of leaf {i}"
 
 
-def check_threads_and_runs_agree(function: Function, leaves: Sequence[Tensor]) -> None:
-    first = gradients(function, leaves)
+def check_threads_and_runs(run: Results) -> None:
+    """The same bits from any number of threads and every time."""
+    first = run()
     try:
         for threads in (2, 3, 2):
             torch.set_num_threads(threads)
-            assert same_bits(gradients(function, leaves), first), f"{threads} threads"
+            assert same_bits(run(), first), f"{threads} threads"
     finally:
         torch.set_num_threads(1)
 
 
-def check_every_element_is_written(function: Function, leaves: Sequence[Tensor]) -> None:
+def check_fresh_memory(run: Results) -> None:
+    """Every element is written: the same where fresh memory is full of NaN."""
+    expected = run()
     with poisoned_memory():
-        assert all(t.isfinite().all() for t in gradients(function, leaves))
+        assert torch.empty(3).isnan().all()
+        assert agree(run(), expected)
+
+
+def check_results_in_memory(run: Results) -> None:
+    check_threads_and_runs(run)
+    check_fresh_memory(run)
+
+
+def check_threads_and_runs_agree(function: Function, leaves: Sequence[Tensor]) -> None:
+    check_threads_and_runs(lambda: gradients(function, leaves))
+
+
+def check_every_element_is_written(function: Function, leaves: Sequence[Tensor]) -> None:
+    check_fresh_memory(lambda: gradients(function, leaves))
 
 
 def check_strides(function: Function, leaves: Sequence[Tensor]) -> None:
@@ -104,15 +121,6 @@ def check_second_order(function: Function, leaves: Sequence[Tensor]) -> None:
     wide = [x.detach().double().requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(function, wide)
     assert torch.autograd.gradgradcheck(function, wide, fast_mode=True)
-
-
-def check_autocast(function: Function, leaves: Sequence[Tensor]) -> None:
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    with torch.autocast(DEVICE, torch.bfloat16):
-        out = function(*leaves)
-    assert out.dtype == torch.bfloat16
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), leaves))
-    assert agree([out], [function(*(x.bfloat16() for x in leaves))])
 
 
 def check_checkpoint(function: Function, leaves: Sequence[Tensor]) -> None:

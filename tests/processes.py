@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,16 @@ def results_of_ranks(script: str, ranks: int, folder: Path, *arguments: str, sec
             process.wait()
     assert process.returncode == 0, said
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
+
+
+def worlds_of(script: str, counts: Iterable[int]) -> Any:
+    """A module's fixture: number of ranks -> what each of them returned."""
+
+    @pytest.fixture(scope="module")
+    def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
+        return {ranks: results_of_ranks(script, ranks, tmp_path_factory.mktemp(f"world{ranks}")) for ranks in counts}
+
+    return worlds
 
 
 def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = True) -> None:

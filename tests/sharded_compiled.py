@@ -7,28 +7,26 @@ import random
 from typing import Any
 
 import torch
+from calls import FIRST, Call
 from processes import take_part
-from sharded_ops import SHAPES, of_tensors, prepared_in_float64, results, spread, worst
+from sharded_ops import SHAPES, of_tensors, results, spread, worst
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
 import mmkernels as mmk
 from mmkernels.distributed import parallel_plan
-from mmkernels.testing.inputs import CALLS, function_of
 
-COMPILED = [name for name in CALLS if " of " not in name]
 BROKEN = ("contrastive_loss", "sigmoid_contrastive_loss")  # whose calls are between graphs
 
 
-def error(name: str, mesh: DeviceMesh) -> float:
+def error(call: Call, mesh: DeviceMesh) -> float:
     torch._dynamo.reset()
-    inputs = prepared_in_float64(name)
+    inputs = call.inputs(torch.float64)
     plain = of_tensors(inputs, lambda x: x.detach().requires_grad_(x.is_floating_point()))
-    function = function_of(name)
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=name not in BROKEN)
-    expected = results(function, plain)
-    got = results(compiled, spread(inputs, mesh, random.Random(name)))
+    compiled = torch.compile(call.public, backend="aot_eager", fullgraph=call.op not in BROKEN)
+    expected = results(call.public, plain)
+    got = results(compiled, spread(inputs, mesh, random.Random(call.op)))
     return max(worst(got[0], expected[0]), worst(got[1], expected[1]))
 
 
@@ -50,9 +48,9 @@ def error_of_module(mesh: DeviceMesh) -> float:
 def work(rank: int, ranks: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", SHAPES[ranks])
     found = {}
-    for name in COMPILED:
+    for name, call in FIRST.items():
         try:
-            found[name] = error(name, mesh)
+            found[name] = error(call, mesh)
         except Exception as failure:
             raise RuntimeError(f"in {name}") from failure
     return {**found, "module": error_of_module(mesh)}

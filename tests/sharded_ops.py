@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from calls import CALLS, Call, Inputs, flat, leaves_of
 from processes import take_part
-from test_layouts import at, prepared
 from test_overrides import MODULES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,11 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import mmkernels as mmk
 from mmkernels.distributed import ModuleParallel, parallel_plan
-from mmkernels.testing.inputs import CALLS, Inputs, function_of
 
 SHAPES = {2: (2,), 4: (2, 2)}
 MIXTURES = {2: 4, 4: 1}
-SKIPPED = {"spatial_shapes"}
 
 
 def placed(x: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
@@ -50,10 +48,8 @@ def any_placement(x: Tensor, mesh: DeviceMesh, draw: random.Random) -> list[Plac
 
 def results(function: Any, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and gradients of a weighted sum of them."""
-    places = [(name, i) for name, i in at(inputs) if name not in SKIPPED]
-    leaves = [inputs[name] if i is None else inputs[name][i] for name, i in places]
-    leaves = [x for x in leaves if x.is_floating_point()]
-    outs = [x for x in tree_leaves(function(**inputs)) if isinstance(x, Tensor)]
+    leaves = leaves_of(inputs)
+    outs = list(flat(function(**inputs)))
     total: Any = 0
     for i, x in enumerate(outs):
         total = total + (x.masked_fill(x == -torch.inf, 0) ** 2).sum() * (i + 1.5)
@@ -74,7 +70,8 @@ def spread(inputs: Inputs, mesh: DeviceMesh, draw: random.Random | None) -> Inpu
 
 def of_tensors(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     """The inputs with every tensor changed."""
-    return {name: value if name in SKIPPED else tree_map_only(Tensor, change, value) for name, value in inputs.items()}
+    changed: Inputs = tree_map_only(Tensor, change, inputs)
+    return changed
 
 
 def worst(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -90,23 +87,15 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
     return largest
 
 
-def prepared_in_float64(name: str) -> Inputs:
-    inputs = prepared(name, torch.float64)
-    if "lses" in inputs:
-        inputs["lses"] = [x.double() for x in inputs["lses"]]
-    return inputs
-
-
-def errors(name: str, mesh: DeviceMesh) -> dict[str, float]:
+def errors(call: Call, mesh: DeviceMesh) -> dict[str, float]:
     """Of each way to place the tensors."""
-    inputs = prepared_in_float64(name)
+    inputs = call.inputs(torch.float64)
     plain = of_tensors(inputs, lambda x: x.detach().requires_grad_(x.is_floating_point()))
-    function = function_of(name)
-    expected = results(function, plain)
+    expected = results(call.public, plain)
     found = {}
     for i in range(-1, MIXTURES[dist.get_world_size()]):
-        draw = None if i < 0 else random.Random(f"{name} {i}")
-        outs, gradients = results(function, spread(inputs, mesh, draw))
+        draw = None if i < 0 else random.Random(f"{call} {i}")
+        outs, gradients = results(call.public, spread(inputs, mesh, draw))
         found["alike" if i < 0 else f"mixture {i}"] = max(worst(outs, expected[0]), worst(gradients, expected[1]))
     return found
 
@@ -252,9 +241,9 @@ def messages(mesh: DeviceMesh) -> list[str]:
 def work(rank: int, ranks: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", SHAPES[ranks])
     found: dict[str, Any] = {"errors": {}, "modules": modules(init_device_mesh("cpu", (ranks,)))}
-    for name in CALLS:
+    for name, call in CALLS.items():
         try:
-            found["errors"][name] = errors(name, mesh)
+            found["errors"][name] = errors(call, mesh)
         except Exception as error:
             raise RuntimeError(f"in {name}") from error
     if ranks == 2:

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
 from typing import Any
 
-import op_contract as contract
 import pytest
 import torch
-from environment import DEVICE, HERE
-from fusion_cases import LAYOUTS, each_dtype, few_dtypes, flat, presence_patterns, spoiled
-from pool_cases import POOLS, Sizes, call, sources
+from environment import HERE
+from fusion_cases import each_dtype, few_dtypes, flat, presence_patterns, spoiled
+from pool_cases import POOLS, Sizes, sources
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.additive_attention_pool import reference as additive_reference
-from mmkernels.ops.additive_attention_pool.op import additive_attention_pool_op
-from mmkernels.ops.multiplicative_attention_pool import reference as multiplicative_reference
-from mmkernels.ops.multiplicative_attention_pool.op import multiplicative_attention_pool_op
-from mmkernels.ops.split_attention_pool import reference as split_reference
-from mmkernels.ops.split_attention_pool.op import split_attention_pool_op
 from mmkernels.testing import check_op, same_bits
 
 each_pool = pytest.mark.parametrize("pool", POOLS)
-each_arrangement = pytest.mark.parametrize("stacked", [False, True], ids=["list", "stacked"])
 
 SIZES = {
     "three modalities": Sizes(),
@@ -126,39 +117,6 @@ def test_the_reference_is_the_written_out_formula_row_by_row(pool: str) -> None:
         torch.testing.assert_close(weights[row], shares)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@each_pool
-def test_any_strides(pool: str, layout: str, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    function, make = POOLS[pool]
-    for batch, dtype in itertools.product((9, 33), (torch.float32, torch.bfloat16)):
-        s = Sizes(batch, width=16, hidden=6)
-        xs = [arrange(x.detach()).requires_grad_() for x in sources(s, dtype)]
-        parameters = {
-            k: arrange(v.detach()).requires_grad_() if isinstance(v, Tensor) and v.dim() == 2 else v
-            for k, v in make(s, dtype).items()
-        }
-        check_op(function, xs, backend=backend, **parameters)
-
-
-@each_pool
-def test_a_stacked_tensor_of_any_strides(pool: str, backend: str) -> None:
-    function, make = POOLS[pool]
-    s = Sizes()
-    x = sources(s, stacked=True)
-    assert isinstance(x, Tensor)
-    x = x.detach()
-    for arranged in (
-        x.transpose(0, 1).contiguous().transpose(0, 1),
-        x.transpose(1, 2).contiguous().transpose(1, 2),
-        torch.cat([x, x], 2)[:, :, : s.width],
-        x[:1].expand_as(x),
-        x[:, :1].expand_as(x),
-    ):
-        presence = torch.rand(s.batch, s.modalities) > 0.3
-        check_op(function, arranged.requires_grad_(), backend=backend, **make(s, x.dtype), presence=presence)
-
-
 @each_pool
 def test_large_energies_stay_finite(pool: str, backend: str) -> None:
     function, make = POOLS[pool]
@@ -169,83 +127,6 @@ def test_large_energies_stay_finite(pool: str, backend: str) -> None:
     outputs = function(sources(s), **parameters)
     leaves = flat(list(parameters.values()))
     assert all(t.isfinite().all() for t in (*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), leaves)))
-
-
-@each_pool
-@each_arrangement
-def test_the_kernels_in_memory_threads_and_partial_gradients(pool: str, stacked: bool, native_isa: str) -> None:
-    for s in (Sizes(batch=3), Sizes(width=0), Sizes(batch=230, modalities=4, width=37, hidden=40)):
-        presence = None if s.batch < 10 else torch.rand(s.batch, s.modalities) > 0.3
-        function, leaves = call(pool, s, stacked=stacked, presence=presence)
-        contract.check_every_element_is_written(function, leaves)
-        contract.check_threads_and_runs_agree(function, leaves)
-        contract.check_each_gradient_alone(function, leaves)
-        contract.check_strides(function, leaves)
-
-
-@each_pool
-@each_arrangement
-def test_what_torch_asks(pool: str, stacked: bool, either_backend: str) -> None:
-    s = Sizes(batch=4)
-    presence = torch.tensor([True, False, True])
-    function, leaves = call(pool, s, stacked=stacked, presence=presence)
-    contract.check_func(function, leaves)
-    contract.check_autocast(function, leaves)
-    contract.check_checkpoint(function, leaves)
-    torch._dynamo.reset()  # all pools are one callable here, and its recompilations are counted
-    contract.check_compile(function, lambda batch: call(pool, replace(s, batch=batch), stacked=stacked)[1])
-
-
-@each_pool
-def test_export(pool: str, either_backend: str) -> None:
-    function, leaves = call(pool, Sizes(), stacked=True)
-
-    def make(batch: int) -> list[Tensor]:
-        return [torch.randn(batch, *x.shape[1:]) if i in batched else x for i, x in enumerate(leaves)]
-
-    batched = [i for i, x in enumerate(leaves) if x.dim() > 1 and x.shape[0] == Sizes().batch]
-    order = [*batched, *(i for i in range(len(leaves)) if i not in batched)]
-
-    def reordered(*x: Tensor) -> Tensor:
-        return function(*(x[order.index(i)] for i in range(len(leaves))))
-
-    contract.check_export(reordered, lambda batch: [make(batch)[i] for i in order], len(batched))
-
-
-OPS = {
-    "additive with query": additive_attention_pool_op,
-    "bilinear": multiplicative_attention_pool_op,
-    "split relu": split_attention_pool_op,
-    "split gelu": split_attention_pool_op,
-}
-
-
-@pytest.mark.parametrize("pool", OPS)
-@each_arrangement
-def test_opcheck(pool: str, stacked: bool, either_backend: str) -> None:
-    s = Sizes(batch=4)
-    presence = torch.rand(s.batch, s.modalities) > 0.4
-    op, make = OPS[pool], POOLS[pool][1]
-    xs = sources(s, stacked=stacked)
-    parameters = list(make(s, torch.float32).values())
-    if pool == "additive with query":
-        parameters = [parameters[i] for i in range(5)]
-    arguments = ([xs] if isinstance(xs, Tensor) else xs, *parameters, presence)
-    torch.library.opcheck(op.forward.overload, (*arguments, True))
-    torch.library.opcheck(op.forward.overload, (*arguments, False))
-    results = [t.detach() for t in op.forward(*arguments, True)]
-    grads = [torch.randn_like(t) for t in results[:2]]
-    leaves = flat(list(arguments))
-    needed = [t.is_floating_point() and i % 3 != 1 for i, t in enumerate(leaves)]
-    torch.library.opcheck(op.backward.overload, (grads, *arguments, results, needed))
-
-
-@each_pool
-@each_arrangement
-def test_second_derivatives(pool: str, stacked: bool) -> None:
-    s = Sizes(batch=2, modalities=2, width=3, hidden=2, query=2)
-    presence = torch.tensor([[True, True], [False, True]])
-    contract.check_second_order(*call(pool, s, stacked=stacked, presence=presence))
 
 
 @each_pool
@@ -269,13 +150,6 @@ def test_only_split_attention_weighs_every_feature_by_itself(backend: str) -> No
         expected = (s.batch, s.modalities, s.width) if pool.startswith("split") else (s.batch, s.modalities)
         assert weights.shape == expected
         torch.testing.assert_close(weights.sum(1), torch.ones_like(weights[:, 0]))
-
-
-def test_example_inputs_run(backend: str) -> None:
-    assert mmk.additive_attention_pool(**additive_reference.example_inputs(torch.float16, DEVICE))[0].shape == (8, 64)
-    example = multiplicative_reference.example_inputs(torch.bfloat16, DEVICE)
-    assert mmk.multiplicative_attention_pool(**example)[0].shape == (8, 64)
-    assert mmk.split_attention_pool(**split_reference.example_inputs(device=DEVICE))[1].shape == (8, 2, 64)
 
 
 x, w, v, q = torch.zeros(4, 3), torch.zeros(5, 3), torch.zeros(5), torch.zeros(4, 2)

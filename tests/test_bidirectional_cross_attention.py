@@ -15,22 +15,10 @@ from fusion_cases import allocations, each_dtype, few_dtypes, leaf
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
-from op_contract import (
-    check_checkpoint,
-    check_compile,
-    check_each_gradient_alone,
-    check_every_element_is_written,
-    check_export,
-    check_func,
-    check_second_order,
-    check_strides,
-    check_threads_and_runs_agree,
-)
 from row_ops import strided
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.testing import check_op, same_bits
 
 
@@ -196,24 +184,6 @@ def joined_leaves(batch: int = 2, lengths: tuple[int, int] = (9, 5), dim: int = 
     return make(batch=batch, lengths=lengths, dim=dim)
 
 
-def test_contract_of_the_kernels(native_isa: str) -> None:
-    check_threads_and_runs_agree(joined, joined_leaves(batch=1, lengths=(500, 130)))
-    check_every_element_is_written(joined, joined_leaves(lengths=(100, 30)))
-    check_each_gradient_alone(joined, joined_leaves(lengths=(100, 30)))
-
-
-def test_contract_inside_torch(either_backend: str) -> None:
-    check_strides(joined, joined_leaves())
-    check_compile(joined, joined_leaves)
-    check_func(joined, joined_leaves())
-    check_checkpoint(joined, joined_leaves())
-    check_export(joined, joined_leaves, 6)
-
-
-def test_second_derivatives() -> None:
-    check_second_order(joined, [x.detach() for x in joined_leaves(batch=1, lengths=(3, 2), dim=3)])
-
-
 def test_autocast_casts_the_tokens_as_torch_casts_them(either_backend: str) -> None:
     leaves = make()
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -228,18 +198,6 @@ def test_an_output_that_nobody_uses_counts_as_zeros(either_backend: str) -> None
     outs = mmk.bidirectional_cross_attention(*leaves)
     zeros = [torch.zeros_like(outs[0]), torch.ones_like(outs[1])]
     assert agree(some, torch.autograd.grad(outs, leaves, zeros))
-
-
-def test_opcheck(either_backend: str) -> None:
-    leaves = make(lengths=(5, 3))
-    leaves[0] = leaves[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    arguments = (*leaves, real(2, 5), None, 0.3, 2.0)
-    for training in (True, False):
-        torch.library.opcheck(torch.ops.mmkernels.bidirectional_cross_attention.default, (*arguments, training))
-    results = [x.detach() for x in torch.ops.mmkernels.bidirectional_cross_attention(*arguments, True)]
-    needed = [True, False, True, True, False, False]
-    backward = ([torch.randn_like(x) for x in results[:2]], *arguments, results, needed)
-    torch.library.opcheck(torch.ops.mmkernels.bidirectional_cross_attention_backward.default, backward)
 
 
 @st.composite
@@ -300,8 +258,3 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 ) -> None:
     with pytest.raises(error, match="^bidirectional_cross_attention: " + re.escape(message)):
         mmk.bidirectional_cross_attention(*tensors, **options)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    outs = mmk.bidirectional_cross_attention(**reference.example_inputs(torch.bfloat16, DEVICE))
-    assert [o.shape for o in outs] == [(2, 4, 60, 32), (2, 4, 12, 32)]

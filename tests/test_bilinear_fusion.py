@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import op_contract as contract
 import pytest
 import torch
 from conftest import FUZZED, use_implementation
@@ -19,7 +18,6 @@ from torch import Tensor
 import mmkernels as mmk
 from mmkernels import _native
 from mmkernels.ops.bilinear_fusion import reference
-from mmkernels.ops.bilinear_fusion.op import bilinear_fusion_op
 from mmkernels.testing import check_op
 
 
@@ -29,10 +27,6 @@ def make(
     """Both modalities and their weights, all of which require grad."""
     weights = [torch.randn(outputs * rank, w) / max(w, 1) ** 0.5 for w in widths]
     return [t.to(dtype).requires_grad_() for t in (*(torch.randn(batch, w) for w in widths), *weights)]
-
-
-def call(x: Tensor, y: Tensor, x_weight: Tensor, y_weight: Tensor) -> Tensor:
-    return mmk.bilinear_fusion(x, y, x_weight, y_weight, rank=2)
 
 
 # batch, widths, outputs, rank
@@ -107,32 +101,6 @@ def test_large_bfloat16_products_with_nothing_to_pool_are_torchs(monkeypatch: py
         strict=True,
     ):
         torch.testing.assert_close(grad, expected, atol=0.5, rtol=0.05)
-
-
-def test_the_kernels_in_memory_threads_and_partial_gradients(native_isa: str) -> None:
-    for batch, widths, outputs in ((3, (50, 6), 9), (130, (90, 35), 133)):
-        leaves = make(batch, widths, outputs)
-        contract.check_every_element_is_written(call, leaves)
-        contract.check_threads_and_runs_agree(call, leaves)
-        contract.check_each_gradient_alone(call, leaves)
-        contract.check_strides(call, leaves)
-
-
-def test_what_torch_asks(backend: str) -> None:
-    leaves = make(4)
-    contract.check_func(call, leaves)
-    contract.check_autocast(call, leaves)
-    contract.check_checkpoint(call, leaves)
-    contract.check_compile(call, make)
-    contract.check_export(call, make, 2)
-    torch.library.opcheck(bilinear_fusion_op.forward.overload, (*leaves, 2, None, True))
-    saved = list(reference.projections(*leaves, 2))
-    inputs = ([torch.randn(4, 3)], *leaves, 2, None, [s.detach() for s in saved], [True, False, True, True, False])
-    torch.library.opcheck(bilinear_fusion_op.backward.overload, inputs)
-
-
-def test_second_derivatives() -> None:
-    contract.check_second_order(call, make(3, (2, 3), 2))
 
 
 @fuzz(100)

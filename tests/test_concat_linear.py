@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import agree
 from conftest import native_only
-from environment import DEVICE, HERE
+from environment import HERE
 from fusion_cases import (
     ACTIVATIONS,
-    LAYOUTS,
     allocations,
     each_dtype,
     few_dtypes,
@@ -25,11 +23,11 @@ from fusion_cases import (
     presence_patterns,
     spoiled,
 )
+from op_contract import check_results_in_memory
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.concat_linear import reference
-from mmkernels.testing import check_op, poisoned_memory, same_bits
+from mmkernels.testing import check_op, same_bits
 
 WIDTHS = (13, 1, 18)
 
@@ -121,19 +119,6 @@ def test_the_reference_is_the_sum_of_a_linear_layer_per_modality() -> None:
         torch.testing.assert_close(got, residual + torch.tanh(gate) * formulas[activation])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@few_dtypes
-def test_any_strides(layout: str, dtype: torch.dtype, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    xs, weight, bias = make(widths=(12, 7), features=16, dtype=dtype)
-    residual = leaf(9, 16, dtype=dtype)
-    tensors = [x.detach() for x in (*xs, weight, residual)]
-    for which in ((0,), (1,), (2,), (3,), (0, 1, 2, 3)):
-        *xs, weight, residual = ((arrange(x) if i in which else x).requires_grad_() for i, x in enumerate(tensors))
-        options: dict[str, Any] = {"activation": "silu", "residual": residual}
-        check_op(mmk.concat_linear, xs, weight, bias, backend=backend, **options)
-
-
 @few_dtypes
 def test_views_of_one_concatenation_and_strided_leading_dims(dtype: torch.dtype, backend: str) -> None:
     _, weight, bias = make(dtype=dtype)
@@ -142,17 +127,6 @@ def test_views_of_one_concatenation_and_strided_leading_dims(dtype: torch.dtype,
         xs = [x.requires_grad_() for x in tensor.detach().split(WIDTHS, -1)]
         presence = torch.rand(tensor.shape[1], tensor.shape[0], 3).transpose(0, 1) > 0.4
         check_op(mmk.concat_linear, xs, weight, bias, presence=presence, backend=backend)
-
-
-@pytest.mark.parametrize("layout", [k for k in LAYOUTS if k != "one row expanded"])
-def test_any_strides_of_the_output_gradient(layout: str, backend: str) -> None:
-    xs, weight, bias = make()
-    grad = LAYOUTS[layout](torch.randn(9, 11))
-    leaves = [*xs, weight, bias]
-    got = torch.autograd.grad(mmk.concat_linear(xs, weight, bias, activation="tanh"), leaves, grad)
-    want = torch.autograd.grad(mmk.concat_linear(xs, weight, bias, activation="tanh"), leaves, grad.contiguous())
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_one_tensor_may_be_several_modalities(backend: str) -> None:
@@ -298,27 +272,10 @@ SPLITS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @few_dtypes
-def test_results_are_bitwise_the_same_for_any_number_of_threads_and_every_run(
+def test_the_same_bits_of_any_number_of_threads_and_in_fresh_memory(
     split: str, dtype: torch.dtype, native_isa: str
 ) -> None:
-    results = []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        results.append(everything(*SPLITS[split], dtype))
-    assert all(same_bits(results[0], other) for other in results[1:])
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@few_dtypes
-def test_every_element_of_fresh_memory_is_written(split: str, dtype: torch.dtype, native_isa: str) -> None:
-    want = everything(*SPLITS[split], dtype)
-    with poisoned_memory():
-        assert torch.empty(3).isnan().all()
-        assert agree(want, everything(*SPLITS[split], dtype))
-
-
-def test_example_inputs_run(backend: str) -> None:
-    assert mmk.concat_linear(**reference.example_inputs(torch.float16, DEVICE)).shape == (8, 128)
+    check_results_in_memory(lambda: everything(*SPLITS[split], dtype))
 
 
 x, w = torch.zeros(2, 3), torch.zeros(4, 6)

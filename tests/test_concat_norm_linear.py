@@ -9,15 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import agree
 from conftest import native_only
-from environment import DEVICE, HERE
-from fusion_cases import ACTIVATIONS, LAYOUTS, allocations, each_dtype, few_dtypes, leaf
+from environment import HERE
+from fusion_cases import ACTIVATIONS, allocations, each_dtype, few_dtypes, leaf
+from op_contract import check_results_in_memory
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.concat_norm_linear import reference
-from mmkernels.testing import check_op, poisoned_memory, same_bits
+from mmkernels.testing import check_op
 
 WIDTHS = (13, 1, 18)
 
@@ -120,20 +119,6 @@ def test_a_mean_of_a_thousand_deviations_loses_nothing(norm: str, dtype: torch.d
             assert float(((got - oracle).norm() / oracle.norm()).detach()) < 1e-3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@few_dtypes
-def test_any_strides(layout: str, dtype: torch.dtype, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    xs, g, h, weight, bias = make(widths=(12, 7), features=16, dtype=dtype)
-    tensors = [x.detach() for x in (*xs, weight)]
-    for which in ((0,), (1,), (2,), (0, 1, 2)):
-        *xs, weight = ((arrange(x) if i in which else x).requires_grad_() for i, x in enumerate(tensors))
-        if layout != "one element expanded":  # no variance, so that the gradients divide by it
-            check_op(mmk.concat_norm_linear, xs, g, h, weight, bias, backend=backend, activation="silu")
-    strided = g.detach().repeat_interleave(2)[::2].requires_grad_()
-    check_op(mmk.concat_norm_linear, xs, strided, h, weight, bias, backend=backend, eps=0.1)
-
-
 def test_only_the_gradients_asked_for_are_computed(backend: str) -> None:
     xs, *parameters = make()
     inputs = [*xs, *parameters]
@@ -205,22 +190,10 @@ SPLITS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @few_dtypes
-def test_results_are_bitwise_the_same_for_any_number_of_threads_and_every_run(
+def test_the_same_bits_of_any_number_of_threads_and_in_fresh_memory(
     split: str, dtype: torch.dtype, native_isa: str
 ) -> None:
-    results = []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        results.append(everything(*SPLITS[split], dtype))
-    assert all(same_bits(results[0], other) for other in results[1:])
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@few_dtypes
-def test_every_element_of_fresh_memory_is_written(split: str, dtype: torch.dtype, native_isa: str) -> None:
-    want = everything(*SPLITS[split], dtype)
-    with poisoned_memory():
-        assert agree(want, everything(*SPLITS[split], dtype))
+    check_results_in_memory(lambda: everything(*SPLITS[split], dtype))
 
 
 def test_the_saved_statistics_are_mean_and_inverse_deviation(backend: str) -> None:
@@ -233,10 +206,6 @@ def test_the_saved_statistics_are_mean_and_inverse_deviation(backend: str) -> No
         inverse = ((features - mean[:, None]).square().mean(-1) + 1e-5).rsqrt()
         torch.testing.assert_close(statistics, torch.stack([mean, inverse], -1).float(), rtol=1e-5, atol=1e-5)
         assert preactivation.shape == (9, 11)
-
-
-def test_example_inputs_run(backend: str) -> None:
-    assert mmk.concat_norm_linear(**reference.example_inputs(torch.float16, DEVICE)).shape == (8, 32)
 
 
 x, g, w = torch.zeros(2, 3), torch.zeros(6), torch.zeros(4, 6)

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import agree
 from environment import HERE
-from row_ops import DTYPES, RowOp, check_in_torch, check_second_order, strided
+from row_ops import DTYPES, RowOp, check_in_torch
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.testing import assert_close_to_oracle, check_op, poisoned_memory, same_bits
 
-NORMS = (None, "layer", "rms")
 DTYPES_AND_NORMS = [
     pytest.param(dtype, norm, id=f"{str(dtype)[6:]} {norm}")
     for dtype, norm in (
@@ -137,19 +135,6 @@ def test_out_dtype(dtype: torch.dtype, out_dtype: torch.dtype, backend: str) -> 
         assert_close_to_oracle(ours, same, oracle, name=f"tensor {i}", rounding=4 * eps)
 
 
-def test_any_strides_give_the_same_bits(backend: str) -> None:
-    xs = make(torch.bfloat16, features=48)
-    options = {**embeddings(xs, positions="xxx"), **affine(xs, "layer")}
-    laid_out = {
-        n: [strided(t) for t in x] if isinstance(x, list) else strided(x) if isinstance(x, Tensor) else x
-        for n, x in options.items()
-    }
-    plain = RowOp(mmk.concat_tokens, [xs], options)
-    other = RowOp(mmk.concat_tokens, [[strided(x) for x in xs]], laid_out)
-    assert agree(plain.outputs_and_gradients(), other.outputs_and_gradients())
-    assert other.output().is_contiguous()
-
-
 def call(norm: str | None, added: dict[str, Any], **sizes: Any) -> RowOp:
     xs = make(**sizes)
     return RowOp(mmk.concat_tokens, [xs], {**embeddings(xs, **added), **affine(xs, norm)})
@@ -165,22 +150,6 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_it_works_inside_torch(op: str, backend: str) -> None:
     check_in_torch(OPS[op](), backend)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_second_derivatives(norm: str | None) -> None:
-    check_second_order(call(norm, dict(positions="x-"), batch=1, lengths=(2, 1), features=4))
-
-
-def test_opcheck_of_forward_and_backward(backend: str) -> None:
-    xs = make()
-    types, positions = torch.randn(3, 37), [torch.randn(3, 37, requires_grad=True), torch.randn(5, 37)]
-    weight = torch.randn(37, requires_grad=True)
-    arguments = (xs, types, positions, [0, 2], "layer", weight, None, 1e-5, torch.bfloat16)
-    torch.library.opcheck(torch.ops.mmkernels.concat_tokens.default, (*arguments, True))
-    grads = [torch.randn(2, 9, 37, dtype=torch.bfloat16)]
-    needed = [True, False, True, True, True, False, True, False]
-    torch.library.opcheck(torch.ops.mmkernels.concat_tokens_backward.default, (grads, *arguments, [], needed))
 
 
 x, y = torch.zeros(2, 3, 8), torch.zeros(2, 5, 8)

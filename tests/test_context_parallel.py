@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from context_parallel import CASES, RANKS
-from processes import needs_gloo, results_of_ranks
+from processes import needs_gloo, worlds_of
 
 import mmkernels as mmk
 from mmkernels.distributed import context_parallel_attention, shard_positions
@@ -16,13 +16,7 @@ from mmkernels.testing import assert_close_to_oracle
 pytestmark = needs_gloo
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Number of ranks -> what each of them found."""
-    return {
-        ranks: results_of_ranks("context_parallel.py", ranks, tmp_path_factory.mktemp(f"world{ranks}"))
-        for ranks in RANKS
-    }
+worlds = worlds_of("context_parallel.py", RANKS)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

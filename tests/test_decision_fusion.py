@@ -10,15 +10,14 @@ from typing import Any
 import op_contract as contract
 import pytest
 import torch
-from environment import DEVICE, HERE
-from fusion_cases import LAYOUTS, each_dtype, few_dtypes, flat, presence_patterns, spoiled
+from environment import HERE
+from fusion_cases import each_dtype, few_dtypes, flat, presence_patterns, spoiled
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.decision_fusion import METHODS, reference
+from mmkernels.ops.decision_fusion import METHODS
 from mmkernels.testing import check_op, same_bits
 
-DIFFERENTIABLE = METHODS[:-1]
 each_method = pytest.mark.parametrize("method", METHODS)
 
 SIZES: dict[str, tuple[int, int, int]] = {
@@ -143,14 +142,6 @@ def test_the_reference_is_the_written_out_formula() -> None:
     assert not mmk.decision_fusion([x.requires_grad_() for x in z], method="vote").requires_grad
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(layout: str, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    logits = [arrange(x.detach()).requires_grad_() for x in classifiers(9, 3, 20)]
-    weights = arrange(weights_of(9, 3).detach()).requires_grad_()
-    check(logits, weights, "log", backend, arrange(torch.rand(9, 3).gt(0.4).float()).bool())
-
-
 def fused(method: Any) -> contract.Function:
     def function(*leaves: Tensor) -> Tensor:
         *logits, weights = leaves
@@ -161,41 +152,6 @@ def fused(method: Any) -> contract.Function:
 
 def leaves_of(rows: int = 7) -> list[Tensor]:
     return [*classifiers(rows, 2, 19), weights_of(None, 2)]
-
-
-@pytest.mark.parametrize("method", ["mean", "log"])
-def test_contract_of_the_kernels(method: str, native_isa: str) -> None:
-    contract.check_threads_and_runs_agree(fused(method), leaves_of(4000))
-    contract.check_every_element_is_written(fused(method), leaves_of())
-    contract.check_each_gradient_alone(fused(method), leaves_of())
-
-
-@pytest.mark.parametrize("method", ["mean", "log"])
-def test_contract_inside_torch(method: str, either_backend: str) -> None:
-    contract.check_strides(fused(method), leaves_of())
-    contract.check_compile(fused(method), leaves_of)
-    contract.check_func(fused(method), leaves_of())
-    contract.check_checkpoint(fused(method), leaves_of())
-    contract.check_export(fused(method), leaves_of, 2)
-    contract.check_autocast(fused(method), leaves_of())
-
-
-@pytest.mark.parametrize("method", ["mean", "log"])
-def test_second_derivatives(method: str) -> None:
-    contract.check_second_order(fused(method), [*classifiers(2, 2, 4, gain=1.0), weights_of(2, 2)])
-
-
-@each_method
-def test_opcheck(method: str, either_backend: str) -> None:
-    logits, weights, presence = classifiers(5, 2, 9), weights_of(5, 2), torch.rand(5, 2) > 0.4
-    for training in (True, False):
-        args = (logits, weights, method, presence, training)
-        checks = ("test_schema", "test_faketensor") if method == "vote" else None
-        options = {} if checks is None else {"test_utils": checks}
-        torch.library.opcheck(torch.ops.mmkernels.decision_fusion.default, args, **options)
-    if method != "vote":
-        args = ([torch.randn(5, 9)], logits, weights, method, presence, [], [True, False, True, False])
-        torch.library.opcheck(torch.ops.mmkernels.decision_fusion_backward.default, args)
 
 
 x, y = torch.zeros(2, 3), torch.zeros(2)
@@ -223,10 +179,6 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 ) -> None:
     with pytest.raises(error, match="^decision_fusion: " + re.escape(message)):
         mmk.decision_fusion(logits, **options)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    assert mmk.decision_fusion(**reference.example_inputs(torch.bfloat16, DEVICE)).shape == (8, 10)
 
 
 # --- the module -------------------------------------------------------------------------------------------------------

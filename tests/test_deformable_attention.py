@@ -14,11 +14,9 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from environment import DEVICE, HERE
 from fusion_cases import each_dtype, few_dtypes
-from row_ops import strided
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.deformable_attention import reference
 from mmkernels.testing import check_op, poisoned_memory, same_bits
 
 Shapes = Sequence[tuple[int, int]]
@@ -251,19 +249,6 @@ def test_shapes_may_be_a_tensor_with_any_strides(backend: str) -> None:
         assert torch.equal(mmk.deformable_attention(value, given, locations, weights), want)
 
 
-@few_dtypes
-def test_any_strides_give_the_same_bits(dtype: torch.dtype, backend: str) -> None:
-    value, shapes, locations, weights = make(dtype, width=32)
-    leaves = [value, locations, weights]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        return contract.gradients(lambda v, x, w: mmk.deformable_attention(v, shapes, x, w), inputs)
-
-    expected = run(*leaves)
-    for i in range(3):
-        assert same_bits(run(*(strided(x) if i == j else x for j, x in enumerate(leaves))), expected)
-
-
 def test_expanded_inputs(backend: str) -> None:
     value, shapes, locations, weights = make(width=16)
     one = [x.detach()[:1].expand_as(x) for x in (value, locations, weights)]
@@ -283,28 +268,6 @@ def attend(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     return mmk.deformable_attention(value, [(5, 7), (3, 4)], locations, weights)
 
 
-CONTRACT = {
-    "each gradient alone": contract.check_each_gradient_alone,
-    "threads and runs": contract.check_threads_and_runs_agree,
-    "every element is written": contract.check_every_element_is_written,
-    "strides": contract.check_strides,
-    "func": contract.check_func,
-    "checkpoint": contract.check_checkpoint,
-}
-
-
-@pytest.mark.parametrize("check", CONTRACT)
-def test_contract(check: str, backend: str) -> None:
-    if backend == "reference" and check == "threads and runs":
-        pytest.skip("the sums of torch's own gradients depend on the number of threads")
-    CONTRACT[check](attend, leaves_of())
-
-
-def test_it_compiles_and_exports(either_backend: str) -> None:
-    contract.check_compile(attend, leaves_of)
-    contract.check_export(attend, leaves_of, 3)
-
-
 def test_maps_of_any_size_compile_once(either_backend: str) -> None:
     def sized(image: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         value = image.flatten(1, 2)
@@ -319,11 +282,6 @@ def test_maps_of_any_size_compile_once(either_backend: str) -> None:
         arguments = (image, locations.detach(), weights.detach())
         assert torch.equal(compiled(*arguments), sized(*arguments))
     assert counter.frame_count == 1
-
-
-def test_second_order() -> None:
-    value, locations, weights = leaves_of(batch=1, queries=2, heads=1, width=2, points=2)
-    contract.check_second_order(attend, [value, locations * 0.8 + 0.03, weights])
 
 
 def test_locations_keep_their_dtype_under_autocast(either_backend: str) -> None:
@@ -360,21 +318,6 @@ def test_results_have_the_same_bits_for_any_number_of_threads(
     for threads in (2, 3, 5, 1):
         torch.set_num_threads(threads)
         assert same_bits(run(), first), threads
-
-
-def test_opcheck_of_forward_and_backward(either_backend: str) -> None:
-    values, shapes, locations, weights = sources()
-    flat = [n for shape in shapes for n in shape]
-    arguments = (values, locations.flatten(3, 4), weights.flatten(3), torch.tensor([True, True, False]))
-    rest = (flat, [2, 0, 1], [4, 4, 4], False)
-    torch.library.opcheck(torch.ops.mmkernels.deformable_attention.default, (*arguments, *rest, True))
-    needed = [True, False, True, True, True, False]
-    backward = ([torch.randn(2, 7, 60)], *arguments, *rest, [], needed)
-    torch.library.opcheck(torch.ops.mmkernels.deformable_attention_backward.default, backward)
-
-
-def test_example_inputs_run(backend: str) -> None:
-    assert mmk.deformable_attention(**reference.example_inputs(torch.float16, DEVICE)).shape == (2, 9, 60)
 
 
 v, x, w = torch.zeros(2, 10, 3, 4), torch.zeros(2, 5, 3, 2, 4, 2), torch.zeros(2, 5, 3, 2, 4)

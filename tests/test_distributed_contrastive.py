@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import needs_gloo, results_of_ranks
+from processes import needs_gloo, worlds_of
 from spread_batches import CASES, COUNTS, rows_of
 
 import mmkernels as mmk
@@ -17,13 +17,7 @@ from mmkernels.testing import assert_close_to_oracle
 pytestmark = needs_gloo
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Number of ranks -> what each of them found."""
-    return {
-        ranks: results_of_ranks("spread_batches.py", ranks, tmp_path_factory.mktemp(f"world{ranks}"))
-        for ranks in COUNTS
-    }
+worlds = worlds_of("spread_batches.py", COUNTS)
 
 
 @pytest.mark.parametrize("ranks", COUNTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import spread_bytes as toys
-from processes import needs_gloo, results_of_ranks
+from processes import needs_gloo, worlds_of
 
 PATH = Path(__file__).parents[1] / "docs" / "distributed_costs.py"
 RANKS = (2, 4)
@@ -27,12 +27,7 @@ def _loaded() -> Any:
 costs = _loaded()
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Number of ranks -> what each of them counted."""
-    return {
-        ranks: results_of_ranks("spread_bytes.py", ranks, tmp_path_factory.mktemp(f"world{ranks}")) for ranks in RANKS
-    }
+worlds = worlds_of("spread_bytes.py", RANKS)
 
 
 def sent_on_paper(ranks: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import op_contract as contract
 import pytest
@@ -121,62 +120,6 @@ def test_any_leading_dims(op: Op, backend: str) -> None:
         xs = [leaf(*lead, w) for w in WIDTHS]
         parameters = op[1](5, torch.float32)
         check_op(op[0], xs, *parameters, presence=torch.rand(*lead, 2) > 0.4, backend=backend)
-
-
-def with_presence(op: Op) -> tuple[Callable[..., Tensor], Callable[[int], list[Tensor]]]:
-    """The op as a function of its leaves alone, some of whose rows are absent, and leaves for so many rows."""
-    presence = torch.tensor([[True, False], [True, True], [False, False], [False, True], [True, True]] * 30)
-
-    def call(*leaves: Tensor) -> Tensor:
-        return op[0](list(leaves[:2]), *leaves[2:], presence=presence[: leaves[0].shape[0]])
-
-    def leaves_of(rows: int) -> list[Tensor]:
-        xs, parameters = make(op, rows, 7)
-        return [*xs, *parameters]
-
-    return call, leaves_of
-
-
-@each_op
-def test_what_torch_asks(op: Op, backend: str) -> None:
-    call, leaves_of = with_presence(op)
-    leaves = leaves_of(4)
-    contract.check_func(call, leaves)
-    contract.check_autocast(call, leaves)
-    contract.check_checkpoint(call, leaves)
-    contract.check_compile(call, leaves_of)
-    presence = torch.rand(3, 4, 2) > 0.4
-    batched = torch.vmap(lambda here: op[0](leaves[:2], *leaves[2:], presence=here))(presence)
-    each = [op[0](leaves[:2], *leaves[2:], presence=here) for here in presence]
-    torch.testing.assert_close(batched, torch.stack(each))
-
-
-@each_op
-def test_the_kernels_in_memory_threads_and_partial_gradients(op: Op, native_isa: str) -> None:
-    call, leaves_of = with_presence(op)
-    for rows in (4, 130):
-        contract.check_each_gradient_alone(call, leaves_of(rows))
-        contract.check_every_element_is_written(call, leaves_of(rows))
-        contract.check_threads_and_runs_agree(call, leaves_of(rows))
-
-
-@each_op
-def test_second_derivatives(op: Op) -> None:
-    call, leaves_of = with_presence(op)
-    contract.check_second_order(call, leaves_of(3))
-
-
-@each_op
-def test_it_passes_opcheck(op: Op) -> None:
-    xs, parameters = make(op, 4, 7)
-    name = next(n for n, o in OPS.items() if o is op)
-    args: dict[str, tuple[Any, ...]] = {
-        "low_rank_fusion": (xs, parameters[:2], *parameters[2:]),
-        "tensor_fusion_linear": (xs, *parameters),
-        "bilinear_fusion": (*xs, *parameters, 2),
-    }
-    presence = torch.rand(4, 2) > 0.4
-    torch.library.opcheck(getattr(torch.ops.mmkernels, name).default, (*args[name], presence, True))
 
 
 @fuzz(60)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import agree
-from environment import DEVICE, HERE
-from fusion_cases import LAYOUTS, allocations, each_dtype, few_dtypes, leaf
+from environment import HERE
+from fusion_cases import allocations, each_dtype, few_dtypes, leaf
+from op_contract import check_results_in_memory
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.ops.gated_concat import reference
-from mmkernels.testing import check_op, poisoned_memory, same_bits
+from mmkernels.testing import check_op
 
 
 def make(
@@ -66,25 +66,6 @@ def test_the_reference_is_the_written_out_formula(one_gate: bool) -> None:
         torch.testing.assert_close(got[row, 31], gate.expand(13) @ x[row])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@few_dtypes
-def test_any_strides(layout: str, dtype: torch.dtype, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    x, y, weight, bias = make(widths=(12, 7), dtype=dtype)
-    tensors = [t.detach() for t in (x, y, weight)]
-    for which in ((0,), (1,), (2,), (0, 1, 2)):
-        leaves = [(arrange(t) if i in which else t).requires_grad_() for i, t in enumerate(tensors)]
-        check_op(mmk.gated_concat, *leaves, bias, backend=backend)
-    if layout != "one row expanded":
-        grad = torch.randn(9, 20).to(dtype)
-        got, want = (
-            torch.autograd.grad(mmk.gated_concat(x, y, weight, bias), (x, y, weight, bias), g)
-            for g in (arrange(grad), arrange(grad).contiguous())
-        )
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 @pytest.mark.parametrize("one_gate", [False, True], ids=["a gate per feature", "one gate"])
 def test_only_the_gradients_asked_for_are_computed(one_gate: bool, backend: str) -> None:
     inputs = make(one_gate=one_gate)
@@ -131,20 +112,10 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @few_dtypes
-def test_results_are_bitwise_the_same_for_any_number_of_threads_and_every_run(
+def test_the_same_bits_of_any_number_of_threads_and_in_fresh_memory(
     split: str, dtype: torch.dtype, native_isa: str
 ) -> None:
-    results = []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        results.append(everything(*SPLITS[split], dtype))
-    assert all(same_bits(results[0], other) for other in results[1:])
-    with poisoned_memory():
-        assert agree(results[0], everything(*SPLITS[split], dtype))
-
-
-def test_example_inputs_run(backend: str) -> None:
-    assert mmk.gated_concat(**reference.example_inputs(torch.float16, DEVICE)).shape == (8, 69)
+    check_results_in_memory(lambda: everything(*SPLITS[split], dtype))
 
 
 x, y, w = torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(3, 7)

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 from agreement import agree
-from environment import DEVICE, HERE
+from environment import HERE
 from fusion_cases import (
-    LAYOUTS,
     allocations,
     each_dtype,
     few_dtypes,
@@ -20,11 +19,12 @@ from fusion_cases import (
     presence_patterns,
     spoiled,
 )
+from op_contract import check_results_in_memory
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.ops.gated_fusion import reference
-from mmkernels.testing import check_op, poisoned_memory, same_bits
+from mmkernels.testing import check_op, same_bits
 
 WIDTHS = (13, 1, 18)
 FORMS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -207,17 +207,6 @@ def test_large_gates_saturate_and_stay_finite(dtype: torch.dtype, backend: str) 
         assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@few_dtypes
-def test_any_strides(layout: str, dtype: torch.dtype, backend: str) -> None:
-    arrange = LAYOUTS[layout]
-    xs, weights, biases, gate_weight, gate_bias = make((12, 7), True, features=16, dtype=dtype)
-    tensors = [x.detach() for x in (*xs, *weights, gate_weight)]
-    for which in ((0,), (1,), (2,), (4,), range(5)):
-        leaves = [(arrange(x) if i in which else x).requires_grad_() for i, x in enumerate(tensors)]
-        check_op(mmk.gated_fusion, leaves[:2], leaves[2:4], biases, leaves[4], gate_bias, backend=backend)
-
-
 @each_form
 def test_only_the_gradients_asked_for_are_computed(form: str, backend: str) -> None:
     inputs = make(*FORMS[form])
@@ -277,21 +266,10 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @few_dtypes
-def test_results_are_bitwise_the_same_for_any_number_of_threads_and_every_run(
+def test_the_same_bits_of_any_number_of_threads_and_in_fresh_memory(
     split: str, dtype: torch.dtype, native_isa: str
 ) -> None:
-    results = []
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        results.append(everything(*SPLITS[split], dtype))
-    assert all(same_bits(results[0], other) for other in results[1:])
-    with poisoned_memory():
-        assert agree(results[0], everything(*SPLITS[split], dtype))
-
-
-def test_example_inputs_run(backend: str) -> None:
-    inputs = reference.example_inputs(torch.float16, DEVICE)
-    assert mmk.gated_fusion(**inputs).shape == (8, 64)
+    check_results_in_memory(lambda: everything(*SPLITS[split], dtype))
 
 
 x, w, g = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4, 6)

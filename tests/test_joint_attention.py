@@ -14,21 +14,12 @@ from agreement import agree
 from environment import DEVICE, HERE
 from fusion_cases import allocations, each_dtype, few_dtypes, leaf
 from op_contract import (
-    check_checkpoint,
-    check_compile,
-    check_each_gradient_alone,
-    check_every_element_is_written,
-    check_export,
-    check_func,
     check_second_order,
-    check_strides,
-    check_threads_and_runs_agree,
 )
 from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.ops.joint_attention import op as joint_attention_op
-from mmkernels.ops.joint_attention import reference
 from mmkernels.testing import check_op, same_bits
 
 Streams = list[Tensor]
@@ -308,31 +299,6 @@ def joined(*leaves: Tensor) -> Tensor:
     return torch.cat([o.flatten(1) for o in outs], 1)
 
 
-def joined_leaves(batch: int = 2, sizes: tuple[int, int] = (5, 9), dim: int = 8) -> list[Tensor]:
-    streams = make(batch=batch, queries=sizes, heads=2, dim=dim)
-    return [*(x for stream in streams for x in stream), leaf(2, 2, 2)]
-
-
-def test_contract_of_the_kernels(native_isa: str) -> None:
-    check_threads_and_runs_agree(joined, joined_leaves(sizes=(150, 210)))
-    check_every_element_is_written(joined, joined_leaves(sizes=(100, 30)))
-    check_each_gradient_alone(joined, joined_leaves(sizes=(100, 30)))
-
-
-def test_contract_inside_torch(either_backend: str) -> None:
-    check_strides(joined, joined_leaves())
-    check_compile(joined, joined_leaves)
-    check_func(joined, joined_leaves())
-    check_checkpoint(joined, joined_leaves())
-    check_export(joined, joined_leaves, 6)
-
-
-def test_second_derivatives() -> None:
-    leaves = [x.detach() for x in joined_leaves(batch=1, sizes=(2, 3), dim=3)]
-    check_second_order(joined, leaves)
-    check_second_order(lambda *x: mmk.joint_attention(x[:2], x[2:4], x[4:], return_lse=True)[1][1], leaves[:6])
-
-
 def test_autocast_casts_the_streams_as_torch_casts_them(either_backend: str) -> None:
     queries, keys, values = make()
     entries = torch.randn(2, 2)
@@ -360,21 +326,6 @@ def test_more_streams_than_the_cpus_kernels_take() -> None:
     torch.testing.assert_close(
         torch.cat(mmk.joint_attention(*streams), 2), F.scaled_dot_product_attention(*(torch.cat(x, 2) for x in streams))
     )
-
-
-@pytest.mark.parametrize("return_lse", [False, True], ids=["outputs", "outputs and lse"])
-def test_opcheck(return_lse: bool, either_backend: str) -> None:
-    queries, keys, values = make(queries=(5, 3), keys=(4, 6))
-    queries[0] = queries[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    entries, padded = torch.randn(2, 2, requires_grad=True), [torch.tensor([6, 2])]
-    arguments = (queries, keys, values, padded, [1], entries, 0.3, 0.0, 0.0, None, return_lse)
-    torch.library.opcheck(torch.ops.mmkernels.joint_attention.default, (*arguments, True))
-    torch.library.opcheck(torch.ops.mmkernels.joint_attention.default, (*arguments, False))
-    outs, lses, stats = torch.ops.mmkernels.joint_attention(*arguments, True)
-    results = [x.detach() for x in (*outs, *lses)]
-    needed = [True, False, True, True, False, True, False, True, False]
-    backward = ([torch.randn_like(x) for x in results], *arguments, [*results, stats.detach()], needed)
-    torch.library.opcheck(torch.ops.mmkernels.joint_attention_backward.default, backward)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -430,8 +381,3 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 ) -> None:
     with pytest.raises(error, match="^joint_attention: " + re.escape(message)):
         mmk.joint_attention(*streams, **options)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    outs = mmk.joint_attention(**reference.example_inputs(torch.bfloat16, DEVICE))
-    assert [o.shape for o in outs] == [(2, 4, 12, 32), (2, 4, 49, 32)]

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from calls import Call, each_small_call
 from conftest import TRITON_PARAMETER, native_only
-from test_forward_mode import CASES, Case
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -24,7 +24,7 @@ WAYS = [
 ]
 
 
-def _gradients(case: Case, leaves: Sequence[Tensor], needed: Sequence[bool], spoil: bool) -> list[Tensor]:
+def _gradients(call: Call, leaves: Sequence[Tensor], needed: Sequence[bool], spoil: bool) -> list[Tensor]:
     """Gradients of the needed leaves; ``spoil`` writes NaN into every leaf that was not kept before the backward."""
     leaves = [x.clone().requires_grad_(n) for x, n in zip(leaves, needed, strict=True)]
     kept: list[int] = []
@@ -34,7 +34,7 @@ def _gradients(case: Case, leaves: Sequence[Tensor], needed: Sequence[bool], spo
         return t
 
     with saved_tensors_hooks(keep, lambda t: t):
-        out = case(*leaves)
+        out = call(*leaves)
     if spoil:
         for x in leaves:
             if x.untyped_storage().data_ptr() not in kept:
@@ -44,16 +44,15 @@ def _gradients(case: Case, leaves: Sequence[Tensor], needed: Sequence[bool], spo
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", CASES)
-def test_no_gradient_depends_on_what_is_not_kept(name: str, way: AbstractContextManager[None]) -> None:
-    case = CASES[name]
-    leaves = case.leaves(torch.float32)
+@each_small_call
+def test_no_gradient_depends_on_what_is_not_kept(call: Call, way: AbstractContextManager[None]) -> None:
+    leaves = call.leaves()
     count = len(leaves)
     alone = [[i == j for j in range(count)] for i in range(count)]
     for needed in (*alone, *([not n for n in flags] for flags in alone if count > 2)):
         try:
             with way, poisoned_memory():
-                expected, got = (_gradients(case, leaves, needed, spoil) for spoil in (False, True))
+                expected, got = (_gradients(call, leaves, needed, spoil) for spoil in (False, True))
         except mmk.UnsupportedError as declined:
             pytest.skip(str(declined))
         assert same_bits(got, expected), f"gradients of {needed}"

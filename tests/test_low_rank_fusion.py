@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import op_contract as contract
 import pytest
 import torch
 from conftest import FUZZED, use_implementation
@@ -17,7 +16,6 @@ from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.ops.low_rank_fusion import reference
-from mmkernels.ops.low_rank_fusion.op import low_rank_fusion_op
 from mmkernels.testing import check_op
 
 
@@ -37,10 +35,6 @@ def make(
 def arguments(leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     count = len(leaves) // 2 - 1
     return leaves[:count], leaves[count : 2 * count], leaves[-2], leaves[-1]
-
-
-def call(*leaves: Tensor) -> Tensor:
-    return mmk.low_rank_fusion(*arguments(list(leaves)))
 
 
 # batch, widths, outputs, rank
@@ -84,33 +78,6 @@ def test_any_leading_dims_and_row_vectors(lead: tuple[int, ...], backend: str) -
     rank_weights, bias = torch.randn(1, 3, requires_grad=True), torch.randn(1, 6, requires_grad=True)
     out = check_op(mmk.low_rank_fusion, xs, factors, rank_weights, bias, backend=backend)
     assert out[0].shape == (*lead, 6)
-
-
-def test_the_kernels_in_memory_threads_and_partial_gradients(native_isa: str) -> None:
-    for batch, widths, outputs in ((3, (5, 6), 9), (130, (9, 5, 4), 133)):
-        leaves = make(batch, widths, outputs, rank=5)
-        contract.check_every_element_is_written(call, leaves)
-        contract.check_threads_and_runs_agree(call, leaves)
-        contract.check_each_gradient_alone(call, leaves)
-        contract.check_strides(call, leaves)
-
-
-def test_what_torch_asks(backend: str) -> None:
-    leaves = make(4)
-    contract.check_func(call, leaves)
-    contract.check_autocast(call, leaves)
-    contract.check_checkpoint(call, leaves)
-    contract.check_compile(call, make)
-    contract.check_export(call, make, 3)
-    xs, factors, rank_weights, bias = arguments(leaves)
-    torch.library.opcheck(low_rank_fusion_op.forward.overload, (xs, factors, rank_weights, bias, None, True))
-    needed = [True, False, True, True, False, True, True, False, False]
-    inputs = ([torch.randn(4, 7)], xs, factors, rank_weights, None, None, [], needed)
-    torch.library.opcheck(low_rank_fusion_op.backward.overload, inputs)
-
-
-def test_second_derivatives() -> None:
-    contract.check_second_order(call, make(3, (2, 3), 2))
 
 
 @fuzz(100)

@@ -9,23 +9,11 @@ from typing import Any
 import pytest
 import torch
 from agreement import agree
-from environment import DEVICE, HERE
+from environment import HERE
 from fusion_cases import each_dtype, few_dtypes
-from op_contract import (
-    check_checkpoint,
-    check_compile,
-    check_each_gradient_alone,
-    check_every_element_is_written,
-    check_export,
-    check_func,
-    check_second_order,
-    check_strides,
-    check_threads_and_runs_agree,
-)
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.merge_attention import reference
 from mmkernels.testing import check_op
 
 
@@ -123,34 +111,6 @@ def merged_leaves(batch: int = 2, rows: int = 7) -> list[Tensor]:
     return [*outputs, *lses]
 
 
-def test_contract_of_the_kernels(native_isa: str) -> None:
-    check_threads_and_runs_agree(merged, merged_leaves(rows=400))
-    check_every_element_is_written(merged, merged_leaves())
-    check_each_gradient_alone(merged, merged_leaves())
-
-
-def test_contract_inside_torch(either_backend: str) -> None:
-    check_strides(merged, merged_leaves())
-    check_compile(merged, merged_leaves)
-    check_func(merged, merged_leaves())
-    check_checkpoint(merged, merged_leaves())
-    check_export(merged, merged_leaves, 4)
-
-
-def test_second_derivatives() -> None:
-    check_second_order(merged, merged_leaves(batch=1, rows=1))
-
-
-def test_opcheck(either_backend: str) -> None:
-    outputs, lses = make(shape=(2, 3, 5, 8))
-    outputs[0] = outputs[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    for training in (True, False):
-        torch.library.opcheck(torch.ops.mmkernels.merge_attention.default, (outputs, lses, training))
-    grads = [torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5)]
-    needed = [True, False, True, True]
-    torch.library.opcheck(torch.ops.mmkernels.merge_attention_backward.default, (grads, outputs, lses, [], needed))
-
-
 x, y = torch.zeros(2, 3, 8), torch.zeros(2, 3)
 BAD: list[tuple[type[Exception], str, Any, Any]] = [
     (TypeError, "outputs: expected a list of tensors; got Tensor", x, [y]),
@@ -172,8 +132,3 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 ) -> None:
     with pytest.raises(error, match="^merge_attention: " + re.escape(message)):
         mmk.merge_attention(outputs, lses)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    out, lse = mmk.merge_attention(**reference.example_inputs(torch.bfloat16, DEVICE))
-    assert out.shape == (2, 4, 12, 32) and lse.shape == (2, 4, 12)

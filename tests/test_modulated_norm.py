@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import agree
 from environment import HERE
-from row_ops import DTYPES, RowOp, check_in_torch, check_second_order, strided
+from row_ops import DTYPES, RowOp, check_in_torch
 from torch import Tensor
 
 import mmkernels as mmk
@@ -103,16 +102,6 @@ def test_the_formula(backend: str) -> None:
         torch.testing.assert_close(mmk.modulated_norm(x, shift, scale, norm=norm, eps=0.1), want)
 
 
-def test_any_strides_give_the_same_bits(backend: str) -> None:
-    for dims in ("BC", "BLC"):
-        tensors = make(torch.bfloat16, features=48, shift=dims, scale=dims)
-        weights = affine(48, torch.bfloat16)
-        plain = RowOp(mmk.modulated_norm, tensors, weights)
-        other = RowOp(mmk.modulated_norm, [strided(t) for t in tensors], {n: strided(t) for n, t in weights.items()})
-        assert agree(plain.outputs_and_gradients(), other.outputs_and_gradients())
-        assert other.output().is_contiguous()
-
-
 def test_infinite_features_without_a_norm_leave_gradients_finite(backend: str) -> None:
     x, shift, scale = make()
     x = torch.where(torch.arange(37) == 3, torch.inf, x.detach()).requires_grad_()
@@ -131,20 +120,6 @@ OPS = {
 @pytest.mark.parametrize("op", OPS)
 def test_it_works_inside_torch(op: str, backend: str) -> None:
     check_in_torch(OPS[op](), backend)
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_second_derivatives(norm: str | None) -> None:
-    inputs = make(batch=1, length=2, features=4, shift="BLC")
-    check_second_order(RowOp(mmk.modulated_norm, inputs, {"norm": norm, **(affine(4) if norm else {})}))
-
-
-def test_opcheck_of_forward_and_backward(backend: str) -> None:
-    x, shift, scale = make()
-    arguments = (x, shift[:, None], scale[:, None], "layer", *affine(37).values(), 1e-6)
-    torch.library.opcheck(torch.ops.mmkernels.modulated_norm.default, (*arguments, True))
-    grads, needed = [torch.randn_like(x)], [True, False, True, True, False]
-    torch.library.opcheck(torch.ops.mmkernels.modulated_norm_backward.default, (grads, *arguments, [], needed))
 
 
 x = torch.zeros(2, 7, 8)

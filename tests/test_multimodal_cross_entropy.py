@@ -8,17 +8,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import op_contract as contract
 import pytest
 import torch
 import torch.nn.functional as F
 from environment import DEVICE, HERE
 from fusion_cases import allocations, each_dtype, few_dtypes
-from row_ops import strided
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.multimodal_cross_entropy import reference
 from mmkernels.testing import check_op, poisoned_memory, same_bits
 
 CLASSES = (5, 33, 1, 200)
@@ -294,47 +291,6 @@ def leaves_of(batch: int = 9) -> list[Tensor]:
     return [*(torch.randn(batch, c).requires_grad_() for c in (7, 37)), torch.randn(2).requires_grad_()]
 
 
-CONTRACT = {
-    "each gradient alone": contract.check_each_gradient_alone,
-    "threads and runs": contract.check_threads_and_runs_agree,
-    "every element is written": contract.check_every_element_is_written,
-    "func": contract.check_func,
-    "checkpoint": contract.check_checkpoint,
-}
-
-
-@pytest.mark.parametrize("check", CONTRACT)
-def test_contract(check: str, backend: str) -> None:
-    CONTRACT[check](losses, leaves_of())
-
-
-def test_it_compiles_and_exports(either_backend: str) -> None:
-    contract.check_compile(losses, leaves_of)
-
-    def of_labels(*x: Tensor) -> Tensor:
-        return mmk.multimodal_cross_entropy([x[0], x[1]], x[0].argmax(1), log_vars=x[2])[0]
-
-    contract.check_export(of_labels, leaves_of, 2)
-
-
-def test_second_order() -> None:
-    contract.check_second_order(losses, leaves_of(4))
-
-
-@few_dtypes
-def test_any_strides_give_the_same_bits(dtype: torch.dtype, backend: str) -> None:
-    logits, labels = make(dtype)
-    s = numbers(dtype)
-
-    def run(logits: list[Tensor], labels: Tensor, s: Tensor) -> list[Tensor]:
-        total, each = mmk.multimodal_cross_entropy(logits, labels, log_vars=s)
-        return [total, each, *torch.autograd.grad(total, [*logits, s])]
-
-    want = run(logits, labels, s)
-    arranged = [strided(z) for z in logits]
-    assert same_bits(run(arranged, torch.stack([labels, labels], 1)[:, 0], strided(s)), want)
-
-
 @few_dtypes
 def test_results_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, native_isa: str) -> None:
     logits, labels = make(dtype, batch=211, classes=(900, 3000))
@@ -347,34 +303,6 @@ def test_results_have_the_same_bits_for_any_number_of_threads(dtype: torch.dtype
     for threads in (2, 3, 5, 1):
         torch.set_num_threads(threads)
         assert same_bits(run(), first), threads
-
-
-def test_opcheck_of_forward_and_backward(either_backend: str) -> None:
-    logits, labels = make(classes=(7, 5))
-    arguments = (
-        logits,
-        [labels],
-        numbers(count=2),
-        None,
-        flags(count=2),
-        numbers(count=2),
-        0.1,
-        -100,
-        None,
-        0.7,
-        False,
-    )
-    torch.library.opcheck(torch.ops.mmkernels.multimodal_cross_entropy.default, (*arguments, True))
-    total, means, *saved = torch.ops.mmkernels.multimodal_cross_entropy.default(*arguments, True)
-    grads = [torch.randn_like(total), torch.randn_like(means)]
-    needed = [True, False, False, True, False, False, True]
-    backward = (grads, *arguments, [s.detach() for s in saved], needed)
-    torch.library.opcheck(torch.ops.mmkernels.multimodal_cross_entropy_backward.default, backward)
-
-
-def test_example_inputs_run(backend: str) -> None:
-    total, each = mmk.multimodal_cross_entropy(**reference.example_inputs(torch.float16, DEVICE))
-    assert total.shape == () and each.shape == (3,)
 
 
 z, y, w = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(2)

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from agreement import agree
 from environment import DEVICE, HERE
 from op_contract import check_threads_and_runs_agree
-from row_ops import DTYPES, RowOp, check_in_torch, check_second_order, strided
+from row_ops import DTYPES, RowOp, check_in_torch, strided
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.norm_rotary import reference
 from mmkernels.testing import check_op, poisoned_memory
 
 
@@ -191,12 +190,6 @@ def test_any_number_of_threads_gives_the_same_bits(table: str, native_isa: str) 
     check_threads_and_runs_agree(lambda *x: joined(*x[:4], query_weight=x[4]), [*inputs, weights["query_weight"]])
 
 
-@each_order
-@pytest.mark.parametrize("weights", ["", "q", "qk"])
-def test_second_derivatives(weights: str, interleaved: bool) -> None:
-    check_second_order(row_op(interleaved, batch=1, heads=1, key_heads=2, length=2, features=4, weights=weights))
-
-
 def test_autocast_keeps_the_wider_of_queries_and_keys_and_takes_tables_as_they_are(either_backend: str) -> None:
     (q, k, cos, sin), weights = make()
     with torch.autocast(DEVICE, torch.bfloat16):
@@ -206,15 +199,6 @@ def test_autocast_keeps_the_wider_of_queries_and_keys_and_takes_tables_as_they_a
     expected = mmk.norm_rotary(q.bfloat16(), k.bfloat16(), cos, sin, **weights)
     with torch.autocast(DEVICE, torch.bfloat16):
         assert agree(mmk.norm_rotary(q.bfloat16(), k.bfloat16(), cos, sin, **weights), expected)
-
-
-def test_opcheck_of_forward_and_backward(backend: str) -> None:
-    inputs, weights = make(table="BL")
-    inputs[0] = inputs[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    arguments = (*inputs, weights["query_weight"], None, 1e-6, True)
-    torch.library.opcheck(torch.ops.mmkernels.norm_rotary.default, (*arguments, True))
-    grads, needed = [torch.randn_like(x) for x in inputs[:2]], [True, False, True, True, True, False]
-    torch.library.opcheck(torch.ops.mmkernels.norm_rotary_backward.default, (grads, *arguments, [], needed))
 
 
 q, k, t, w = torch.zeros(2, 4, 7, 8), torch.zeros(2, 2, 7, 8), torch.zeros(7, 4), torch.zeros(8)
@@ -250,8 +234,3 @@ def test_bad_input_names_op_argument_expectation_and_what_came(
 ) -> None:
     with pytest.raises(error, match="^norm_rotary: " + re.escape(message)):
         mmk.norm_rotary(*inputs, **options)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    out, key = mmk.norm_rotary(**reference.example_inputs(device=DEVICE))
-    assert out.shape == (2, 4, 16, 64) and key.shape == (2, 2, 16, 64)

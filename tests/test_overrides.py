@@ -1,50 +1,21 @@
-"""``__torch_function__`` of the public functions: torch.fx records them, subclasses and modes see them; and modules as
-leaves of traces."""
+"""Modules as leaves of traces, and recorded graphs that read as code."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from test_forward_mode import CASES, Case
+from calls import flat
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 
 import mmkernels as mmk
-
-each_case = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name, c in CASES.items()])
-PUBLIC = {getattr(mmk, name) for name in mmk.__all__ if callable(getattr(mmk, name))}
-
-
-def traced(case: Case) -> fx.GraphModule:
-    """The graph of the case's function of its leaves."""
-    names = [f"x{i}" for i in range(len(case.shapes))]
-    scope: dict[str, Any] = {"function": case.function}
-    exec(f"def call({', '.join(names)}):\n    return function({', '.join(names)})", scope)
-    return fx.symbolic_trace(scope["call"])
-
-
-def flat(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
 
 
 def equal(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
-
-
-@pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("joint_attention")])
-def test_fx_records_the_op_and_runs_it(name: str) -> None:
-    case = CASES[name]
-    leaves = case.leaves(torch.float32)
-    graph = traced(case)
-    targets = {n.target for n in graph.graph.nodes if n.op == "call_function"}
-    assert getattr(mmk, name.partition(",")[0]) in targets
-    expected = case.function(*leaves)
-    assert equal(graph(*leaves), expected)
-    assert equal(fx.symbolic_trace(graph)(*leaves), expected), "traced again"
 
 
 def test_a_recorded_graph_pickles_and_reads_as_code() -> None:
@@ -61,53 +32,6 @@ def test_a_recorded_graph_pickles_and_reads_as_code() -> None:
     graph = fx.symbolic_trace(model)
     assert "concat_linear([a, b], weight" in graph.code.replace("self.", "")
     assert torch.equal(pickle.loads(pickle.dumps(graph))(a, b), model(a, b))
-
-
-def test_joint_attention_is_recorded() -> None:
-    def call(a: Tensor, b: Tensor) -> Tensor:
-        outs = mmk.joint_attention([a, b], [a, b], [a, b])
-        return outs[0] + outs[1]
-
-    a, b = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
-    assert torch.equal(fx.symbolic_trace(call)(a, b), call(a, b))
-
-
-class Named(Tensor):
-    """A subclass that lists the functions that were called on it."""
-
-    called: ClassVar[list[Callable[..., Any]]] = []
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.called.append(function)
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
-@each_case
-def test_a_subclass_sees_the_call(case: Case) -> None:
-    leaves = case.leaves(torch.float32)
-    expected = case.function(*leaves)
-    for i in range(len(leaves)):
-        Named.called = []
-        result = case.function(*leaves[:i], leaves[i].as_subclass(Named), *leaves[i + 1 :])
-        assert PUBLIC & set(Named.called), f"leaf {i}"
-        assert all(type(t) is Named for t in flat(result))
-        assert equal([t.as_subclass(Tensor) for t in flat(result)], expected)
-
-
-@each_case
-def test_a_mode_sees_the_call(case: Case) -> None:
-    class Listening(TorchFunctionMode):
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called.append(function)
-            return function(*args, **(kwargs or {}))
-
-    called: list[Callable[..., Any]] = []
-    leaves = case.leaves(torch.float32)
-    expected = case.function(*leaves)
-    with Listening():
-        assert equal(case.function(*leaves), expected)
-    assert PUBLIC & set(called)
 
 
 def _pair() -> tuple[Tensor, Tensor]:

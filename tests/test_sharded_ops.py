@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import needs_gloo, results_of_ranks
-from sharded_compiled import COMPILED
+from calls import CALLS, FIRST
+from processes import needs_gloo, results_of_ranks, worlds_of
 from sharded_ops import SHAPES
 
 import mmkernels as mmk
 from mmkernels.distributed.sharding_rules import RULES
-from mmkernels.testing.inputs import CALLS
 
 pytestmark = needs_gloo
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """Number of ranks -> what each of them found."""
-    return {
-        ranks: results_of_ranks("sharded_ops.py", ranks, tmp_path_factory.mktemp(f"world{ranks}")) for ranks in SHAPES
-    }
+worlds = worlds_of("sharded_ops.py", SHAPES)
 
 
 @pytest.mark.parametrize("ranks", SHAPES)
@@ -38,7 +32,7 @@ def test_any_placement_gives_the_outputs_and_gradients_of_the_whole(
 
 def test_compiled_calls_give_the_outputs_and_gradients_of_the_whole(tmp_path: Path) -> None:
     for world in results_of_ranks("sharded_compiled.py", 2, tmp_path):
-        assert set(world) == {*COMPILED, "module"}
+        assert set(world) == {*FIRST, "module"}
         assert max(world.values()) < 1e-9, world
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels.ops.tensor_fusion_linear import reference
-from mmkernels.ops.tensor_fusion_linear.op import tensor_fusion_linear_op
 from mmkernels.testing import check_op
 
 
@@ -80,34 +79,8 @@ def test_any_leading_dims(lead: tuple[int, ...], backend: str) -> None:
     assert out[0].shape == (*lead, 3)
 
 
-def test_the_kernels_in_memory_threads_and_partial_gradients(native_isa: str) -> None:
-    for batch, widths, outputs in ((3, (5, 6), 9), (130, (9, 5, 4), 21)):
-        leaves = make(batch, widths, outputs)
-        contract.check_every_element_is_written(call, leaves)
-        contract.check_threads_and_runs_agree(call, leaves)
-        contract.check_each_gradient_alone(call, leaves)
-        contract.check_strides(call, leaves)
-
-
 def test_more_threads_than_blocks_of_rows_change_nothing(native_isa: str) -> None:
     contract.check_threads_and_runs_agree(call, make(40, (20, 30), 64))  # enough arithmetic to wake them
-
-
-def test_what_torch_asks(backend: str) -> None:
-    leaves = make(4)
-    contract.check_func(call, leaves)
-    contract.check_autocast(call, leaves)
-    contract.check_checkpoint(call, leaves)
-    contract.check_compile(call, make)
-    contract.check_export(call, make, 3)
-    *xs, weight, bias = leaves
-    torch.library.opcheck(tensor_fusion_linear_op.forward.overload, (xs, weight, bias, None, True))
-    arguments = ([torch.randn(4, 7)], xs, weight, None, None, [], [True, False, True, True, False, False])
-    torch.library.opcheck(tensor_fusion_linear_op.backward.overload, arguments)
-
-
-def test_second_derivatives() -> None:
-    contract.check_second_order(call, make(3, (2, 3), 2))
 
 
 @fuzz(100)

@@ -12,24 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from agreement import agree
-from environment import DEVICE, HERE
+from environment import HERE
 from fusion_cases import each_dtype, few_dtypes, leaf
-from op_contract import (
-    check_autocast,
-    check_checkpoint,
-    check_compile,
-    check_each_gradient_alone,
-    check_every_element_is_written,
-    check_export,
-    check_func,
-    check_second_order,
-    check_strides,
-    check_threads_and_runs_agree,
-)
 from torch import Tensor
 
 import mmkernels as mmk
-from mmkernels.ops.varlen_cross_attention import reference
 from mmkernels.testing import check_op
 
 
@@ -195,38 +182,6 @@ def packed(*leaves: Tensor) -> Tensor:
     return torch.cat([out, lse[..., None].to(out.dtype)], -1)
 
 
-def packed_leaves(rows: int = 2, columns: int = 5, heads: int = 2, dim: int = 8) -> list[Tensor]:
-    return [leaf(3 * rows, heads, dim), *(leaf(3 * columns, heads, dim) for _ in range(2))]
-
-
-def test_contract_of_the_kernels(native_isa: str) -> None:
-    check_threads_and_runs_agree(packed, packed_leaves(150, 210))
-    check_every_element_is_written(packed, packed_leaves(100, 30))
-    check_each_gradient_alone(packed, packed_leaves(100, 30))
-
-
-def test_contract_inside_torch(either_backend: str) -> None:
-    check_strides(packed, packed_leaves())
-    check_compile(packed, packed_leaves)
-    check_func(packed, packed_leaves())
-    check_checkpoint(packed, packed_leaves())
-    check_autocast(packed, packed_leaves())
-
-
-def test_exports_with_any_number_of_rows(either_backend: str) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return mmk.varlen_cross_attention(q, k, v, torch.tensor([0, 2, 3]), torch.tensor([0, 5, 9]), 3, 9)
-
-    def make_leaves(rows: int) -> list[Tensor]:
-        return [leaf(3, 2, 8), leaf(9, 2, 8), leaf(9, 2, 8)]
-
-    check_export(attend, make_leaves, 0)
-
-
-def test_second_derivatives() -> None:
-    check_second_order(packed, packed_leaves(1, 2, dim=3))
-
-
 def test_opcheck(either_backend: str) -> None:
     q, k, v, *sizes = make(queries=(4, 0, 5), keys=(3, 2, 7), kv_heads=2)
     arguments = (q, k, v, *sizes, 3, 0, True, None, 0.0, leaf(4))
@@ -347,7 +302,3 @@ def test_starts_that_nobody_checked_never_reach_beyond_the_rows(native_isa: str)
     for bad in (but(cu_seqlens_q=unsorted), but(cu_seqlens_k=s * 2), but(max_seqlen_q=3)):
         with pytest.raises(ValueError, match=r"varlen_cross_attention: cu_seqlens_[qk]: expected starts from 0 to 6"):
             compiled(*bad)
-
-
-def test_example_inputs_run(either_backend: str) -> None:
-    assert mmk.varlen_cross_attention(**reference.example_inputs(torch.bfloat16, DEVICE)).shape == (17, 4, 32)

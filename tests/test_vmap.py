@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_weight_strides import PRODUCTS, WEIGHTS, flat, sized
+from calls import CALLS, Call, in_one, leaves_of, mapped
+from test_weight_strides import each_product
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mmkernels as mmk
-
-Loss = Callable[..., Tensor]
-
 MANY = 64
+WITH_PRESENCE = [c for c in CALLS.values() if c.weights() and c.inputs().get("presence") is not None]
 SMALL = dict(B=2, K=6, N=5, D=6, A=5)
-PRESENCE = ["concat_linear", "gated_fusion", "bilinear_fusion", "low_rank_fusion", "tensor_fusion_linear"]
 
 
 class Calls(TorchDispatchMode):
@@ -32,57 +29,42 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def loss_of(name: str) -> tuple[Loss, list[Tensor], list[bool]]:
-    """A function of the floating tensors of a call, these, and which of them are weights."""
-    inputs = sized(name, SMALL)
-    leaves: list[Tensor] = []
-    weights: list[bool] = []
-    for argument, value in inputs.items():
-        found = [x for x in flat(value) if x.is_floating_point()] if isinstance(value, (list, Tensor)) else []
-        leaves += [x.double() for x in found]  # so that nothing but the batching is tested
-        weights += [argument in WEIGHTS or "bias" in argument or "norm" in argument for _ in found]
-
-    def loss(*tensors: Tensor) -> Tensor:
-        left = iter(tensors)
-
-        def replaced(value: Any) -> Any:
-            if isinstance(value, list):
-                return [replaced(x) for x in value]
-            return next(left) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-        result = getattr(mmk, name.split(" ")[0])(**{k: replaced(v) for k, v in inputs.items()})
-        return torch.stack([x.sin().sum() for x in flat(result) if x.is_floating_point()]).sum()
-
-    return loss, leaves, weights
+def is_weight(call: Call, argument: str) -> bool:
+    return argument in call.weights() or "bias" in argument or "norm" in argument
 
 
-def per_example(name: str, examples: int, all_mapped: bool) -> tuple[Callable[[], Any], list[tuple[Tensor, ...]]]:
-    """vmap of the gradients of all leaves, and the same one by one."""
-    loss, leaves, weights = loss_of(name)
+def per_example(call: Call, examples: int, all_mapped: bool) -> tuple[Callable[[], Any], list[tuple[Tensor, ...]]]:
+    """vmap of the gradients of all leaves, and the same one by one; in float64, so that nothing but the batching is
+    tested."""
+    call = call.at(**SMALL)
+    dims = [
+        None if is_weight(call, argument) and not all_mapped else 0
+        for argument, value in call.inputs().items()
+        for _ in leaves_of({argument: value})
+    ]
     torch.manual_seed(2)
-    dims = [0 if all_mapped or not w else None for w in weights]
     inputs = [
         x if dim is None else torch.randn(examples, *x.shape, dtype=x.dtype)
-        for x, dim in zip(leaves, dims, strict=True)
+        for x, dim in zip(call.leaves(torch.float64), dims, strict=True)
     ]
-    gradients = torch.func.grad(loss, argnums=tuple(range(len(leaves))))
+    gradients = torch.func.grad(lambda *x: call(*x).sin().sum(), argnums=tuple(range(len(inputs))))
     pairs = list(zip(inputs, dims, strict=True))
     alone = [gradients(*(x if d is None else x[i] for x, d in pairs)) for i in range(examples)]
     return lambda: torch.vmap(gradients, in_dims=tuple(dims))(*inputs), alone
 
 
 @pytest.mark.parametrize("all_mapped", [False, True], ids=["weights shared", "weights mapped"])
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_gradients_of_single_examples_equal_a_loop(name: str, all_mapped: bool) -> None:
-    together, alone = per_example(name, MANY, all_mapped)
+@each_product
+def test_gradients_of_single_examples_equal_a_loop(call: Call, all_mapped: bool) -> None:
+    together, alone = per_example(call, MANY, all_mapped)
     for batched, single in zip(together(), zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(batched, torch.stack(single))
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_examples_are_not_called_one_by_one(name: str) -> None:
+@each_product
+def test_examples_are_not_called_one_by_one(call: Call) -> None:
     def calls(examples: int) -> int:
-        together, _ = per_example(name, examples, False)
+        together, _ = per_example(call, examples, False)
         with Calls() as counted:
             together()
         return counted.count
@@ -90,19 +72,16 @@ def test_examples_are_not_called_one_by_one(name: str) -> None:
     assert calls(MANY + 6) == calls(MANY)
 
 
-@pytest.mark.parametrize("name", [name for name in PRODUCTS if name in PRESENCE])
-def test_examples_may_have_modalities_of_their_own(name: str) -> None:
-    inputs = {k: v for k, v in sized(name, SMALL).items() if k != "presence"}
-    leaves = [x.double() for v in inputs.values() if isinstance(v, (list, Tensor)) for x in flat(v)]
-    presence = torch.rand(MANY, 2, 2, generator=torch.Generator().manual_seed(3)) < 0.6
+@pytest.mark.parametrize("call", WITH_PRESENCE, ids=str)
+def test_examples_may_have_modalities_of_their_own(call: Call) -> None:
+    call = call.at(**SMALL)
+    leaves = call.leaves(torch.float64)
+    inputs = call.inputs()
+    presence = torch.rand(MANY, *inputs["presence"].shape, generator=torch.Generator().manual_seed(3)) < 0.6
 
     def loss(present: Tensor, *tensors: Tensor) -> Tensor:
         left = iter(tensors)
-        given = {
-            k: [next(left) for _ in v] if isinstance(v, list) else next(left) if isinstance(v, Tensor) else v
-            for k, v in inputs.items()
-        }
-        return getattr(mmk, name)(**given, presence=present).sin().sum()
+        return in_one(call.public(**mapped(inputs, lambda _: next(left)) | {"presence": present})).sin().sum()
 
     gradients = torch.func.grad(loss, argnums=tuple(range(1, 1 + len(leaves))))
     together = torch.vmap(gradients, in_dims=(0, *[None] * len(leaves)))(presence, *leaves)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._pool import softmax_over_present, stacked
 from mmkernels.ops._products import linear, matmul
 
@@ -60,22 +61,21 @@ def saved_activations(
     return ((activations if absent is None else activations.masked_fill(absent, 0)).flatten(1),)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: text, audio and video of utterances, some without video."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    batch, width, hidden = 8, 64, 32
-    presence = torch.ones(batch, 3, dtype=torch.bool, device=device)
-    presence[::2, 2] = False
+def example_inputs(draw: Draw, B: int = 5, M: int = 3, D: int = 6, A: int = 4, Q: int = 5) -> Examples:
     return {
-        "xs": [random(batch, width) for _ in range(3)],
-        "weight": random(hidden, width) / width**0.5,
-        "vector": random(hidden),
-        "bias": random(hidden),
-        "presence": presence,
+        "a query": {
+            "xs": draw(B, M, D),
+            "weight": draw(A, D),
+            "vector": draw(A),
+            "bias": draw(A),
+            "query": draw(B, Q),
+            "query_weight": draw(A, Q),
+            "presence": draw.flags(B, M),
+        },
+        "a list": {  # of more rows than one task takes
+            "xs": [draw(14 * B, D), draw(14 * B, D)],
+            "weight": draw(A, D),
+            "vector": draw(A),
+            "presence": draw.flags(14 * B, 2),
+        },
     }

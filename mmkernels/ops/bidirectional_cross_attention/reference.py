@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import matmul
 
 
@@ -86,19 +87,16 @@ def _attend(scores: Tensor, mask: Tensor | None, value: Tensor) -> Tensor:
     return matmul(weights.to(value.dtype), value).masked_fill(idle, 0)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: the tokens of an image and of a padded sentence."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(length: int) -> Tensor:
-        return torch.randn((2, 4, length, 32), generator=generator).to(device, dtype)
-
+def example_inputs(draw: Draw, B: int = 2, H: int = 2, Lx: int = 6, Ly: int = 4, D: int = 8, Dv: int = 4) -> Examples:
+    masks = {"x_mask": draw.flags(B, Lx), "y_mask": draw.flags(B, Ly)}
+    options: dict[str, dict[str, Any]] = {"masks": masks, "clamped": {"scale": 2.0, "clamp": 0.8}}
     return {
-        "x_query": random(60),
-        "y_key": random(12),
-        "x_value": random(60),
-        "y_value": random(12),
-        "y_mask": (torch.arange(12) < torch.tensor([[12], [7]])).to(device),
+        option: {
+            "x_query": draw(B, H, Lx, D),
+            "y_key": draw(B, H, Ly, D),
+            "x_value": draw(B, H, Lx, Dv),
+            "y_value": draw(B, H, Ly, Dv),
+            **given,
+        }
+        for option, given in options.items()
     }

@@ -7,9 +7,9 @@ Runs on every device and dtype, in the inputs' dtype, differentiable any number 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear, matmul
 from mmkernels.ops.concat_linear.reference import where_present
 
@@ -36,19 +36,17 @@ def projections(
     return matmul(x_weight, x.mT).contiguous(), matmul(y_weight, y.mT).contiguous()
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: an image and a question."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
+def example_inputs(draw: Draw, B: int = 5, Kx: int = 6, Ky: int = 4, N: int = 7, C: int = 5) -> Examples:
     return {
-        "x": random(8, 64),
-        "y": random(8, 48),
-        "x_weight": random(160, 64) / 8,
-        "y_weight": random(160, 48) / 7,
-        "rank": 5,
+        "a layer behind it": {
+            "x": draw(B, Kx),
+            "y": draw(B, Ky),
+            "x_weight": draw(2 * N, Kx),
+            "y_weight": draw(2 * N, Ky),
+            "out_weight": draw(C, N),
+            "out_bias": draw(C),
+            "rank": 2,
+            "presence": draw.flags(B, 2),
+        },
+        "plain": {"x": draw(B, Kx), "y": draw(B, Ky), "x_weight": draw(N, Kx), "y_weight": draw(N, Ky)},
     }

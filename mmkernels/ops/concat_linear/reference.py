@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 
 
@@ -69,14 +70,35 @@ def activate(z: Tensor, activation: str | None) -> Tensor:
     return z if activation is None else _ACTIVATIONS[activation](z)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: utterance features of text, audio and video, as in sentiment analysis."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    xs = [random(8, width) for width in (300, 74, 35)]
-    return {"xs": xs, "weight": random(128, 409) / 409**0.5, "bias": random(128), "activation": "gelu"}
+def example_inputs(draw: Draw, B: int = 5, K: int = 6, N: int = 7) -> Examples:
+    return {
+        "all options": {
+            "xs": [draw(B, K), draw(B, 3)],
+            "weight": draw(N, K + 3),
+            "bias": draw(N),
+            "activation": "gelu",
+            "presence": draw.flags(B, 2),
+            "residual": draw(B, N),
+            "gate": draw(N),
+        },
+        "plain": {"xs": [draw(B, K), draw(B, 3)], "weight": draw(N, K + 3)},
+        "no activation": {  # its gradient reads no result
+            "xs": [draw(B, K), draw(B, 3)],
+            "weight": draw(N, K + 3),
+            "bias": draw(N),
+            "presence": draw.flags(B, 2),
+            "residual": draw(B, N),
+        },
+        "tanh": {  # its gradient reads the output
+            "xs": [draw(B, K), draw(B, 3)],
+            "weight": draw(N, K + 3),
+            "bias": draw(N),
+            "activation": "tanh",
+        },
+        "one absent": {
+            "xs": [draw(B, 2, K), draw(B, 2, 3)],
+            "weight": draw(N, K + 3),
+            "bias": draw(N),
+            "presence": torch.tensor([True, False]),
+        },
+    }

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._norm import layer_norm
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
@@ -63,14 +64,21 @@ def statistics(xs: Sequence[Tensor], norm: str, eps: float) -> Tensor:
     return torch.cat([mean, inverse_std], -1).float()
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: pooled features of an image and a text encoder."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    xs = [random(8, width) for width in (96, 64)]
-    return {"xs": xs, "norm_weight": random(160), "norm_bias": random(160), "weight": random(32, 160) / 160**0.5}
+def example_inputs(draw: Draw, B: int = 5, K: int = 6, N: int = 7) -> Examples:
+    return {
+        "layer norm": {
+            "xs": [draw(B, K), draw(B, 4)],
+            "norm_weight": draw(K + 4),
+            "norm_bias": draw(K + 4),
+            "weight": draw(N, K + 4),
+            "bias": draw(N),
+            "activation": "silu",
+        },
+        "RMSNorm": {
+            "xs": [draw(B, K), draw(B, 4)],
+            "norm_weight": draw(K + 4),
+            "norm_bias": None,
+            "weight": draw(N, K + 4),
+            "norm": "rms",
+        },
+    }

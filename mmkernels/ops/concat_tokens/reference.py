@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._norm import normalize
 
 
@@ -31,13 +32,20 @@ def concat_tokens(
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: the tokens of a text and the patches of an image, each kind with its embedding."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return {"xs": [random(2, 12, 64), random(2, 49, 64)], "type_embedding": random(2, 64), "norm": "layer"}
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    return {
+        "all options": {
+            "xs": [draw(B, L, C), draw(B, 2, C)],
+            "type_embedding": draw(2, C),
+            "position_embeddings": [draw(L, C), draw(2, C)],
+            "norm": "layer",
+            "norm_weight": draw(C),
+            "norm_bias": draw(C),
+        },
+        "no affine": {"xs": [draw(B, L, C), draw(B, 2, C)], "type_embedding": draw(2, C), "norm": "layer"},
+        "no norm": {
+            "xs": [draw(B, L, C), draw(B, 2, C)],
+            "type_embedding": draw(2, C),
+            "position_embeddings": [None, draw(2, C)],
+        },
+    }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import matmul
 
 
@@ -85,15 +86,14 @@ def softmax_stats(
     return stats(products), stats(products.mT) if symmetric else products.new_empty(0), kept
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: 50 pairs of normalised embeddings."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def embeddings() -> Tensor:
-        x = torch.randn((50, 32), generator=generator)
-        return torch.nn.functional.normalize(x, dim=-1).to(device, dtype)
-
-    wide = torch.promote_types(dtype, torch.float32)
-    return {"x": embeddings(), "y": embeddings(), "logit_scale": torch.tensor(14.0, dtype=wide, device=device)}
+def example_inputs(draw: Draw, B: int = 6, D: int = 4) -> Examples:
+    return {
+        "plain": {"x": draw(B, D), "y": draw(B, D), "logit_scale": draw.uniform() + 2},
+        "labels": {
+            "x": draw(B, D),
+            "y": draw(B, D),
+            "logit_scale": 3.0,
+            "labels": draw.whole(3, B),
+            "label_smoothing": 0.1,
+        },
+    }

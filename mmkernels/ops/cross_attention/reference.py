@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._attention_checks import scale_of
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import matmul
 
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -173,10 +174,20 @@ def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, Tensor]:
-    """Query, key and value of one small call: text tokens that attend to image patches."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    shapes = {"query": (2, 4, 12, 32), "key": (2, 4, 49, 32), "value": (2, 4, 49, 32)}
-    return {name: torch.randn(shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+def example_inputs(draw: Draw, B: int = 2, H: int = 2, Lq: int = 20, Lk: int = 5, D: int = 8, Dv: int = 4) -> Examples:
+    return {
+        option: {
+            "query": draw(B, H, queries, D),
+            "key": draw(B, heads, Lk, D),
+            "value": draw(B, heads, Lk, Dv),
+            **options,
+        }
+        for option, queries, heads, options in (
+            ("plain", Lq, H, {}),
+            ("a bias, lengths", Lq, H, {"attn_mask": draw(B, 1, Lq, Lk), "key_lengths": draw.whole(Lk + 1, B)}),
+            ("one query", 1, H, {"attn_mask": draw.flags(B, 1, 1, Lk), "key_lengths": draw.whole(Lk + 1, B)}),
+            ("causal, LSE", Lq, 1, {"is_causal": True, "enable_gqa": True, "return_lse": True}),
+            ("a window, softcap", Lq, H, {"window": (2, 1), "softcap": 3.0}),
+            ("sinks", Lq, H, {"sinks": draw(H)}),
+        )
+    }

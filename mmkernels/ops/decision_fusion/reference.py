@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
+
 
 def shares_of_present(weights: Tensor | None, there: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, M]: 0 for what is not there. In a row that lacks a modality the others' weights are divided by their sum."""
@@ -62,10 +64,14 @@ def decision_fusion(
     return fused.to(logits[0].dtype)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: three classifiers of ten classes."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    logits = [torch.randn(8, 10, generator=generator).to(device, dtype) for _ in range(3)]
-    return {"logits": logits, "weights": torch.tensor([0.5, 0.3, 0.2]).to(device, dtype)}
+def example_inputs(draw: Draw, B: int = 5, C: int = 6) -> Examples:
+    return {
+        "log": {
+            "logits": [draw(B, C), draw(B, C)],
+            "weights": draw.uniform(2),
+            "method": "log",
+            "presence": draw.flags(B, 2),
+        },
+        "the mean": {"logits": [draw(B, C), draw(B, C)], "weights": draw.uniform(B, 2)},
+        "the maximum": {"logits": [draw(B, C), draw(B, C)], "method": "max"},
+    }

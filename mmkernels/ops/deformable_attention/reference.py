@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
+
 
 def deformable_attention(
     values: Sequence[Tensor],  # [B, S_i, H, D] each: the maps of its levels, row by row, one after another
@@ -87,19 +89,19 @@ def _weighted_rows(maps: Tensor, index: Tensor, share: Tensor, valid: Tensor) ->
     return (share.unsqueeze(-1) * rows).sum(-2)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: 9 queries that sample two levels of an image, some of them beyond its edges."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(device, dtype)
-
-    shapes = [(5, 7), (3, 4)]
+def example_inputs(draw: Draw, B: int = 2, H: int = 2, L: int = 3, D: int = 4) -> Examples:
     return {
-        "value": random(2, 47, 3, 20) * 4 - 2,
-        "spatial_shapes": shapes,
-        "sampling_locations": random(2, 9, 3, 2, 4, 2) * 1.3 - 0.15,
-        "attention_weights": random(2, 9, 3, 2, 4),
+        "a list": {
+            "value": [draw(B, 2 * L, H, D), draw(B, 4, H, D)],
+            "spatial_shapes": ((2, L), (2, 2)),
+            "sampling_locations": draw.uniform(B, L, H, 2, 2, 2),
+            "attention_weights": draw(B, L, H, 2, 2),
+            "presence": draw.flags(B, 2),
+        },
+        "one value": {
+            "value": draw(B, 2 * L + 2, H, D),
+            "spatial_shapes": ((2, L), (1, 2)),
+            "sampling_locations": draw.uniform(B, L, H, 2, 2, 2) * 1.3 - 0.15,  # some beyond the edges
+            "attention_weights": draw(B, L, H, 2, 2),
+        },
     }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 
 
@@ -141,10 +142,28 @@ def linear_distillation_loss(
     return mean_divergence(logits[0], logits[1], ignored, temperature, kind, beta)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: eight tokens of a vocabulary of fifty."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    student, teacher = (torch.randn(8, 50, generator=generator).to(device, dtype) for _ in range(2))
-    return {"student": student, "teacher": teacher, "temperature": 2.0}
+def example_inputs(draw: Draw, B: int = 5, C: int = 6) -> Examples:
+    return {
+        "labels": {
+            "student": draw(B, C),
+            "teacher": draw(B, C),
+            "temperature": 2.0,
+            "labels": draw.whole(3, B),
+            "ignore_index": 0,
+        },
+        "sequences": {
+            "student": draw(2, B, C),
+            "teacher": draw(2, B, C),
+            "kind": "jsd",
+            "beta": 0.3,
+            "labels": draw.whole(3, 2, B),
+            "ignore_index": 0,
+        },
+        "plain": {"student": draw(B, C), "teacher": draw(B, C), "kind": "reverse_kl"},
+        "hidden states": {
+            "student": draw(B, 4),
+            "teacher": draw(B, 2),
+            "kind": "jsd",
+            "linear": [(draw(C, 4), draw(C)), (draw(C, 2), None)],
+        },
+    }

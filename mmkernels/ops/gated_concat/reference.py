@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 
 
@@ -30,13 +31,5 @@ def gate(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.sigmoid(linear(torch.cat([x, y], -1), weight, bias))
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: text features gated by an image's."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return {"x": random(8, 48), "y": random(8, 20), "weight": random(48, 68) / 68**0.5, "bias": random(48)}
+def example_inputs(draw: Draw, B: int = 5, Kx: int = 6, Ky: int = 4) -> Examples:
+    return {"a bias": {"x": draw(B, Kx), "y": draw(B, Ky), "weight": draw(Kx, Kx + Ky), "bias": draw(Kx)}}

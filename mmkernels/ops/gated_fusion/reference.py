@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import projection, where_present
 
@@ -64,19 +65,20 @@ def weighed(gate: Tensor, values: Tensor, presence: Tensor | None) -> tuple[Tens
     return weights, values
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: plot text and poster features of movies, the original use of the gated multimodal unit."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    widths, features = (300, 256), 64
+def example_inputs(draw: Draw, B: int = 5, K: int = 6, N: int = 7) -> Examples:
     return {
-        "xs": [random(8, k) for k in widths],
-        "value_weights": [random(features, k) / k**0.5 for k in widths],
-        "value_biases": [random(features) for _ in widths],
-        "gate_weight": random(features, sum(widths)) / sum(widths) ** 0.5,
+        option: {
+            "xs": [draw(B, K), draw(B, 3)],
+            "value_weights": [draw(N, K), draw(N, 3)],
+            "value_biases": [draw(N), draw(N)] if biases else None,
+            "gate_weight": draw(gates * N, K + 3),
+            "gate_bias": draw(gates * N) if biases else None,
+            "presence": draw.flags(B, 2),
+            "return_gate": return_gate,
+        }
+        for option, gates, biases, return_gate in (
+            ("a gate for each", 2, True, False),
+            ("no biases", 2, False, False),
+            ("the gate", 1, True, True),
+        )
     }

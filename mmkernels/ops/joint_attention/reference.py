@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops.cross_attention import reference
 
 
@@ -96,13 +97,17 @@ def _mask(
     return mask.masked_fill(~torch.cat(valid, 1)[:, None, None], -torch.inf)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: text and image tokens attend to each other and to themselves."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def streams() -> list[Tensor]:
-        return [torch.randn(2, 4, length, 32, generator=generator).to(device, dtype) for length in (12, 49)]
-
-    return {"queries": streams(), "keys": streams(), "values": streams()}
+def example_inputs(draw: Draw, B: int = 3, H: int = 2, L: int = 4, D: int = 8, Dv: int = 4) -> Examples:
+    return {
+        option: {
+            "queries": [draw(B, H, L, D), draw(B, H, 3, D)],
+            "keys": [draw(B, H, L, D), draw(B, H, 3, D)],
+            "values": [draw(B, H, L, Dv), draw(B, H, 3, Dv)],
+            **options,
+        }
+        for option, options in {
+            "plain": {},
+            "lengths": {"key_lengths": [draw.whole(L + 1, B), draw.whole(4, B)], "stream_bias": draw(2, 2)},
+            "LSE": {"key_lengths": [None, draw.whole(4, B)], "return_lse": True},
+        }.items()
+    }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import matmul
 from mmkernels.ops.concat_linear.reference import where_present
 
@@ -34,19 +35,16 @@ def low_rank_fusion(
     return y if bias is None else y + bias
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: embeddings of text, audio and video, as in sentiment analysis."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    widths, rank, features = (32, 16, 8), 4, 64
+def example_inputs(draw: Draw, B: int = 5, K: int = 6, N: int = 7, R: int = 3) -> Examples:
     return {
-        "xs": [random(8, width) for width in widths],
-        "factors": [random(rank, width + 1, features) / (width + 1) ** 0.5 for width in widths],
-        "rank_weights": random(rank),
-        "bias": random(features),
+        option: {
+            "xs": [draw(B, K), draw(B, 3)],
+            "factors": [draw(R, K + 1, N), draw(R, 4, N)],
+            "rank_weights": draw(R),
+            **options,
+        }
+        for option, options in {
+            "presence": {"bias": draw(N), "presence": draw.flags(B, 2)},
+            "plain": {},
+        }.items()
     }

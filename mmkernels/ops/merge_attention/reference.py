@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmkernels.ops.cross_attention import reference as attention
+from mmkernels.ops._examples import Draw, Examples
 
 
 def merge_attention(
@@ -34,12 +34,5 @@ def merge_attention(
     return out.to(outputs[0].dtype), lse
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, list[Tensor]]:
-    """Attention of the same queries over two sets of keys."""
-    inputs = attention.example_inputs(dtype, device, seed)
-    options = (None, None, None, None, -1, -1, False, 0.0, 32**-0.5, 0.0, None)
-    halves = [(inputs["key"][:, :, part], inputs["value"][:, :, part]) for part in (slice(0, 20), slice(20, 49))]
-    parts = [attention.cross_attention(inputs["query"], key, value, *options) for key, value in halves]
-    return {"outputs": [out for out, _, _ in parts], "lses": [top + log for _, top, log in parts]}
+def example_inputs(draw: Draw, B: int = 2, H: int = 2, L: int = 6, D: int = 8) -> Examples:
+    return {"two": {"outputs": [draw(B, H, L, D) for _ in range(2)], "lses": [draw.wide(B, H, L) for _ in range(2)]}}

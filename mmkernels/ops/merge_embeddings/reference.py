@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._checks import eager_values_readable
+from mmkernels.ops._examples import Draw, Examples
 
 
 def merge_embeddings(
@@ -38,15 +39,10 @@ def check_count(rows: int, mask: Tensor) -> None:
         )
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: two texts with places for the patches of three images, two of them in the first."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    mask = torch.zeros(2, 40, dtype=torch.bool, device=device)
-    mask[0, 2:20] = mask[1, 5:14] = True
-    return {"text": random(2, 40, 64), "modal": [random(9, 64) for _ in range(3)], "mask": mask}
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    rows = B * min(L, 2)
+    mask = (torch.arange(L) < 2).expand(B, L).clone()
+    return {
+        "a list": {"text": draw(B, L, C), "modal": [draw(rows // 3, C), draw(rows - rows // 3, C)], "mask": mask},
+        "one": {"text": draw(B, L, C), "modal": draw(rows, C), "mask": mask},
+    }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._norm import normalize
 
 
@@ -22,13 +22,15 @@ def modulated_norm(
     return normalize(x, norm, norm_weight, norm_bias, eps) * (1 + scale) + shift
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: patches of an image, and what a text says of their scale and shift."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    return {"x": random(2, 49, 64), "shift": random(2, 64), "scale": random(2, 64)}
+def example_inputs(draw: Draw, B: int = 3, L: int = 4, C: int = 6) -> Examples:
+    return {
+        "layer norm": {
+            "x": draw(B, L, C),
+            "shift": draw(B, C),
+            "scale": draw(B, C),
+            "norm_weight": draw(C),
+            "norm_bias": draw(C),
+        },
+        "RMSNorm": {"x": draw(B, L, C), "shift": draw(B, L, C), "scale": draw(B, L, C), "norm": "rms"},
+        "no norm": {"x": draw(B, L, C), "shift": draw(B, C), "scale": draw(B, L, C), "norm": None},
+    }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 
 REVERSE = 4.0  # −A of the symmetric loss: minus the logarithm that stands for log 0
@@ -144,19 +145,36 @@ def linear_cross_entropy(
     return mean_loss(row_losses(logits, labels, valid, modulation, label_smoothing, robust, q), valid.sum())
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: three heads over the same classes, some rows without video, one label ignored."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    batch, classes = 8, 10
-    labels = torch.randint(0, classes, (batch,), generator=generator).to(device)
-    labels[3] = -100
-    presence = torch.ones(batch, 3, dtype=torch.bool, device=device)
-    presence[::2, 2] = False
+SCALED_GRADIENTS = ("modulation",)  # of these examples, by design: they are no derivatives
+
+
+def example_inputs(draw: Draw, B: int = 5, C: int = 6) -> Examples:
     return {
-        "logits": [torch.randn(batch, classes, generator=generator).to(device, dtype) for _ in range(3)],
-        "labels": labels,
-        "log_vars": torch.randn(3, generator=generator).to(device, dtype),
-        "presence": presence,
+        "weights": {
+            "logits": [draw(B, C), draw(B, 3)],
+            "labels": draw.whole(3, B),
+            "weights": draw(2),
+            "presence": draw.flags(B, 2),
+        },
+        "modulation": {
+            "logits": [draw(B, C), draw(B, 3)],
+            "labels": draw.whole(3, B),
+            "weights": draw(2),
+            "modulation": draw(2),
+        },
+        "uncertainty": {
+            "logits": [draw(B, C), draw(B, 3)],
+            "labels": [draw.whole(C, B), draw.whole(3, B)],
+            "log_vars": draw(2),
+            "label_smoothing": 0.1,
+            "ignore_index": 1,
+        },
+        "symmetric": {"logits": [draw(B, C), draw(B, 3)], "labels": draw.whole(3, B), "robust": "symmetric"},
+        "hidden states": {
+            "logits": [draw(B, 4), draw(B, 4)],
+            "labels": draw.whole(C, B),
+            "linear": [(draw(C, 4), draw(C)), (draw(C, 4), None)],
+            "robust": "gce",
+            "presence": draw.flags(B, 2),
+        },
     }

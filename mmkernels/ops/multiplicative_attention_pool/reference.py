@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._pool import softmax_over_present, stacked
 from mmkernels.ops._products import matmul
 
@@ -31,18 +31,8 @@ def multiplicative_attention_pool(
     return (weights * x).sum(1), weights.squeeze(-1)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: a question about a scene seen by camera, heard, and described."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    batch, width, query_width = 8, 64, 48
+def example_inputs(draw: Draw, B: int = 5, M: int = 3, D: int = 6, Q: int = 5) -> Examples:
     return {
-        "xs": [random(batch, width) for _ in range(3)],
-        "query": random(batch, query_width),
-        "weight": random(query_width, width) / query_width**0.5,
+        "a weight": {"xs": draw(B, M, D), "query": draw(B, Q), "weight": draw(Q, D), "presence": draw.flags(B, M)},
+        "a list": {"xs": [draw(B, D), draw(B, D)], "query": draw(B, D)},
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
+
 
 def norm_rotary(
     query: Tensor,  # [B, H, L, D], or packed [L, H, D]
@@ -42,12 +44,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat([out, rest], -1)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: queries and keys, and the tables of positions 0 to 15 (Su et al., RoFormer)."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    length, features = 16, 64
-    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, features, 2) / features)
-    query, key = (torch.randn(2, heads, length, features, generator=generator).to(device, dtype) for heads in (4, 2))
-    return {"query": query, "key": key, "cos": angle.cos().to(device, dtype), "sin": angle.sin().to(device, dtype)}
+def example_inputs(draw: Draw, B: int = 2, H: int = 3, L: int = 4, D: int = 6) -> Examples:
+    return {
+        "weights": {
+            "query": draw(B, H, L, D),
+            "key": draw(B, 2, L, D),
+            "cos": draw(L, D // 2),
+            "sin": draw(L, D // 2),
+            "query_weight": draw(D),
+            "key_weight": draw(D),
+        },
+        "neighbours, a table per element": {
+            "query": draw(B, H, L, 7),
+            "key": draw(B, 2, L, 7),
+            "cos": draw(B, L, 2),
+            "sin": draw(B, L, 2),
+            "key_weight": draw(7),
+            "interleaved": True,
+        },
+        "packed": {"query": draw(L, H, D), "key": draw(L, 2, D), "cos": draw(L, D // 2), "sin": draw(L, D // 2)},
+    }

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels.ops._contrastive import accumulation_dtype
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import matmul
 
 
@@ -59,17 +60,8 @@ def unit_gradients(
     return x_grad, of_products.mT @ x if of_y else y.new_empty(0), of_scalars
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: 50 pairs of normalised embeddings, scale and bias as training starts with them."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def embeddings() -> Tensor:
-        x = torch.randn((50, 32), generator=generator)
-        return torch.nn.functional.normalize(x, dim=-1).to(device, dtype)
-
-    def scalar(value: float) -> Tensor:
-        return torch.tensor(value, dtype=torch.promote_types(dtype, torch.float32), device=device)
-
-    return {"x": embeddings(), "y": embeddings(), "logit_scale": scalar(10.0), "logit_bias": scalar(-10.0)}
+def example_inputs(draw: Draw, B: int = 5, D: int = 4) -> Examples:
+    return {
+        "plain": {"x": draw(B, D), "y": draw(B, D), "logit_scale": draw.uniform() + 2, "logit_bias": draw() - 2},
+        "numbers": {"x": draw(B, D), "y": draw(B, D), "logit_scale": 3.0, "logit_bias": -2.0},
+    }

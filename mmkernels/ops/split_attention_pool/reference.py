@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._pool import softmax_over_present, stacked
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import activate
@@ -35,20 +35,23 @@ def split_attention_pool(
     return (weights * x).sum(1), weights
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: two views of the same features."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    batch, count, width, hidden = 8, 2, 64, 16
+def example_inputs(draw: Draw, B: int = 5, D: int = 6, A: int = 4) -> Examples:
     return {
-        "xs": random(batch, count, width),
-        "weight1": random(hidden, width) / width**0.5,
-        "bias1": random(hidden),
-        "weight2": random(count * width, hidden) / hidden**0.5,
-        "bias2": random(count * width),
+        "a list, gelu": {
+            "xs": [draw(B, D), draw(B, D)],
+            "weight1": draw(A, D),
+            "bias1": draw(A),
+            "weight2": draw(2 * D, A),
+            "bias2": draw(2 * D),
+            "activation": "gelu",
+            "presence": draw.flags(B, 2),
+        },
+        "silu": {
+            "xs": draw(B, 3, D),
+            "weight1": draw(A, D),
+            "bias1": draw(A),
+            "weight2": draw(3 * D, A),
+            "bias2": draw(3 * D),
+            "activation": "silu",
+        },
     }

@@ -7,12 +7,12 @@ Runs on every device and dtype, in the inputs' dtype, differentiable any number 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops._products import linear
 from mmkernels.ops.concat_linear.reference import where_present
 
@@ -32,16 +32,8 @@ def tensor_fusion_linear(
     return linear(fused, weight, bias)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: embeddings of text, audio and video, as in sentiment analysis."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    widths = (32, 16, 8)
-    features = math.prod(width + 1 for width in widths)
-    xs = [random(8, width) for width in widths]
-    return {"xs": xs, "weight": random(64, features) / features**0.5, "bias": random(64)}
+def example_inputs(draw: Draw, B: int = 5, K: int = 6, N: int = 7) -> Examples:
+    return {
+        option: {"xs": [draw(B, K), draw(B, 3)], "weight": draw(N, 4 * (K + 1)), "bias": draw(N), "presence": presence}
+        for option, presence in {"presence": draw.flags(B, 2), "plain": None}.items()
+    }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._examples import Draw, Examples
 from mmkernels.ops.cross_attention import reference
 
 
@@ -72,21 +73,20 @@ def _attend(
     return torch.cat(outs, 1), torch.cat(row_maxes, 1), torch.cat(log_sums, 1)
 
 
-def example_inputs(
-    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
-) -> dict[str, object]:
-    """One small call: three texts that attend to their images, of 12, 0 and 5 tokens and 49, 16 and 0 patches."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-
-    def rows(count: int) -> Tensor:
-        return torch.randn(count, 4, 32, generator=generator).to(device, dtype)
-
+def example_inputs(draw: Draw, Tq: int = 7, Tk: int = 9, H: int = 2, D: int = 8, Dv: int = 4) -> Examples:
     return {
-        "query": rows(17),
-        "key": rows(65),
-        "value": rows(65),
-        "cu_seqlens_q": torch.tensor([0, 12, 12, 17], dtype=torch.int32, device=device),
-        "cu_seqlens_k": torch.tensor([0, 49, 65, 65], dtype=torch.int32, device=device),
-        "max_seqlen_q": 12,
-        "max_seqlen_k": 49,
+        option: {
+            "query": draw(Tq, H, D),
+            "key": draw(Tk, heads, D),
+            "value": draw(Tk, heads, Dv),
+            "cu_seqlens_q": torch.tensor([0, Tq // 2, Tq // 2, Tq]),
+            "cu_seqlens_k": torch.tensor([0, Tk // 2, Tk // 2, Tk]),
+            "max_seqlen_q": Tq,
+            "max_seqlen_k": Tk,
+            **options,
+        }
+        for option, heads, options in (
+            ("plain", H, {}),
+            ("causal, LSE", 1, {"is_causal": True, "return_lse": True}),
+        )
     }
