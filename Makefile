@@ -19,7 +19,7 @@ export MMKERNELS_TEST_ISA = 1
 COMPILE_ELSEWHERE = MMKERNELS_REQUIRE_NATIVE=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
 COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
-CXX_SOURCES = $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests/simt tests/aarch64 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help bench bench-compare bench-plan gallery docs test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
 

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -81,11 +82,57 @@ def interpreter(python: str) -> Callable[[argparse.Namespace], tuple[str, str]]:
     return tried
 
 
+CROSS = "aarch64-linux-gnu-g++"
+# The kernels that tests/aarch64/driver.cpp calls, and what those call.
+CROSS_KERNELS = (
+    *("attention/attention_backward_cpu", "attention/attention_forward_cpu", "attention/product_cpu"),
+    *("concat/product_cpu", "concat_linear/concat_linear_backward_cpu", "concat_linear/concat_linear_forward_cpu"),
+    *("cpu/pack_cpu", "cpu/products_cpu", "merge_attention/merge_attention_cpu"),
+    *("modulated_norm/modulated_norm_cpu", "norm/row_norm_cpu"),
+)
+CROSS_FLAGS = (  # results are compared and nothing is timed, so that compiling may be quick
+    *("-std=c++20", "-I.", "-Wall", "-Wextra", "-O0", "-DNDEBUG"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+CROSS_ISAS = {"baseline": [], "neon": [], "neon_bf16": ["-march=armv8.2-a+bf16"]}
+
+
+def aarch64(args: argparse.Namespace) -> tuple[str, str]:
+    """Kernels compiled for NEON, run against baseline's under qemu-user."""
+    folder = copy_of_checkout("aarch64")
+    units: dict[str, list[str]] = {
+        name: [f"csrc/cpu/{name}.cpp"] if name != "driver" else ["tests/aarch64/driver.cpp"]
+        for name in ("driver", "scratch", "huge_pages")
+    }
+    for isa, march in CROSS_ISAS.items():
+        for kernel in CROSS_KERNELS:
+            defined = [f"-DMMK_ISA={isa}", f"-DMMK_ISA_{isa}=1", *march]
+            units[f"{isa}-{kernel.replace('/', '-')}"] = [f"csrc/{kernel}.isa.cpp", *defined]
+    (folder / "objects").mkdir(exist_ok=True)
+    newest = max(path.stat().st_mtime for path in (folder / "csrc").rglob("*") if path.is_file())
+
+    def compile_unit(name: str) -> str:
+        built = f"objects/{name}.o"
+        if name == "driver" or not (folder / built).exists() or (folder / built).stat().st_mtime < newest:
+            run([CROSS, *CROSS_FLAGS, "-c", *units[name], "-o", built], folder)
+        return built
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(compile_unit, units))
+    run([CROSS, "-static", *objects, "-o", "driver"], folder)
+    said = run(["qemu-aarch64", "-cpu", "max", "./driver"], folder)
+    print(said)
+    isas = ", ".join(isa for isa in CROSS_ISAS if isa != "baseline")
+    named = f"{isas}, by {version(CROSS)} in {version('qemu-aarch64')}"
+    return re.sub(r" Copyright.*", "", named), said.splitlines()[-1]
+
+
 TRIED: dict[str, tuple[str, Callable[[argparse.Namespace], tuple[str, str]]]] = {
     "g++": ("g++", compiler("g++")),
     "clang++": ("clang++", compiler("clang++")),
     "Python 3.10": ("python3.10", interpreter("python3.10")),
     "Python 3.12": ("python3.12", interpreter("python3.12")),
+    "aarch64": (CROSS, aarch64),
 }
 
 

@@ -18,6 +18,11 @@ namespace mmk {
   X(avx2 __VA_OPT__(, ) __VA_ARGS__)     \
   X(avx512 __VA_OPT__(, ) __VA_ARGS__)   \
   X(avx512_bf16 __VA_OPT__(, ) __VA_ARGS__) X(emulated __VA_OPT__(, ) __VA_ARGS__)
+#elif defined(__aarch64__)
+#define MMK_FOR_EACH_ISA(X, ...)         \
+  X(baseline __VA_OPT__(, ) __VA_ARGS__) \
+  X(neon __VA_OPT__(, ) __VA_ARGS__)     \
+  X(neon_bf16 __VA_OPT__(, ) __VA_ARGS__)
 #else
 #define MMK_FOR_EACH_ISA(X, ...) X(baseline __VA_OPT__(, ) __VA_ARGS__)
 #endif
@@ -34,7 +39,7 @@ void set_isa(const std::string& name);  // throws std::invalid_argument for a na
 
 // MMK_KERNEL(result, function, arguments...) declares a function that every instruction set compiles for itself, and
 // MMK_DISPATCH(function) is that of the one in use.
-#if defined(MMK_ISA) || !defined(__x86_64__)
+#if defined(MMK_ISA) || !(defined(__x86_64__) || defined(__aarch64__))
 #define MMK_MAYBE_ABSENT
 #else
 #define MMK_MAYBE_ABSENT __attribute__((weak))

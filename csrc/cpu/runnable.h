@@ -4,6 +4,10 @@
 
 #include <string>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace mmk {
 
 inline bool is_runnable(const std::string& isa) {
@@ -18,6 +22,11 @@ inline bool is_runnable(const std::string& isa) {
   if (isa == "avx2" || isa == "emulated") return avx2;
   if (isa == "avx512") return avx512;
   if (isa == "avx512_bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (isa == "neon") return true;
+#if defined(__linux__)
+  if (isa == "neon_bf16") return (getauxval(AT_HWCAP2) & (1ul << 14)) != 0;  // HWCAP2_BF16
+#endif
 #endif
   return false;
 }

@@ -1,4 +1,4 @@
-// The vector type of one instruction set and everything done with it. The only files with intrinsics are the three
+// The vector type of one instruction set and everything done with it. The only files with intrinsics are the four
 // below; a kernel is written once against these names and compiled once per instruction set (MMK_ISA).
 //
 //   vf                         VW floats in one register; +, -, *, comparison and ?: work as for floats
@@ -19,10 +19,14 @@
 #include <type_traits>
 
 #define MMK_ISA_ID_emulated 1
+#define MMK_ISA_ID_neon 2
+#define MMK_ISA_ID_neon_bf16 2
 #define MMK_CONCAT_(a, b) a##b
 #define MMK_CONCAT(a, b) MMK_CONCAT_(a, b)
 #if MMK_CONCAT(MMK_ISA_ID_, MMK_ISA) == 1
 #define MMK_EMULATED 1
+#elif MMK_CONCAT(MMK_ISA_ID_, MMK_ISA) == 2
+#define MMK_NEON 1
 #endif
 
 #ifdef MMK_EMULATED  // wide vectors without registers for them: loops keep the compile time sane
@@ -38,6 +42,8 @@
 #include "csrc/cpu/simd_avx512.h"
 #elif defined(__AVX2__) && !defined(MMK_EMULATED)
 #include "csrc/cpu/simd_avx2.h"
+#elif defined(MMK_NEON)
+#include "csrc/cpu/simd_neon.h"
 #else
 #include "csrc/cpu/simd_portable.h"
 #endif
@@ -49,7 +55,8 @@ namespace {
 MMK_INLINE void store_bf16(uint16_t* p, vf x) { store(p, to_bf16(x)); }
 MMK_INLINE void store_f16(uint16_t* p, vf x) { store(p, to_f16(x)); }
 
-#if !defined(__AVX512BF16__) && !defined(MMK_EMULATED)  // named, never called: kBf16Dot is false
+#if !defined(__AVX512BF16__) && !defined(MMK_EMULATED) && \
+    !(defined(MMK_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))  // named, never called: kBf16Dot is false
 template <class V>
 V pair_dot(V acc, V a, V b);
 template <class V>

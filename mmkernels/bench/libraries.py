@@ -115,7 +115,9 @@ def _onnxruntime(workload: Workload, **arguments: Any) -> Tensor:
     key = tuple((name, x.shape, x.dtype) for name, x in tensors.items())
     known = _sessions.setdefault(workload, {})
     if key not in known:
-        program = torch.onnx.export(_Formula(workload, tuple(tensors), fixed), tuple(tensors.values()), dynamo=True)
+        program = torch.onnx.export(
+            _Formula(workload, tuple(tensors), fixed), tuple(tensors.values()), dynamo=True, verbose=False
+        )
         assert program is not None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
