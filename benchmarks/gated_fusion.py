@@ -40,8 +40,7 @@ class Shape(Workload):
             "gate_bias": torch.randn(self.gates),
         }
 
-    def ours(self, **arguments: Any) -> Tensor:
-        return mmk.gated_fusion(**arguments)
+    ours = staticmethod(mmk.gated_fusion)
 
     def plain(self, xs: Any, value_weights: Any, value_biases: Any, gate_weight: Tensor, gate_bias: Tensor) -> Tensor:
         layers = zip(xs, value_weights, value_biases, strict=True)

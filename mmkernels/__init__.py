@@ -1,4 +1,11 @@
-"""Kernels for multimodal models: drop-in ops for PyTorch, each with a readable reference."""
+"""Kernels for multimodal models: drop-in ops for PyTorch, each with a readable reference.
+
+Every op raises:
+    ValueError: shapes or values that do not fit.
+    TypeError: a wrong type or dtype.
+    RuntimeError: tensors on different devices.
+    mmkernels.UnsupportedError: a forced backend cannot serve the call.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ with one flag and one gradient per tensor argument, lists element by element; a 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,7 @@ from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels, cpu_ba
 from mmkernels.ops import _checks as checks
 
 Tensors = tuple[Tensor, ...]
+_NATIVE = NativeKernels()
 
 _plain_call = native_door("differentiable_door")
 
@@ -88,7 +90,7 @@ class DifferentiableOp:
         saved: schema of what else the kernels leave for the backward; may be empty.
         reference: ``(*arguments)`` -> the outputs, one tensor or a tuple; tensors in any memory order.
         fake: ``(arguments)`` -> a tuple of fresh tensors with the shapes and strides of outputs and saved.
-        cpu: the compiled kernels.
+        cpu: what there is to say of the compiled kernels.
         cuda: the CUDA kernels.
         triton: the Triton kernels.
         reference_saved: ``(*arguments)`` -> the tuple of saved tensors when the reference runs, with the meaning that
@@ -110,7 +112,7 @@ class DifferentiableOp:
         saved: str = "",
         reference: Callable[..., Any],
         fake: Callable[..., Tensors],
-        cpu: NativeKernels,
+        cpu: NativeKernels = _NATIVE,
         cuda: CudaKernels | None = None,
         triton: TritonKernels | None = None,
         reference_saved: Callable[..., Tensors] | None = None,
@@ -120,7 +122,9 @@ class DifferentiableOp:
     ) -> None:
         if saved and reference_saved is None:
             raise TypeError(f"{name}: reference_saved: expected a function, as the op saves {saved}; got None")
+        cpu = dataclasses.replace(cpu, name=cpu.name or name)
         self.name = name
+        self.weights = cpu.weights
         self._reference = reference
         self._reference_saved = reference_saved
         schema = schema_of(arguments)
@@ -173,7 +177,7 @@ class DifferentiableOp:
         self._supports = cpu.supports
         _, absent = native_op(f"_{cpu.name}_fwd")
         has_door = absent is None and cpu.composed is None
-        weights = tuple(self._names.index(name) for name in cpu.weights)
+        weights = tuple(self._names.index(name) for name in self.weights)
         self._handle = _native.open_door(cpu.name, self._outputs, self._kept, weights) if has_door else None
         # The output, or the list of them where there are several, of a plain eager call that nobody has checked; None
         # where the call is not plain or does not fit. For ops whose kernels come with a check of their own

@@ -20,18 +20,18 @@ _CPU_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 @dataclass(frozen=True)
 class NativeKernels:
-    """The private ops ``_<name>_fwd`` and ``_<name>_bwd`` of the compiled library, and what they cannot serve.
+    """The private ops ``_<op>_fwd`` and ``_<op>_bwd`` of the compiled library, and what they cannot serve.
 
     Or, ``composed``, a forward and a backward in Python around torch's products and the private op ``_<name>``, which
     take what Triton's take.
     """
 
-    name: str
     supports: Callable[..., str | None] | None = None
     any_strides: bool = False  # whether they take floating tensors as they come
     # Names of the arguments that products read as they lie; the gradient of one with dense columns has dense columns.
     weights: tuple[str, ...] = ()
     composed: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    name: str = ""  # default: the op's
 
 
 @dataclass(frozen=True)

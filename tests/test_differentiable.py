@@ -11,7 +11,6 @@ from torch import Tensor
 
 import mmkernels as mmk
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels
 
 
 def product_of(xs: list[Tensor], weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor]:
@@ -44,7 +43,6 @@ toy_op = DifferentiableOp(
     reference=reference,
     reference_saved=product_of,
     fake=fake,
-    cpu=NativeKernels("toy_for_tests"),
 )
 
 

@@ -142,6 +142,7 @@ def test_large_bfloat16_weights_that_widen_are_torch_s_to_train(monkeypatch):
     from mmkernels.integrations import _blocks
 
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
+    monkeypatch.setattr(_blocks, "torch_lacks_kernel", lambda dtype: False)
     x = torch.empty(64, 1024, dtype=torch.bfloat16)
     widens = torch.empty(2048, 1024, dtype=torch.bfloat16, requires_grad=True)
     assert not _blocks.takes_products(x, widens)
@@ -150,6 +151,30 @@ def test_large_bfloat16_weights_that_widen_are_torch_s_to_train(monkeypatch):
     assert _blocks.takes_products(x.float(), widens.float())
     with torch.no_grad():
         assert _blocks.takes_products(x, widens)
+
+
+def test_half_precision_is_multiplied_here_where_torch_has_only_loops_for_it(monkeypatch):
+    from mmkernels.integrations import _blocks
+
+    monkeypatch.setattr(_blocks, "products_pay", lambda: False)
+    monkeypatch.setattr(_blocks, "torch_lacks_kernel", lambda dtype: dtype in (torch.bfloat16, torch.float16))
+    weight, x = torch.empty(64, 64, dtype=torch.float16), torch.empty(2, 4, 64, dtype=torch.float16)
+    assert _blocks.takes_products(x, weight)
+    assert not _blocks.takes_products(x[:, :1], weight)  # few rows
+    assert not _blocks.takes_products(x.repeat(16, 1, 1), weight[:1])  # few features
+    assert not _blocks.takes_products(x.float(), weight.float())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    assert not list(accelerate(model))  # float32 is torch's, without a word
+    model, x = model.bfloat16(), torch.randn(16, 64, dtype=torch.bfloat16)
+    plain = model(x)
+    assert [entry.with_ for entry in accelerate(model).replaced] == ["concat_linear"] * 2
+    torch.testing.assert_close(model(x), plain, atol=2e-2, rtol=2e-2)
+    assert model(x).grad_fn.next_functions[0][0].name().startswith("mmkernels::")  # type: ignore[union-attr]
+    model.float()
+    restore(model)  # whatever the dtype is by then
+    assert not any("forward" in child.__dict__ for child in model)
 
 
 def test_small_self_attention_without_gradients_is_torch_s_one_call(monkeypatch):

@@ -22,6 +22,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Products of every size on every machine; the names of the ways that calls take."""
     monkeypatch.setattr(_blocks, "_FEWEST_PRODUCTS", 0)
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
+    monkeypatch.setattr(_blocks, "torch_lacks_kernel", lambda dtype: False)
     taken: list[str] = []
     for module, name in ((_few_queries, "attend"), (_key_lengths, "attend_to_kept")):
         plain = getattr(module, name)

@@ -21,6 +21,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 def _products_of_every_size_on_every_machine(monkeypatch):
     monkeypatch.setattr(_blocks, "_FEWEST_PRODUCTS", 0)
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
+    monkeypatch.setattr(_blocks, "torch_lacks_kernel", lambda dtype: False)
     monkeypatch.setattr(timm, "_FEWEST_SCORES", 0)
 
 

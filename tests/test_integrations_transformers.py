@@ -14,7 +14,6 @@ from architectures import ARCHITECTURES, WIDTH, build, cast, keep, random, token
 from torch import nn
 
 from mmkernels.integrations import _blocks, accelerate, restore
-from mmkernels.integrations._swaps import Swap, source_hash
 from mmkernels.integrations.torch import modules as of_torch
 from mmkernels.ops.concat_linear import concat_linear
 from mmkernels.testing import same_bits
@@ -29,12 +28,7 @@ def _products_of_every_size_on_every_machine(monkeypatch: pytest.MonkeyPatch) ->
     """Small models would not reach this library's products, nor would large ones where torch's are the better ones."""
     monkeypatch.setattr(_blocks, "_FEWEST_PRODUCTS", 0)
     monkeypatch.setattr(_blocks, "products_pay", lambda: True)
-    linear = Swap(of_torch._linear, "concat_linear", (source_hash(nn.Linear.forward),))
-    monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.linear.Linear", linear)
-    patches = Swap(
-        of_torch._patches, "concat_linear", (source_hash(nn.Conv2d.forward),), concerns=of_torch._embeds_patches
-    )
-    monkeypatch.setitem(of_torch.SWAPS, "torch.nn.modules.conv.Conv2d", patches)
+    monkeypatch.setattr(_blocks, "torch_lacks_kernel", lambda dtype: False)
 
 
 def run(model, inputs, outputs):

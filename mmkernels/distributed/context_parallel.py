@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,20 @@ from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.joint_attention import checked_streams
 from mmkernels.ops.merge_attention import merge_attention
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _StreamOptions(TypedDict, total=False):
+    """What the overloads take as the signature says."""
+
+    order: Order
+    method: Method | None
+
+
+class _Options(attention.MaskedOptions, _StreamOptions):
+    pass
+
 
 @overload
 def context_parallel_attention(
@@ -35,42 +49,14 @@ def context_parallel_attention(
     value: Tensor,
     mesh: Any,
     *,
-    attn_mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "top_left",
-    window: tuple[int, int] | None = None,
-    order: Order = "contiguous",
-    softcap: float = 0.0,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    method: Method | None = None,
     return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
 @overload
 def context_parallel_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mesh: Any,
-    *,
-    attn_mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "top_left",
-    window: tuple[int, int] | None = None,
-    order: Order = "contiguous",
-    softcap: float = 0.0,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    method: Method | None = None,
-    return_lse: Literal[True],
+    query: Tensor, key: Tensor, value: Tensor, mesh: Any, *, return_lse: Literal[True], **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,28 @@ from mmkernels.ops import _checks as checks
 LONGEST = 2**62  # no sequence is longer, and twice that is within int64
 
 CausalAlignment = Literal["top_left", "bottom_right"]
+
+
+class PackedOptions(TypedDict, total=False):
+    """What the overloads of an attention take as its own signature says, which has the defaults."""
+
+    is_causal: bool
+    causal_alignment: CausalAlignment
+    window: tuple[int, int] | None
+    softcap: float
+    sinks: Tensor | None
+    scale: float | None
+
+
+class MaskedOptions(PackedOptions, total=False):
+    attn_mask: Tensor | None
+    attn_bias: Tensor | None
+    key_lengths: Tensor | None
+    enable_gqa: bool
+
+
+class CrossOptions(MaskedOptions, total=False):
+    dropout_p: float
 
 
 def scale_of(scale: float | None, head_dim: int) -> float:

@@ -74,11 +74,12 @@ def small_logits(hidden: Sequence[Any], linear: Any, valid: Callable[[int], Any]
         if not isinstance(head, (list, tuple)) or len(head) != 2:
             return None
         weight, bias = head
-        if type(x) not in PLAIN or type(weight) not in PLAIN or not x.is_cpu or x.dtype not in _KERNEL_DTYPES:
+        given = [t for t in (x, weight, bias) if t is not None]
+        if any(type(t) not in PLAIN or not t.is_cpu for t in given) or x.dtype not in _KERNEL_DTYPES:
             return None
         if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype is not x.dtype:
             return None
-        if bias is not None and (type(bias) not in PLAIN or bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
             return None
         size += x.shape[0] * weight.shape[0] * x.element_size()
     if size > _CHUNK_BYTES or checks.autocast_is_on(hidden[0].device) or torch._C._are_functorch_transforms_active():

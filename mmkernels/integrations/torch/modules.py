@@ -17,8 +17,8 @@ from mmkernels.integrations._blocks import (
     is_large,
     linear,
     masking,
+    multiplies,
     prefix_lengths,
-    products_pay,
     takes_products,
 )
 from mmkernels.integrations._swaps import Swap
@@ -226,7 +226,8 @@ def _patches(module: nn.Conv2d, input: Tensor) -> Tensor:
 
 def _embeds_patches(module: Any) -> bool:
     side_by_side = module.stride == module.kernel_size and module.padding in ((0, 0), "valid")
-    return side_by_side and module.dilation == (1, 1) and module.groups == 1 and min(module.kernel_size) >= 8
+    whole = module.dilation == (1, 1) and module.groups == 1 and min(module.kernel_size) >= 8
+    return side_by_side and whole and multiplies(module)
 
 
 _LARGE_PATCH = 1024
@@ -242,7 +243,6 @@ SWAPS = {
     ),
     "torch.nn.modules.transformer.TransformerEncoderLayer": Swap(_encoder_layer, "concat_linear", ("e7c7d6541243",)),
     "torch.nn.modules.transformer.TransformerDecoderLayer": Swap(_decoder_layer, "concat_linear", ("006e14d4d728",)),
+    "torch.nn.modules.linear.Linear": Swap(_linear, "concat_linear", ("7e11a09e2b61",), concerns=multiplies),
+    "torch.nn.modules.conv.Conv2d": Swap(_patches, "concat_linear", ("096628d11471",), concerns=_embeds_patches),
 }
-if products_pay():
-    SWAPS["torch.nn.modules.linear.Linear"] = Swap(_linear, "concat_linear", ("7e11a09e2b61",))
-    SWAPS["torch.nn.modules.conv.Conv2d"] = Swap(_patches, "concat_linear", ("096628d11471",), concerns=_embeds_patches)

@@ -47,12 +47,6 @@ def additive_attention_pool(
     Returns:
         pooled (B, D) and the weights a (B, M), both differentiable; zeros where every modality is absent.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, audio, video = (torch.randn(8, 64) for _ in range(3))
         >>> pooled, a = additive_attention_pool([text, audio, video], torch.randn(32, 64), torch.randn(32))

@@ -38,7 +38,7 @@ additive_attention_pool_op = DifferentiableOp(
     reference=reference.additive_attention_pool,
     reference_saved=reference.saved_activations,
     fake=_additive_attention_pool_fake,
-    cpu=NativeKernels("additive_attention_pool", weights=("weight", "query_weight")),
+    cpu=NativeKernels(weights=("weight", "query_weight")),
     triton=TritonKernels(lambda a: too_many_modalities(a.xs)),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

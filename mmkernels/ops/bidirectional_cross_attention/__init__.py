@@ -56,12 +56,6 @@ def bidirectional_cross_attention(
     A padded token attends to the other side as a real one does, and what is not finite in it counts as zero, so that
     nothing of it reaches another token. Where the other side has no real token, outputs and gradients are 0.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, text = torch.randn(2, 4, 900, 64), torch.randn(2, 4, 32, 64)
         >>> [x.shape for x in bidirectional_cross_attention(image, text, image, text)]

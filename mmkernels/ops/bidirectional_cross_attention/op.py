@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops.bidirectional_cross_attention import reference
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 
@@ -52,7 +52,6 @@ bidirectional_cross_attention_op = DifferentiableOp(
     reference=reference.bidirectional_cross_attention,
     reference_saved=reference.softmax_stats,
     fake=_bidirectional_cross_attention_fake,
-    cpu=NativeKernels("bidirectional_cross_attention"),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,
     gradient=_gradient,

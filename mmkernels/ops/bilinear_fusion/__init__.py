@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmkernels import _native
@@ -58,12 +57,6 @@ def bilinear_fusion(
     Returns:
         (*, N), or (*, Nout) with ``out_weight``.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, question = torch.randn(8, 2048), torch.randn(8, 1024)
         >>> U, V = torch.randn(5 * 256, 2048), torch.randn(5 * 256, 1024)
@@ -104,7 +97,7 @@ def bilinear_fusion(
         if reason is not None and bilinear_fusion_op.forward.leaves_to_torch(reason):
             return linear(linear(x, x_weight) * linear(y, y_weight), out_weight, out_bias)
     z = from_rows(bilinear_fusion_op(as_rows(x), as_rows(y), x_weight, y_weight, rank, presence)[0], x.shape[:-1])
-    return z if out_weight is None else F.linear(z, out_weight, out_bias)
+    return z if out_weight is None else linear(z, out_weight, out_bias)
 
 
 def _torch_is_faster(x: Tensor, y: Tensor) -> str | None:

@@ -36,7 +36,7 @@ bilinear_fusion_op = DifferentiableOp(
     reference=reference.bilinear_fusion,
     reference_saved=reference.projections,
     fake=_bilinear_fusion_fake,
-    cpu=NativeKernels("bilinear_fusion", weights=("x_weight", "y_weight")),
+    cpu=NativeKernels(weights=("x_weight", "y_weight")),
     triton=TritonKernels(),
     keeps=Kept(
         {

@@ -51,12 +51,6 @@ def concat_linear(
     Returns:
         (*, N).
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, audio, video = torch.randn(8, 300), torch.randn(8, 74), torch.randn(8, 35)
         >>> concat_linear([text, audio, video], torch.randn(128, 409), activation="relu").shape

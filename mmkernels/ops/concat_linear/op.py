@@ -86,7 +86,7 @@ concat_linear_op = DifferentiableOp(
     reference=reference.concat_linear,
     reference_saved=_concat_linear_saved,
     fake=_concat_linear_fake,
-    cpu=NativeKernels("concat_linear", weights=("weight",)),
+    cpu=NativeKernels(weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
     keeps=(_KEPT, _kept_kind),

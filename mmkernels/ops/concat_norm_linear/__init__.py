@@ -54,12 +54,6 @@ def concat_norm_linear(
     Returns:
         (*, N).
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, text = torch.randn(8, 768), torch.randn(8, 512)
         >>> g, h, weight = torch.ones(1280), torch.zeros(1280), torch.randn(256, 1280)

@@ -62,7 +62,7 @@ concat_norm_linear_op = DifferentiableOp(
     reference=reference.concat_norm_linear,
     reference_saved=_concat_norm_linear_saved,
     fake=_concat_norm_linear_fake,
-    cpu=NativeKernels("concat_norm_linear", weights=("weight",)),
+    cpu=NativeKernels(weights=("weight",)),
     cuda=CudaKernels(_cuda_supports, loses=_cuda_loses),
     triton=TritonKernels(),
     keeps=((EVERYTHING, EVERYTHING_AND_OUTPUTS), lambda a: a.activation is None),  # without activation the output is z

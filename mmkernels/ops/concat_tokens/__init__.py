@@ -49,12 +49,6 @@ def concat_tokens(
 
     Under autocast, tensors of different dtypes are promoted to the widest, as ``torch.cat`` does.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, image = torch.randn(2, 40, 768), torch.randn(2, 196, 768)
         >>> concat_tokens([text, image], type_embedding=torch.randn(2, 768), norm="layer").shape

@@ -66,7 +66,7 @@ concat_tokens_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.concat_tokens,
     fake=_concat_tokens_fake,
-    cpu=NativeKernels("concat_tokens", supports=_native_supports),
+    cpu=NativeKernels(supports=_native_supports),
     cuda=CudaKernels(_cuda_supports, loses=lambda a: rows_lose(sum(x.numel() for x in a.xs))),
     triton=TritonKernels(_triton_supports),
     keeps=(_KEPT, lambda a: a.norm is not None),

@@ -58,12 +58,6 @@ def contrastive_loss(
     Returns:
         The loss (), in the dtype of x; under autocast float32. 0 of no pairs.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, text = (F.normalize(torch.randn(256, 512), dim=-1) for _ in range(2))
         >>> contrastive_loss(image, text, 100.0).shape

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._arguments import SymInt
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.contrastive_loss import reference
 
@@ -46,6 +46,5 @@ contrastive_loss_op = DifferentiableOp(
     reference=reference.contrastive_loss,
     reference_saved=reference.softmax_stats,
     fake=_contrastive_loss_fake,
-    cpu=NativeKernels("contrastive_loss"),
     triton=TritonKernels(),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.cross_attention.op import cross_attention_op, unexpanded
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["cross_attention", "scaled_dot_product_attention"]
 
 
@@ -24,39 +27,14 @@ def cross_attention(
     key: Tensor,
     value: Tensor,
     *,
-    attn_mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "top_left",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
+    **options: Unpack[attention.CrossOptions],
 ) -> Tensor: ...
 
 
 @overload
 def cross_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attn_mask: Tensor | None = None,
-    attn_bias: Tensor | None = None,
-    sinks: Tensor | None = None,
-    key_lengths: Tensor | None = None,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "top_left",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    dropout_p: float = 0.0,
-    return_lse: Literal[True],
+    query: Tensor, key: Tensor, value: Tensor, *, return_lse: Literal[True], **options: Unpack[attention.CrossOptions]
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -118,12 +96,6 @@ def cross_attention(
     A row that may attend to nothing gives output 0, lse −inf (with sinks, its sink) and gradient 0. With any mask, a
     key whose K or V row holds NaN or inf turns the query rows that may attend to it into NaN and touches no other row.
     Under autocast, query, key and value are cast as torch's own attention casts them; masks and sinks are not.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
 
     Example:
         >>> text, image = torch.randn(2, 8, 77, 64), torch.randn(2, 8, 576, 64)

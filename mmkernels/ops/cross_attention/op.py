@@ -121,7 +121,7 @@ cross_attention_op = DifferentiableOp(
     reference=_reference,
     reference_saved=_reference_saved,
     fake=_cross_attention_fake,
-    cpu=NativeKernels("cross_attention", any_strides=True),
+    cpu=NativeKernels(any_strides=True),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports, _triton_supports_backward, any_strides=True),
     keeps=EVERYTHING_AND_OUTPUTS,

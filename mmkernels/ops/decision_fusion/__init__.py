@@ -54,12 +54,6 @@ def decision_fusion(
         Probabilities (B, C), made in float32; zeros where every modality is absent, or where "log" or "product" leave
         no class. Differentiable in logits and weights, but for "vote".
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, audio = torch.randn(8, 10), torch.randn(8, 10)
         >>> decision_fusion([text, audio], torch.tensor([0.7, 0.3]), method="log").shape

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops._pool import too_many_modalities
 from mmkernels.ops.decision_fusion import reference
 
@@ -40,6 +40,5 @@ decision_fusion_op = DifferentiableOp(
     outputs="Tensor probabilities",
     reference=reference.decision_fusion,
     fake=_decision_fusion_fake,
-    cpu=NativeKernels("decision_fusion"),
     triton=TritonKernels(_triton_supports),
 )

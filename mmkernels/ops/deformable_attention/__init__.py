@@ -54,12 +54,6 @@ def deformable_attention(
     Returns:
         (B, Lq, H · D), contiguous.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> value = torch.randn(1, 8 * 8 + 4 * 4, 2, 16)  # two levels, two heads
         >>> locations, weights = torch.rand(1, 5, 2, 2, 4, 2), torch.rand(1, 5, 2, 2, 4)

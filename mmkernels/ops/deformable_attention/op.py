@@ -48,7 +48,7 @@ deformable_attention_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.deformable_attention,
     fake=_deformable_attention_fake,
-    cpu=NativeKernels("deformable_attention", _rows_have_32_bits),
+    cpu=NativeKernels(_rows_have_32_bits),
     triton=TritonKernels(_cells_have_32_bits),
     keeps=Kept({"values": "locations weights presence", "weights": "values locations presence"}),
 )

@@ -75,12 +75,6 @@ def distillation_loss(
         A scalar in the dtype of the logits, made in float32; 0, with gradient 0, where no row counts. For the backward
         six numbers of each row are kept, and it writes the gradient in one pass over the logits.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> student, teacher = torch.randn(8, 50), torch.randn(8, 50)
         >>> distillation_loss(student, teacher, temperature=2.0).shape

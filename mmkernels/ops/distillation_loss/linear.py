@@ -87,7 +87,7 @@ linear_op = DifferentiableOp(
     reference_saved=_reference_saved,
     fake=_fake,
     cpu=NativeKernels(
-        "distillation_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
+        name="distillation_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
     ),
     triton=TritonKernels(op="distillation_loss", prefix="linear_"),
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops.distillation_loss import reference
 
 
@@ -47,6 +47,5 @@ distillation_loss_op = DifferentiableOp(
     reference=reference.distillation_loss,
     reference_saved=reference.row_statistics,
     fake=_distillation_loss_fake,
-    cpu=NativeKernels("distillation_loss"),
     triton=TritonKernels(_triton_supports),
 )

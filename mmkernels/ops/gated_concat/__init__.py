@@ -30,12 +30,6 @@ def gated_concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = Non
     Returns:
         (*, Kx + Ky + 1).
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, image = torch.randn(8, 64), torch.randn(8, 32)
         >>> gated_concat(text, image, torch.randn(64, 96)).shape

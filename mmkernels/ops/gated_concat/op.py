@@ -40,6 +40,6 @@ gated_concat_op = DifferentiableOp(
     reference=reference.gated_concat,
     reference_saved=_gated_concat_saved,
     fake=_gated_concat_fake,
-    cpu=NativeKernels("gated_concat", weights=("weight",)),
+    cpu=NativeKernels(weights=("weight",)),
     triton=TritonKernels(),
 )

@@ -83,12 +83,6 @@ def gated_fusion(
         (*, N); with ``return_gate`` a pair of it and z, (*, M, N), in the sigmoid form z and 1 − z stacked. Both are
         differentiable. z is 0 where a modality is absent, and sums to 1 over the present ones.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> plot, poster = torch.randn(8, 300), torch.randn(8, 256)
         >>> weights, gate_weight = [torch.randn(64, 300), torch.randn(64, 256)], torch.randn(64, 556)

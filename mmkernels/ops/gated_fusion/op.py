@@ -45,6 +45,6 @@ gated_fusion_op = DifferentiableOp(
     reference=reference.gated_fusion,
     reference_saved=_gated_fusion_saved,
     fake=_gated_fusion_fake,
-    cpu=NativeKernels("gated_fusion", weights=("value_weights", "gate_weight")),
+    cpu=NativeKernels(weights=("value_weights", "gate_weight")),
     triton=TritonKernels(),
 )

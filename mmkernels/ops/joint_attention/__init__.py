@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -15,9 +15,23 @@ from mmkernels.ops import _checks as checks
 from mmkernels.ops import _fusion_checks as fusion
 from mmkernels.ops.joint_attention.op import joint_attention_op
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["joint_attention"]
 
 _NAME = "joint_attention"
+
+
+class _Options(TypedDict, total=False):
+    """What the overloads take as the signature says."""
+
+    key_lengths: Sequence[Tensor | None] | None
+    stream_bias: Tensor | None
+    scale: float | None
+    softcap: float
+    enable_gqa: bool
+    dropout_p: float
 
 
 @overload
@@ -26,13 +40,8 @@ def joint_attention(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
-    key_lengths: Sequence[Tensor | None] | None = None,
-    stream_bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    enable_gqa: bool = False,
-    dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> list[Tensor]: ...
 
 
@@ -42,13 +51,8 @@ def joint_attention(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     *,
-    key_lengths: Sequence[Tensor | None] | None = None,
-    stream_bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    enable_gqa: bool = False,
-    dropout_p: float = 0.0,
     return_lse: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[list[Tensor], list[Tensor]]: ...
 
 
@@ -96,12 +100,6 @@ def joint_attention(
 
     A row that may attend to nothing gives output 0, lse −inf and gradient 0. What stands in padding or in a forbidden
     stream is never read into the result. Under autocast, floating inputs are cast as torch's own attention casts them.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
 
     Example:
         >>> text, image = torch.randn(2, 8, 77, 64), torch.randn(2, 8, 576, 64)

@@ -86,7 +86,7 @@ joint_attention_op = DifferentiableOp(
     reference=reference.joint_attention,
     reference_saved=reference.softmax_stats,
     fake=_joint_attention_fake,
-    cpu=NativeKernels("joint_attention", _supports),
+    cpu=NativeKernels(_supports),
     cuda=CudaKernels(_cuda_supports, functools.partial(_cuda_supports, backward=True), _cuda_loses),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,

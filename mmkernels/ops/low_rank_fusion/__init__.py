@@ -46,12 +46,6 @@ def low_rank_fusion(
     Returns:
         (*, N).
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> xs = [torch.randn(8, 32), torch.randn(8, 16)]
         >>> factors = [torch.randn(4, 33, 64), torch.randn(4, 17, 64)]

@@ -32,7 +32,7 @@ low_rank_fusion_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.low_rank_fusion,
     fake=_low_rank_fusion_fake,
-    cpu=NativeKernels("low_rank_fusion", weights=("factors",)),
+    cpu=NativeKernels(weights=("factors",)),
     triton=TritonKernels(),
     keeps=Kept({"bias": ""}, never="bias"),
 )

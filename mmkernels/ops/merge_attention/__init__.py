@@ -34,12 +34,6 @@ def merge_attention(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[
     A part whose lse is −inf counts for nothing, whatever its output holds; where all are, out is 0, lse −inf and every
     gradient 0.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> query, text, image = torch.randn(2, 8, 64, 32), torch.randn(2, 8, 77, 32), torch.randn(2, 8, 576, 32)
         >>> parts = [cross_attention(query, x, x, return_lse=True) for x in (text, image)]

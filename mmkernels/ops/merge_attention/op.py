@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.merge_attention import reference
 
@@ -43,7 +43,6 @@ merge_attention_op = DifferentiableOp(
     outputs="Tensor out, Tensor lse",
     reference=reference.merge_attention,
     fake=_merge_attention_fake,
-    cpu=NativeKernels("merge_attention"),
     triton=TritonKernels(_triton_supports),
     gradient=lambda leaf, _: _in_own_order(leaf),
 )

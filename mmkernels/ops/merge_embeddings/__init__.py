@@ -38,9 +38,6 @@ def merge_embeddings(
 
     Raises:
         ValueError: shapes that do not fit, or a count that does not.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
 
     Example:
         >>> text, image = torch.zeros(1, 4, 2), torch.ones(2, 2)

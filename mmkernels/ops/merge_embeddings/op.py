@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels._cuda import misaligned
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
-from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
+from mmkernels._kernels import CudaKernels, TritonKernels
 from mmkernels.ops.merge_embeddings import reference
 
 
@@ -43,7 +43,6 @@ merge_embeddings_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.merge_embeddings,
     fake=_merge_embeddings_fake,
-    cpu=NativeKernels("merge_embeddings"),
     cuda=CudaKernels(_cuda_supports),
     triton=TritonKernels(),
     keeps=Kept({"text": "mask", "modals": "mask"}),

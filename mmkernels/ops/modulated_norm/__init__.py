@@ -45,12 +45,6 @@ def modulated_norm(
 
     Under autocast, tensors of different dtypes are promoted to the widest, as torch's own norms and products are.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, shift, scale = torch.randn(4, 256, 1152), torch.randn(4, 1152), torch.randn(4, 1152)
         >>> modulated_norm(image, shift, scale).shape

@@ -9,7 +9,7 @@ from torch import Tensor
 from mmkernels._cuda import misaligned, rows_lose
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
-from mmkernels._kernels import CudaKernels, NativeKernels, TritonKernels
+from mmkernels._kernels import CudaKernels, TritonKernels
 from mmkernels.ops.modulated_norm import reference
 
 
@@ -60,7 +60,6 @@ modulated_norm_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.modulated_norm,
     fake=_modulated_norm_fake,
-    cpu=NativeKernels("modulated_norm"),
     cuda=CudaKernels(_cuda_supports, loses=lambda a: rows_lose(a.x.numel())),
     triton=TritonKernels(_triton_supports),
     keeps=(_KEPT, lambda a: a.norm is not None),

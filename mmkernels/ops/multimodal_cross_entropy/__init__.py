@@ -76,12 +76,6 @@ def multimodal_cross_entropy(
     Returns:
         total () and the losses of the modalities (M,), both differentiable, in the logits' dtype.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> image, text = torch.randn(8, 10), torch.randn(8, 10)
         >>> total, each = multimodal_cross_entropy([image, text], torch.arange(8), weights=torch.tensor([0.7, 0.3]))

@@ -90,7 +90,7 @@ linear_op = DifferentiableOp(
     reference_saved=_reference_saved,
     fake=_fake,
     cpu=NativeKernels(
-        "cross_entropy_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
+        name="cross_entropy_rows", composed=(partial(forward, _compiled_rows), partial(backward, _compiled_rows))
     ),
     triton=TritonKernels(op="multimodal_cross_entropy", prefix="linear_"),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops.multimodal_cross_entropy import reference
 
 
@@ -49,6 +49,5 @@ multimodal_cross_entropy_op = DifferentiableOp(
     reference=reference.multimodal_cross_entropy,
     reference_saved=reference.saved_statistics,
     fake=_multimodal_cross_entropy_fake,
-    cpu=NativeKernels("multimodal_cross_entropy"),
     triton=TritonKernels(_triton_supports),
 )

@@ -43,12 +43,6 @@ def multiplicative_attention_pool(
     Returns:
         pooled (B, D) and the weights a (B, M), both differentiable; zeros where every modality is absent.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> xs, question = [torch.randn(8, 64) for _ in range(3)], torch.randn(8, 48)
         >>> pooled, a = multiplicative_attention_pool(xs, question, weight=torch.randn(48, 64))

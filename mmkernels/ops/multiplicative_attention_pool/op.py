@@ -51,7 +51,7 @@ multiplicative_attention_pool_op = DifferentiableOp(
     reference=reference.multiplicative_attention_pool,
     reference_saved=_multiplicative_attention_pool_saved,
     fake=_multiplicative_attention_pool_fake,
-    cpu=NativeKernels("multiplicative_attention_pool", weights=("weight",)),
+    cpu=NativeKernels(weights=("weight",)),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -54,12 +54,6 @@ def norm_rotary(
     Under autocast, query and key of different dtypes are promoted to the wider, and cos, sin and weights whose dtype
     does not fit are cast to it.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> query, key = torch.randn(2, 8, 64, 32), torch.randn(2, 2, 64, 32)
         >>> angle = torch.arange(64)[:, None] * 10000.0 ** (-torch.arange(16) / 16)

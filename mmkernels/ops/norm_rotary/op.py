@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import Kept
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.norm_rotary import reference
 
@@ -58,7 +58,6 @@ norm_rotary_op = DifferentiableOp(
     outputs="Tensor query, Tensor key",
     reference=reference.norm_rotary,
     fake=_norm_rotary_fake,
-    cpu=NativeKernels("norm_rotary"),
     triton=TritonKernels(_triton_supports),
     gradient=_gradient,
     keeps=(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mmkernels._arguments import SymInt
 from mmkernels._differentiable import DifferentiableOp
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops._contrastive import accumulation_dtype
 from mmkernels.ops.sigmoid_contrastive_loss import reference
 
@@ -41,6 +41,5 @@ sigmoid_contrastive_loss_op = DifferentiableOp(
     reference=reference.sigmoid_contrastive_loss,
     reference_saved=reference.unit_gradients,
     fake=_sigmoid_contrastive_loss_fake,
-    cpu=NativeKernels("sigmoid_contrastive_loss"),
     triton=TritonKernels(),
 )

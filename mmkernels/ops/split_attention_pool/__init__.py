@@ -48,12 +48,6 @@ def split_attention_pool(
     Returns:
         pooled (B, D) and the weights a (B, M, D), both differentiable; zeros where every modality is absent.
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> views = torch.randn(8, 2, 64)
         >>> layers = torch.randn(16, 64), torch.randn(16), torch.randn(128, 16), torch.randn(128)

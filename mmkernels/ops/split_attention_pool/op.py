@@ -55,7 +55,7 @@ split_attention_pool_op = DifferentiableOp(
     reference=reference.split_attention_pool,
     reference_saved=_split_attention_pool_saved,
     fake=_split_attention_pool_fake,
-    cpu=NativeKernels("split_attention_pool", weights=("weight1", "weight2")),
+    cpu=NativeKernels(weights=("weight1", "weight2")),
     triton=TritonKernels(lambda a: too_many_modalities(a.xs)),
     keeps=EVERYTHING_AND_OUTPUTS,
 )

@@ -41,12 +41,6 @@ def tensor_fusion_linear(
     Returns:
         (*, N).
 
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
-
     Example:
         >>> text, audio, video = torch.randn(8, 32), torch.randn(8, 16), torch.randn(8, 8)
         >>> tensor_fusion_linear([text, audio, video], torch.randn(64, 33 * 17 * 9)).shape

@@ -31,7 +31,7 @@ tensor_fusion_linear_op = DifferentiableOp(
     outputs="Tensor out",
     reference=reference.tensor_fusion_linear,
     fake=_tensor_fusion_linear_fake,
-    cpu=NativeKernels("tensor_fusion_linear", weights=("weight",)),
+    cpu=NativeKernels(weights=("weight",)),
     triton=TritonKernels(),
     keeps=Kept({"weight": "xs presence", "bias": ""}, never="bias"),
 )

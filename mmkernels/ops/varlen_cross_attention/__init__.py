@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _attention_checks as attention
 from mmkernels.ops import _checks as checks
 from mmkernels.ops.varlen_cross_attention.op import varlen_cross_attention_op
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["varlen_cross_attention"]
 
@@ -29,13 +32,8 @@ def varlen_cross_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "bottom_right",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
     return_lse: Literal[False] = False,
+    **options: Unpack[attention.PackedOptions],
 ) -> Tensor: ...
 
 
@@ -49,13 +47,8 @@ def varlen_cross_attention(
     max_seqlen_q: int,
     max_seqlen_k: int,
     *,
-    is_causal: bool = False,
-    causal_alignment: attention.CausalAlignment = "bottom_right",
-    window: tuple[int, int] | None = None,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
     return_lse: Literal[True],
+    **options: Unpack[attention.PackedOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -108,12 +101,6 @@ def varlen_cross_attention(
         (float64 for float64 inputs), differentiable.
 
     A row that may attend to nothing gives output 0, lse −inf (with sinks, its sink) and gradient 0.
-
-    Raises:
-        ValueError: shapes or values that do not fit.
-        TypeError: a wrong type or dtype.
-        RuntimeError: tensors on different devices.
-        mmkernels.UnsupportedError: a forced backend cannot serve the call.
 
     Example:
         >>> text, image = torch.randn(40, 8, 64), torch.randn(700, 2, 64)

@@ -10,7 +10,7 @@ from torch import Tensor
 from mmkernels._arguments import SymInt
 from mmkernels._differentiable import DifferentiableOp
 from mmkernels._kept import EVERYTHING_AND_OUTPUTS
-from mmkernels._kernels import NativeKernels, TritonKernels
+from mmkernels._kernels import TritonKernels
 from mmkernels.ops._attention_checks import too_wide_for_triton
 from mmkernels.ops.cross_attention.op import empty_in_order_of
 from mmkernels.ops.varlen_cross_attention import reference
@@ -55,7 +55,6 @@ varlen_cross_attention_op = DifferentiableOp(
     reference=reference.varlen_cross_attention,
     reference_saved=reference.softmax_stats,
     fake=_varlen_cross_attention_fake,
-    cpu=NativeKernels("varlen_cross_attention"),
     triton=TritonKernels(_triton_supports),
     keeps=EVERYTHING_AND_OUTPUTS,
     gradient=lambda leaf, _: empty_in_order_of(leaf, leaf.shape),
