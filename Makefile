@@ -21,14 +21,15 @@ COMPILE = MMKERNELS_REQUIRE_NATIVE=1 $(PY) setup.py --quiet build_ext --inplace
 PYTEST = MMKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -q
 CXX_SOURCES = $(shell find csrc tests/simt tests/aarch64 -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help bench bench-compare bench-plan gallery docs test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
+.PHONY: help bench bench-compare bench-plan gallery docs pages test build build-here soak wheel matrix fuzz interpret simt kernels sanitize gpu lint types format clean
 
 help:
 	@echo 'make bench     run the example and the benchmark on the CPU (ARGS="--quick" for a short one); compiles what it runs'
 	@echo 'make bench-compare BASE=main~1'
 	@echo '               measure that commit, then this tree, and say what became faster and slower'
 	@echo 'make gallery   run the examples and write docs/gallery.md (ARGS="--seconds 10" bounds the training in each)'
-	@echo 'make docs      write the tables of the pages and build them as a site, build/docs/index.html'
+	@echo 'make docs      build the pages as a site, build/docs/index.html'
+	@echo 'make pages     write their tables of parameters and their drawings, which the tests hold to the code'
 	@echo 'make test      run the tests (ARGS="-k name" for some)'
 	@echo 'make build     set up .venv and compile what changed, for every instruction set'
 	@echo 'make fuzz      run the fuzz tests with MMKERNELS_FUZZ_EXAMPLES cases, 20000 by default'
@@ -69,10 +70,12 @@ gallery: build-here
 
 # Every warning, as of a link that leads nowhere, is an error.
 docs: $(INSTALLED) $(DOCS)
-	$(PY) docs/tools/parameters.py
-	$(PY) docs/tools/drawings.py
 	$(PY) -m sphinx --quiet --fail-on-warning --keep-going --jobs auto -c docs . build/docs
 	@echo 'The site: build/docs/index.html'
+
+pages: $(INSTALLED)
+	$(PY) docs/tools/parameters.py
+	$(PY) docs/tools/drawings.py
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
 test: build $(MODELS)

@@ -73,10 +73,11 @@ TREE = {
         "Features": [f"docs/{op}" for op in FEATURES],
         "Attention": [f"docs/{op}" for op in ATTENTION],
         "Decisions and losses": [f"docs/{op}" for op in DECISIONS],
-        "Models": ["docs/whole_models", "docs/integrations", "docs/distributed", "docs/benchmarking"],
+        "Models": ["docs/whole_models", "docs/integrations", "docs/distributed", "docs/testing", "docs/benchmarking"],
         "About": [
             "docs/precision",
             "docs/limits",
+            "docs/building",
             "docs/internals/README",
             "Writing an op, an ISA, a backend <CONTRIBUTING>",
             *(["CHANGELOG"] if (ROOT / "CHANGELOG.md").exists() else []),

@@ -131,13 +131,13 @@ def test_the_example_of_a_docstring_prints_what_it_says(name, public, alone, tmp
 @pytest.mark.parametrize("place", [place for place, page in PLACES.items() if parameters.documented(page.read_text())])
 def test_the_tables_of_a_page_are_those_of_the_signatures(place):
     page = PLACES[place].read_text(encoding="utf-8")
-    assert page == parameters.rewritten(page), "`make docs` writes them"
+    assert page == parameters.rewritten(page), "`make pages` writes them"
 
 
 @pytest.mark.parametrize("name", drawings.DRAWINGS)
 def test_a_drawing_is_that_of_its_code(name):
     drawn = (drawings.PICTURES / f"{name}.svg").read_text(encoding="utf-8")
-    assert drawn == drawings.DRAWINGS[name](), "`make docs` draws them"
+    assert drawn == drawings.DRAWINGS[name](), "`make pages` draws them"
 
 
 def test_every_public_function_and_module_has_a_table():

@@ -173,6 +173,8 @@ def table(of: Callable[..., Any], name: str) -> str:
     parameters, hints = _signature(of)
     doc = parse(of.__doc__ or "")
     is_module = isinstance(of, type)
+    if not is_module:
+        doc.raises = " ".join(filter(None, [doc.raises, "What [every op](limits.md#errors) raises."]))
     if is_module:
         for p in ("device", "dtype"):
             doc.parameters.setdefault(p, "of the parameters.")
