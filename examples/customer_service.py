@@ -18,6 +18,7 @@ from functools import cache, partial
 import torch
 from common import Example, accuracy, data
 from common.speech import BANDS, HOP, log_mel, synthesised
+from common.words import PAIRS_WIDTH, letter_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -59,7 +60,7 @@ def requests(count: int, lost: float = 0.0, errors: int = 0) -> dict[str, Tensor
     for i, f, a in zip(intent.tolist(), form.tolist(), angry.tolist(), strict=True):
         beside = list(FORMS.values())[f][int(torch.randint(3, ()))]
         said = [list(INTENTS)[i], beside]
-        words.append(torch.stack([data.embed(data.misspelt(word, errors, generator)) for word in said]))
+        words.append(letter_pairs([data.misspelt(word, errors, generator) for word in said]))
         waves.append(voices()[i][a][int(torch.randint(CALLERS, ()))])
     frames = torch.tensor([len(wave) // HOP + 1 for wave in waves]).clamp_max(FRAMES)
     sound = pad_sequence(waves, batch_first=True)
@@ -73,7 +74,7 @@ class Service(nn.Module):
     def __init__(self, ops, senses: str) -> None:
         super().__init__()
         self.ops, self.senses = ops, senses
-        self.read, self.hear = nn.Linear(data.WORD_WIDTH, WIDTH), nn.Linear(BANDS, WIDTH)
+        self.read, self.hear = nn.Linear(PAIRS_WIDTH, WIDTH), nn.Linear(BANDS, WIDTH)
         self.asked, self.time = (nn.Parameter(0.3 * torch.randn(n, WIDTH)) for n in (2, FRAMES))
         self.query, self.key_value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
         self.norm, self.join = nn.LayerNorm(4 * WIDTH), nn.Linear(4 * WIDTH, 2 * WIDTH)

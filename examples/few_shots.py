@@ -64,7 +64,7 @@ def scatter(axes, embedded: Tensor, label: Tensor) -> None:
     for digit in range(KNOWN, 10):
         axes.scatter(*plane[label == digit].T.tolist(), s=8, label=str(digit))
     axes.set(title="digits never trained on", xticks=[], yticks=[])
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,10 +71,11 @@ INTRODUCTION = """\
 
 Each example trains a small model twice, with this library's ops and with the same ops written in plain torch
 ([plain.py](../examples/common/plain.py)), from one seed: both must lose the same. It ends in checks that fail loudly.
-The events are scikit-learn's handwritten digits, the same digits spoken by {speaker}, and the digit's name typed;
-what else there is, scenes of shapes or a road, is drawn by a rule in the file.
-Times are of one thread and of tiny models, where calls cost more than arithmetic;
-[measured](generated/measured.md) has real sizes. `make gallery` runs all of it and writes this page.
+The events are scikit-learn's handwritten digits; the same digits spoken by {speaker};
+and the digit's name typed, a vector of MiniLM's or of its letter pairs ([words.py](../examples/common/words.py)).
+What else there is, scenes of shapes or a road, is drawn by a rule in the file.
+Times are of one thread and of tiny models, where calls cost more than arithmetic; [measured](generated/measured.md)
+has real sizes. `make gallery` runs all of it and writes this page.
 """
 
 

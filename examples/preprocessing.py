@@ -19,7 +19,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from common import Example, accuracy, data
+from common import Example, accuracy, data, words
 from common.speech import SPEAKERS, WORDS, log_mel
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def vary(records: Records, generator: torch.Generator) -> Records:
 
 def features(records: Records, mel: bool) -> list[Tensor]:
     sound = log_mel(records.sound).flatten(1) / 5 if mel else records.sound
-    return [records.image.flatten(1), sound, torch.stack([data.embed(word) for word in records.words])]
+    return [records.image.flatten(1), sound, words.letter_pairs(records.words)]
 
 
 class Joined(nn.Module):

@@ -17,6 +17,7 @@ import sys
 
 import torch
 from common import Example, scenes
+from common.words import PAIRS_WIDTH, letter_pairs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,10 +42,10 @@ def question(kind: list[int], rng: torch.Generator) -> tuple[str, list[str], str
 
 
 def ask(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[tuple[str, list[str], str]]]:
-    """Images, words [count, 3, WORD_WIDTH], answers as places in ANSWERS, and the questions in words."""
+    """Images, words [count, 3, PAIRS_WIDTH], answers as places in ANSWERS, and the questions in words."""
     drawn = scenes.draw_scenes(count, rng)
     questions = [question(kind, rng) for kind in drawn.kind.tolist()]
-    words = torch.stack([scenes.embed_words(said) for _, said, _ in questions])
+    words = torch.stack([letter_pairs(said) for _, said, _ in questions])
     return drawn.image, words, torch.tensor([ANSWERS.index(answer) for _, _, answer in questions]), questions
 
 
@@ -53,7 +54,7 @@ class Answerer(nn.Module):
         super().__init__()
         self.ops = ops
         self.see = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 4, 4))
-        self.norm, self.read = nn.LayerNorm(WIDTH), nn.Linear(scenes.data.WORD_WIDTH, WIDTH)
+        self.norm, self.read = nn.LayerNorm(WIDTH), nn.Linear(PAIRS_WIDTH, WIDTH)
         self.place, self.order = (nn.Parameter(0.5 * torch.randn(n, WIDTH)) for n in (4, 3))
         self.project = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2 * LAYERS))
         self.think = nn.ModuleList(

@@ -17,7 +17,7 @@ import time
 from functools import partial
 
 import torch
-from common import Example, accuracy, data, plain
+from common import Example, accuracy, data, plain, words
 from torch import nn
 
 WIDTH, DEADLINE, MISSING = 256, 0.002, 0.2  # seconds a frame may take, share of frames in which a sense is not there
@@ -46,7 +46,7 @@ def arrivals(count: int) -> torch.Tensor:
 
 def main(argv: list[str] | None = None) -> int:
     example = Example(__doc__, argv)
-    train, test = data.split(data.draw_events(noise=0.3, loudness=1.0, errors=1))
+    train, test = data.split(data.draw_events(noise=0.3, loudness=1.0, errors=1, read=words.letter_pairs))
     sizes = [x.shape[1] for x in train.features()]
     draw = data.batches(train)
 

@@ -15,7 +15,7 @@ import sys
 from functools import partial
 
 import torch
-from common import Example, data
+from common import Example, data, words
 from torch import Tensor, nn
 
 WIDTH, HEADS, RANK, PER_TOPIC, USERS, CLICKS, TOP = 32, 2, 2, 6, 1000, 8, 10
@@ -27,7 +27,7 @@ class Recommender(nn.Module):
         self.ops, self.covers = ops, covers  # [items, 64]
         self.see = nn.Sequential(nn.Linear(covers.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
         self.query, self.key_value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.interest = nn.Linear(data.WORD_WIDTH, WIDTH)
+        self.interest = nn.Linear(words.PAIRS_WIDTH, WIDTH)
         self.x, self.y = nn.Linear(2 * WIDTH, RANK * WIDTH, bias=False), nn.Linear(WIDTH, RANK * WIDTH, bias=False)
         self.score = nn.Linear(WIDTH, 1)
 
@@ -54,7 +54,7 @@ def draw_users(popular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     likes = torch.rand(USERS, 10).topk(2).indices
     liked = (topic == likes[:, :1]) | (topic == likes[:, 1:])  # [USERS, items]
     drawn = torch.multinomial(liked * popular, CLICKS + 1)
-    names = torch.stack([data.embed(word) for word in data.speech.WORDS])
+    names = words.letter_pairs(data.speech.WORDS)
     return drawn[:, :CLICKS], names[likes[:, 0]], drawn[:, CLICKS]
 
 

@@ -16,6 +16,7 @@ import sys
 
 import torch
 from common import Example, scenes
+from common.words import PAIRS_WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,7 +50,7 @@ class Exchange(nn.Module):
 class Grounding(nn.Module):
     def __init__(self, ops) -> None:
         super().__init__()
-        self.see, self.read = scenes.ImageTokens(WIDTH), nn.Linear(scenes.data.WORD_WIDTH, WIDTH)
+        self.see, self.read = scenes.ImageTokens(WIDTH), nn.Linear(PAIRS_WIDTH, WIDTH)
         self.layers = nn.ModuleList(Exchange(ops) for _ in range(LAYERS))
         self.head = nn.Linear(WIDTH, 1 + 4 + PATCH**2)
 

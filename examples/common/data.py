@@ -1,17 +1,15 @@
 """One event in four modalities: a written digit, the word spoken, the word typed, and the digit drifting in a video.
 
-Images are scikit-learn's digits. Speech is made once and kept in the user's cache directory. Typed words become vectors
-by their letter pairs: a stand-in for a language model, with which words that share letters are near.
+Images are scikit-learn's digits. Speech (common/speech.py) and the vectors of typed words (common/words.py) are made
+once and kept in the user's cache directory.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import pairwise
-from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -19,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from common import speech
+from common import speech, words
+from common.cache import kept
 
-FRAMES, WORD_WIDTH, LETTERS = 16, 48, "abcdefghijklmnopqrstuvwxyz"
+FRAMES = 16
 
 
 @dataclass
@@ -29,7 +28,7 @@ class Events:
     image: Tensor  # (N, 64) in 0..1
     audio: Tensor  # (N, FRAMES, BANDS) log-mel, zeros from `frames` on
     frames: Tensor  # (N,) int64
-    text: Tensor  # (N, WORD_WIDTH)
+    text: Tensor  # (N, words.WIDTH)
     label: Tensor  # (N,) int64
 
     def __len__(self) -> int:
@@ -39,65 +38,49 @@ class Events:
         return Events(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def features(self) -> list[Tensor]:
-        """One vector a modality: (N, 64), (N, FRAMES * BANDS), (N, WORD_WIDTH)."""
+        """One vector a modality: (N, 64), (N, FRAMES * BANDS), (N, words.WIDTH)."""
         return [self.image, self.audio.flatten(1), self.text]
-
-
-def cache_directory() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmkernels" / "examples"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @cache
 def spoken() -> tuple[list[list[Tensor]], str]:
     """The ten words by every speaker, and what spoke them; made once."""
-    kind = "espeak" if speech.shutil.which("espeak-ng") else "formants"
-    path = cache_directory() / f"spoken-{kind}.pt"
-    if not path.exists():
-        unfinished = path.with_suffix(f".{os.getpid()}")  # renamed when complete: examples may run at the same time
-        torch.save(speech.utterances(), unfinished)
-        unfinished.replace(path)
-    return torch.load(path)
-
-
-@cache
-def letter_pairs() -> Tensor:
-    return torch.randn(27, 27, WORD_WIDTH, generator=torch.Generator().manual_seed(1))
-
-
-def embed(word: str) -> Tensor:
-    """(WORD_WIDTH,): the mean of the word's letter pairs."""
-    letters = [0, *(LETTERS.index(letter) + 1 for letter in word), 0]
-    return torch.stack([letter_pairs()[a, b] for a, b in pairwise(letters)]).sum(0) / len(letters) ** 0.5
+    return kept("spoken", inspect.getsource(speech) + speech.speaker(), speech.utterances), speech.speaker()
 
 
 def misspelt(word: str, errors: int, generator: torch.Generator) -> str:
     for _ in range(errors):
         place = int(torch.randint(len(word), (), generator=generator))
-        letter = LETTERS[int(torch.randint(26, (), generator=generator))]
+        letter = words.LETTERS[int(torch.randint(26, (), generator=generator))]
         word = word[:place] + letter + word[place + 1 :]
     return word
 
 
-def draw_events(noise: float = 0.0, loudness: float = 0.0, errors: int = 0, seed: int = 0) -> Events:
+def draw_events(
+    noise: float = 0.0,
+    loudness: float = 0.0,
+    errors: int = 0,
+    seed: int = 0,
+    read: Callable[[Sequence[str]], Tensor] = words.embed,
+) -> Events:
     """All 1797 digits in scikit-learn's order, each with a speaker and a spelling of its own.
 
-    `noise` is added to the image, `loudness` is that of noise behind the voice, `errors` letters are mistyped.
+    `noise` is added to the image, `loudness` is that of noise behind the voice, `errors` letters are
+    mistyped, and `read` makes vectors of the words.
     """
     generator = torch.Generator().manual_seed(seed)
     digits = load_digits()
     label = torch.from_numpy(digits.target).long()
     image = torch.from_numpy(digits.data).float() / 16
     image = image + noise * torch.randn(image.shape, generator=generator)
-    words, _ = spoken()
+    said, _ = spoken()
     speakers = torch.randint(speech.SPEAKERS, (len(label),), generator=generator)
-    sounds = [words[d][s] for d, s in zip(label.tolist(), speakers.tolist(), strict=True)]
+    sounds = [said[d][s] for d, s in zip(label.tolist(), speakers.tolist(), strict=True)]
     frames = torch.tensor([len(sound) // speech.HOP + 1 for sound in sounds]).clamp_max(FRAMES)
     waves = pad_sequence(sounds, batch_first=True)
     mel = speech.log_mel(waves + loudness * torch.randn(waves.shape, generator=generator))[:, :FRAMES] / 5
     audio = F.pad(mel, (0, 0, 0, FRAMES - mel.shape[1])) * (torch.arange(FRAMES) < frames[:, None])[..., None]
-    text = torch.stack([embed(misspelt(speech.WORDS[d], errors, generator)) for d in label.tolist()])
+    text = read([misspelt(speech.WORDS[d], errors, generator) for d in label.tolist()])
     return Events(image, audio, frames, text, label)
 
 

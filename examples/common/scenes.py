@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common import data
+from common import words
 
 SIZE, QUARTER = 32, 16
 COLOURS = {"red": (0.9, 0.2, 0.2), "green": (0.2, 0.8, 0.3), "blue": (0.25, 0.35, 0.95), "yellow": (0.95, 0.85, 0.2)}
@@ -46,14 +46,9 @@ def draw_scenes(count: int, generator: torch.Generator, noise: float = 0.1) -> S
     return Scenes(image.clamp(0, 1), kind, box, mask)
 
 
-def embed_words(words: list[str]) -> Tensor:
-    """(L, WORD_WIDTH)"""
-    return torch.stack([data.embed(word) for word in words])
-
-
 def phrase_words() -> Tensor:
-    """(len(PHRASES), 2, WORD_WIDTH): the two words of each."""
-    return torch.stack([embed_words(list(phrase)) for phrase in PHRASES])
+    """(len(PHRASES), 2, words.PAIRS_WIDTH): the two words of each."""
+    return torch.stack([words.letter_pairs(phrase) for phrase in PHRASES])
 
 
 class ImageTokens(torch.nn.Module):

@@ -68,25 +68,31 @@ def by_espeak(word: str, speaker: int) -> Tensor:
         subprocess.run(command, check=True)
         with wave.open(str(path)) as file:
             rate, samples = file.getframerate(), np.frombuffer(file.readframes(file.getnframes()), np.int16)
-    sound = torch.from_numpy(samples.astype(np.float32))[None, None]
-    return torch.nn.functional.interpolate(sound, scale_factor=RATE / rate, mode="linear")[0, 0]
+    sound = torch.from_numpy(samples.astype(np.float32))
+    loud = (sound.abs() > 0.02 * sound.abs().max()).nonzero()[:, 0]
+    sound = sound[loud[0] : loud[-1] + 1]  # without the silence around the word
+    return torch.nn.functional.interpolate(sound[None, None], scale_factor=RATE / rate, mode="linear")[0, 0]
 
 
-def utterances() -> tuple[list[list[Tensor]], str]:
-    """Each of the ten words by each speaker, of unit loudness, and who spoke."""
+def speaker() -> str:
+    """What speaks on this machine."""
+    return "espeak-ng" if shutil.which("espeak-ng") else "the formant synthesiser (espeak-ng is not installed)"
+
+
+def utterances() -> list[list[Tensor]]:
+    """Each of the ten words by each speaker, of unit loudness."""
     generator = torch.Generator().manual_seed(0)
-    source = "espeak-ng" if shutil.which("espeak-ng") else "the formant synthesiser (espeak-ng is not installed)"
     spoken = []
     for spelled, word in zip(SPELLED, WORDS, strict=True):
         spoken.append([])
-        for speaker in range(SPEAKERS):
-            if source == "espeak-ng":
-                sound = by_espeak(word, speaker)
+        for who in range(SPEAKERS):
+            if speaker() == "espeak-ng":
+                sound = by_espeak(word, who)
             else:
                 pitch, speed, tract = torch.rand(3, generator=generator).tolist()
                 sound = synthesised(spelled, 90 + 140 * pitch, 0.8 + 0.5 * speed, 0.9 + 0.25 * tract, generator)
             spoken[-1].append(sound / sound.square().mean().sqrt())
-    return spoken, source
+    return spoken
 
 
 def mel_filters() -> Tensor:
