@@ -97,91 +97,104 @@ def test_the_linear_layer_is_torchs(lead: tuple[int, ...], k: int, n: int, bias:
             torch.testing.assert_close(g, e)
 
 
-B, H, L, D, C = 3, 3, 7, 9, 5  # odd, all of them
+B, H = 3, 3  # odd, as all sizes are
+Call = tuple[Callable[..., Tensor], list[Tensor], dict[int, tuple[int, int]]]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# An op as a function of its operands; and by operand the dim of its rows and that of the results' rows.
-CALLS: dict[str, tuple[Callable[..., Tensor], list[Tensor], dict[int, tuple[int, int]]]] = {
-    "cross_attention": (
-        mmk.cross_attention,
-        [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D)],
-        {0: (2, 2), 2: (3, 3)},
-    ),
-    "cross_attention of one query": (mmk.cross_attention, [random(B, H, 1, D), *[random(B, H, L, D)] * 2], {2: (3, 3)}),
-    "joint_attention": (
-        lambda q, r, k, v: torch.cat(mmk.joint_attention([q, r], [k], [v]), 2),
-        [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D), random(B, H, C, D)],
-        {0: (2, 2)},
-    ),
-    "varlen_cross_attention": (
-        lambda q, k, v: mmk.varlen_cross_attention(q, k, v, torch.tensor([0, 4, L]), torch.tensor([0, 2, C]), 4, 3),
-        [random(L, H, D), random(C, H, D), random(C, H, D)],
-        {0: (0, 0), 2: (2, 2)},
-    ),
-    "bidirectional_cross_attention": (
-        lambda q, k, v: mmk.bidirectional_cross_attention(q, k, random(B, H, L, D).to(q.dtype), v)[0],
-        [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D)],
-        {2: (3, 3)},
-    ),
-    "concat_linear": (
-        lambda x, y, w: mmk.concat_linear([x, y], w),
-        [random(L, D), random(L, C), random(C, D + C)],
-        {0: (0, 0), 1: (0, 0), 2: (0, 1)},
-    ),
-    "concat_norm_linear": (
-        lambda x, y, w: mmk.concat_norm_linear([x, y], torch.ones_like(w[0]), torch.zeros_like(w[0]), w),
-        [random(L, D), random(L, 2), random(C, D + 2)],
-        {0: (0, 0), 1: (0, 0), 2: (0, 1)},
-    ),
-    "gated_fusion": (
-        lambda x, y, v, w, g: mmk.gated_fusion([x, y], [v, w], None, g),
-        [random(L, D), random(L, C), random(C, D), random(C, C), random(C, D + C)],
-        {0: (0, 0), 1: (0, 0), 2: (0, 1), 4: (0, 1)},
-    ),
-    "gated_concat": (
-        mmk.gated_concat,
-        [random(L, D), random(L, C), random(D, D + C)],
-        {0: (0, 0), 1: (0, 0)},
-    ),
-    "bilinear_fusion": (
-        mmk.bilinear_fusion,
-        [random(L, D), random(L, C), random(C, D), random(C, C)],
-        {0: (0, 0), 1: (0, 0), 2: (0, 1), 3: (0, 1)},
-    ),
-    "low_rank_fusion": (
-        lambda x, y, f, g: mmk.low_rank_fusion([x, y], [f, g], torch.ones_like(f[:, 0, 0])),
-        [random(L, 8), random(L, 4), random(3, 9, C), random(3, 5, C)],
-        {0: (0, 0), 1: (0, 0), 2: (2, 1), 3: (2, 1)},
-    ),
-    "tensor_fusion_linear": (
-        lambda x, y, w: mmk.tensor_fusion_linear([x, y], w),
-        [random(L, 4), random(L, 2), random(C, 15)],
-        {0: (0, 0), 1: (0, 0), 2: (0, 1)},
-    ),
-    "additive_attention_pool": (
-        lambda x, w, v: mmk.additive_attention_pool(x, w, v)[0],
-        [random(L, 3, D), random(C, D), random(C)],
-        {0: (0, 0)},
-    ),
-    "multiplicative_attention_pool": (
-        lambda x, q, w: mmk.multiplicative_attention_pool(x, q, weight=w)[0],
-        [random(L, 3, D), random(L, C), random(C, D)],
-        {0: (0, 0), 1: (0, 0)},
-    ),
-    "split_attention_pool": (
-        lambda x, v, a, w, b: mmk.split_attention_pool(x, v, a, w, b)[0],
-        [random(L, 3, D), random(C, D), random(C), random(3 * D, C), random(3 * D)],
-        {0: (0, 0)},
-    ),
-}
+def calls(L: int, D: int, C: int) -> dict[str, Call]:
+    """An op as a function of its operands; and by operand the dim of its rows and that of the results' rows."""
+    return {
+        "cross_attention": (
+            mmk.cross_attention,
+            [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D)],
+            {0: (2, 2), 2: (3, 3)},
+        ),
+        "cross_attention of one query": (
+            mmk.cross_attention,
+            [random(B, H, 1, D), *[random(B, H, L, D)] * 2],
+            {2: (3, 3)},
+        ),
+        "joint_attention": (
+            lambda q, r, k, v: torch.cat(mmk.joint_attention([q, r], [k], [v]), 2),
+            [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D), random(B, H, C, D)],
+            {0: (2, 2)},
+        ),
+        "varlen_cross_attention": (
+            lambda q, k, v: mmk.varlen_cross_attention(
+                q, k, v, torch.tensor([0, L - 3, L]), torch.tensor([0, 2, C]), L - 3, C - 2
+            ),
+            [random(L, H, D), random(C, H, D), random(C, H, D)],
+            {0: (0, 0), 2: (2, 2)},
+        ),
+        "bidirectional_cross_attention": (
+            lambda q, k, v: mmk.bidirectional_cross_attention(q, k, random(B, H, L, D).to(q.dtype), v)[0],
+            [random(B, H, L, D), random(B, H, C, D), random(B, H, C, D)],
+            {2: (3, 3)},
+        ),
+        "concat_linear": (
+            lambda x, y, w: mmk.concat_linear([x, y], w),
+            [random(L, D), random(L, C), random(C, D + C)],
+            {0: (0, 0), 1: (0, 0), 2: (0, 1)},
+        ),
+        "concat_norm_linear": (
+            lambda x, y, w: mmk.concat_norm_linear([x, y], torch.ones_like(w[0]), torch.zeros_like(w[0]), w),
+            [random(L, D), random(L, 2), random(C, D + 2)],
+            {0: (0, 0), 1: (0, 0), 2: (0, 1)},
+        ),
+        "gated_fusion": (
+            lambda x, y, v, w, g: mmk.gated_fusion([x, y], [v, w], None, g),
+            [random(L, D), random(L, C), random(C, D), random(C, C), random(C, D + C)],
+            {0: (0, 0), 1: (0, 0), 2: (0, 1), 4: (0, 1)},
+        ),
+        "gated_concat": (
+            mmk.gated_concat,
+            [random(L, D), random(L, C), random(D, D + C)],
+            {0: (0, 0), 1: (0, 0)},
+        ),
+        "bilinear_fusion": (
+            mmk.bilinear_fusion,
+            [random(L, D), random(L, C), random(C, D), random(C, C)],
+            {0: (0, 0), 1: (0, 0), 2: (0, 1), 3: (0, 1)},
+        ),
+        "low_rank_fusion": (
+            lambda x, y, f, g: mmk.low_rank_fusion([x, y], [f, g], torch.ones_like(f[:, 0, 0])),
+            [random(L, D - 1), random(L, C - 1), random(3, D, C), random(3, C, C)],
+            {0: (0, 0), 1: (0, 0), 2: (2, 1), 3: (2, 1)},
+        ),
+        "tensor_fusion_linear": (
+            lambda x, y, w: mmk.tensor_fusion_linear([x, y], w),
+            [random(L, 4), random(L, 2), random(C, 15)],
+            {0: (0, 0), 1: (0, 0), 2: (0, 1)},
+        ),
+        "additive_attention_pool": (
+            lambda x, w, v: mmk.additive_attention_pool(x, w, v)[0],
+            [random(L, 3, D), random(C, D), random(C)],
+            {0: (0, 0)},
+        ),
+        "multiplicative_attention_pool": (
+            lambda x, q, w: mmk.multiplicative_attention_pool(x, q, weight=w)[0],
+            [random(L, 3, D), random(L, C), random(C, D)],
+            {0: (0, 0), 1: (0, 0)},
+        ),
+        "split_attention_pool": (
+            lambda x, v, a, w, b: mmk.split_attention_pool(x, v, a, w, b)[0],
+            [random(L, 3, D), random(C, D), random(C), random(3 * D, C), random(3 * D)],
+            {0: (0, 0)},
+        ),
+    }
 
 
-def check_no_row_reaches_another(name: str, dtype: torch.dtype) -> None:
-    call, operands, rows = CALLS[name]
+CALLS = calls(7, 9, 5)
+CALLS_ON_TILES = calls(39, 53, 45)  # products that leave neither rows nor depths of whole tiles
+
+
+def check_no_row_reaches_another(
+    call: Callable[..., Tensor], operands: list[Tensor], rows: dict[int, tuple[int, int]], dtype: torch.dtype
+) -> None:
 
     def run(operand: int | None, row: int) -> tuple[Tensor, list[Tensor]]:
         leaves = [x.to(dtype, copy=True) for x in operands]
@@ -209,7 +222,12 @@ def check_no_row_reaches_another(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 @pytest.mark.parametrize("name", CALLS)
 def test_a_row_with_nan_reaches_no_neighbour_in_any_operand(name: str, dtype: torch.dtype, backend: str) -> None:
-    check_no_row_reaches_another(name, dtype)
+    check_no_row_reaches_another(*CALLS[name], dtype)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nor_does_it_on_tiles(name: str, native_isa: str) -> None:
+    check_no_row_reaches_another(*CALLS_ON_TILES[name], torch.bfloat16)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -218,4 +236,4 @@ def test_nor_does_it_where_torchs_product_reads_pairs_beyond_a_row(name: str, mo
     # As plain torch under the mode, which a custom op would hide its inside from.
     monkeypatch.setattr(Operator, "__call__", Operator.run)
     with mmk.use_backend("reference"), ReadsPairs():
-        check_no_row_reaches_another(name, torch.bfloat16)
+        check_no_row_reaches_another(*CALLS[name], torch.bfloat16)
