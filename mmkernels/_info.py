@@ -60,6 +60,7 @@ def collect() -> dict[str, Any]:
             "compiled_isas": _native.compiled_isas(),
             "supported_isas": _native.supported_isas(),
             "isa": _native.isa(),
+            "why_no_amx": _native.why_no_amx(),
         },
         "backends": _dispatch.backend_status(),
     }
@@ -80,6 +81,7 @@ def render(info: dict[str, Any]) -> str:
         rows.append(("compiled ISAs", ", ".join(native["compiled_isas"])))
         rows.append(("supported ISAs", ", ".join(native["supported_isas"])))
         rows.append(("ISA in use", native["isa"]))
+        rows.append(("AMX tiles", native["why_no_amx"] or "available"))
     else:
         rows.append(("native library", f"absent: {native['reason']}"))
     for name, reason in info["backends"].items():

@@ -28,12 +28,14 @@ __all__ = [
     "available",
     "build_info",
     "compiled_isas",
+    "default_isa",
     "isa",
     "library_path",
     "reason",
     "set_isa",
     "supported_isas",
     "use_isa",
+    "why_no_amx",
 ]
 
 _MODULE = "mmkernels._C"
@@ -98,6 +100,16 @@ def compiled_isas() -> list[str]:
 def supported_isas() -> list[str]:
     """The compiled instruction sets that this CPU can run, lowest first."""
     return [] if _library is None else _library.supported_isas()
+
+
+def default_isa() -> str:
+    """The instruction set that runs where none is asked for: of those that this CPU can run the one it runs best."""
+    return "none" if _library is None else _library.default_isa()
+
+
+def why_no_amx() -> str | None:
+    """Why bfloat16 is not multiplied on AMX's tiles; None where it can be."""
+    return (_reason if _library is None else _library.why_no_amx()) or None
 
 
 def isa() -> str:

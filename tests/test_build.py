@@ -163,13 +163,14 @@ def compiled_for(target: str) -> set[str]:
 
 @native_only
 def test_make_bench_compiles_the_baseline_and_the_instruction_set_that_runs_and_nothing_else() -> None:
-    best = [isa for isa in _native.supported_isas() if isa != "emulated"][-1]
-    assert compiled_for("_C_here") == {"host", "baseline", best}
+    best = _native.default_isa()
+    assert compiled_for("_C_here") == {"host", "baseline", "avx512_bf16" if best == "amx" else best}
 
 
 @native_only
 def test_the_whole_library_has_every_instruction_set() -> None:
-    assert compiled_for("_C") == {"host", *_native.compiled_isas()}
+    on_tiles = {"amx", "amx_portable"}  # the kernels of avx512_bf16
+    assert compiled_for("_C") == {"host", *_native.compiled_isas()} - on_tiles
 
 
 def build_wheel_without_compiler(out: Path, require_native: str) -> subprocess.CompletedProcess[str]:

@@ -24,7 +24,7 @@ UNMEASURED = "the baseline instruction set is left to torch"
 @pytest.fixture(autouse=True)
 def best_instruction_set():
     before = _native.isa()
-    best = [name for name in _native.supported_isas() if name != "emulated"][-1]
+    best = _native.default_isa()
     if best == "baseline":
         pytest.skip(UNMEASURED)
     _native.set_isa(best)

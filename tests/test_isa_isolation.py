@@ -28,6 +28,7 @@ ISAS = ["baseline", "avx2", "avx512", "avx512_bf16", "emulated"]
 AVX = r"\tv(?!err|erw)[a-z]|%[yz]mm|%k[0-7]\b"
 AVX512 = r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b"
 AVX512_BF16 = r"\tvdpbf16ps|\tvcvtne2?ps2?p?bf16"
+TILES = r"\t(?:ld|st)tilecfg|\ttile(?:load|store|zero|release)|\ttdp|%tmm"
 BEYOND = {"baseline": AVX, "avx2": AVX512, "emulated": AVX512, "avx512": AVX512_BF16}
 
 
@@ -106,6 +107,31 @@ def test_kernels_hold_no_instruction_beyond_their_isa(isa: str) -> None:
 def test_code_outside_the_kernels_holds_baseline_instructions_only() -> None:
     for path in objects("host"):
         assert first_match(AVX, path) is None
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the baseline ISA only")
+def test_tile_instructions_stand_in_one_file_of_avx512_bf16_alone() -> None:
+    home = "tiles_cpu.isa.cpp.o"
+    for isa in ["host", *(f"isa_{isa}" for isa in ISAS if isa in _native.compiled_isas())]:
+        for path in objects(isa):
+            if isa != "isa_avx512_bf16" or path.name != home:
+                assert first_match(TILES, path) is None
+    require_compiled("amx")
+    (path,) = [x for x in objects("isa_avx512_bf16") if x.name == home]
+    assert first_match(TILES, path)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the baseline ISA only")
+def test_nothing_comes_between_the_tile_instructions_of_a_step() -> None:
+    """Loads and products follow one another with only the addresses stepped: no vector, no spill, no call."""
+    require_compiled("amx")
+    (path,) = [x for x in objects("isa_avx512_bf16") if x.name == "tiles_cpu.isa.cpp.o"]
+    functions = re.findall(
+        r"^[0-9a-f]+ <(\S*multiply_block\S*Amx\S*)>:\n(.*?)\n\n", disassembly(path) + "\n\n", re.M | re.S
+    )
+    assert len(functions) == 4
+    for name, body in functions:
+        assert not re.search(r"%[xyz]mm|\(%rsp|\(%rbp|\tcall|\tpush", body), name
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other machines have the baseline ISA only")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkernels as mmk
+from mmkernels import _native
 from mmkernels._dispatch import Operator
 from mmkernels.ops import _products
 
@@ -161,6 +162,24 @@ def check_no_row_reaches_another(call: Call, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("call", ODD, ids=str)
 def test_a_row_with_nan_reaches_no_neighbour_in_any_argument(call: Call, dtype: torch.dtype, backend: str) -> None:
     check_no_row_reaches_another(call, dtype)
+
+
+def of_tiles(call: Call) -> Call:
+    """Its counts of tokens and its widths leave neither rows nor depths of whole tiles; those of examples, too, where
+    there are no tokens."""
+    sizes = call.default_sizes()
+    tokens = any(name[0] in "LT" for name in sizes)
+    kept = "HMRG" + ("B" if tokens else "")
+    return call.at(**{name: 35 + 10 * i for i, name in enumerate(sizes) if name[0] not in kept})
+
+
+ON_TILES = [of_tiles(call) for call in FIRST.values() if call.weights() or "attention" in call.op]
+
+
+@pytest.mark.parametrize("call", ON_TILES, ids=str)
+def test_nor_does_it_on_tiles(call: Call, native_isa: str) -> None:
+    if _native.isa() in ("amx", "amx_portable"):
+        check_no_row_reaches_another(call, torch.bfloat16)
 
 
 @pytest.mark.usefixtures("tiles")

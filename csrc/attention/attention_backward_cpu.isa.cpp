@@ -308,7 +308,7 @@ void backward(const AttentionParams& p) {
 }  // namespace
 
 void attention_backward(const AttentionParams& p) {
-  with_pairs(p.dtype, [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.dtype, p.workers.tiles, is_worth_tiles(p), [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

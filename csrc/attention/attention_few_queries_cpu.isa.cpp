@@ -329,8 +329,7 @@ void few_queries_task(const AttentionParams& p, const ScoreSteps& steps, const K
     const auto streamed = [&](const Rows& source, int64_t features, auto f) {
       with_element_type(p.dtype, row_address(source, p.dtype, b, kv_head, block.key_in_segment), [&](const auto* from) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(from)>>;
-        constexpr bool kOnPairs = kBf16Dot && std::is_same_v<T, Bf16>;
-        if constexpr (kPairs == kOnPairs) f(StreamedRows<T>{from, source.row, features});
+        if constexpr (!kPairs || std::is_same_v<T, Bf16>) f(StreamedRows<T>{from, source.row, features});
       });
     };
     streamed(keys.segment->key, p.head_dim,
@@ -415,7 +414,7 @@ void few_queries(const AttentionParams& p) {
 }  // namespace
 
 void attention_few_queries(const AttentionParams& p) {
-  with_pairs(p.dtype, [&](auto pairs) { few_queries<pairs>(p); });
+  with_pairs(p.dtype, p.workers.tiles, false, [&](auto pairs) { few_queries<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

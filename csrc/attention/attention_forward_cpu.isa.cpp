@@ -360,7 +360,7 @@ void forward(const AttentionParams& p) {
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-  with_pairs(p.dtype, [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.dtype, p.workers.tiles, is_worth_tiles(p), [&](auto pairs) { forward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

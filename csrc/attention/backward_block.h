@@ -153,18 +153,39 @@ MMK_NOINLINE void ds_tile(Panel value, const float* grad_lanes, int64_t depth, c
   }
 }
 
+// The end of `ds_tile` for a dP that lies in memory as tiles left it.
+template <int NR>
+MMK_NOINLINE void finish_tiled_ds(int64_t keys, const float* p, const float* kept, const float* delta, float* ds) {
+  vf d[NR];
+  MMK_UNROLL for (int j = 0; j < NR; ++j) d[j] = load(delta + j * VW);
+  for (int64_t at = 0; at < keys * kQueryBlock; at += kQueryBlock) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const vf dp = load(ds + at + j * VW), probability = load(p + at + j * VW);
+      const vf x = kept == p ? probability * (dp - d[j]) : load(kept + at + j * VW) * dp - probability * d[j];
+      store(ds + at + j * VW, select(probability == zero(), zero(), x));
+    }
+  }
+}
+
 // dSᵀ of a group of lanes, complete up to the scale; and its share of the gradients of bias and mask.
 template <bool kPairs, int NR>
 void make_ds(const BackwardCall& call, const Task& task, const ScoreBlock& block, int64_t j, Panel value, int64_t lane,
              const BackwardTile& tile, const RowStats& stats) {
   const AttentionParams& p = call.p;
   const float* kept = (p.dropout_p > 0.f ? tile.dropped : tile.scores) + lane;
-  for_runs<score_rows(NR)>(block.keys, [&](auto rows, int64_t i) {
-    const int64_t at = i * kQueryBlock;
-    ds_tile<kPairs, static_cast<int>(rows), NR>({value.data + i * value.stride, value.stride}, tile.grad_lanes + lane,
-                                                units<kPairs>(p.value_dim), tile.scores + lane + at, kept + at,
-                                                stats.delta + lane, tile.ds + lane + at);
-  });
+  const int64_t depth = units<kPairs>(p.value_dim);
+  if (kPairs && has_tiles()) {
+    multiply_tiles({value.data, value.stride, block.keys, tile.grad_lanes + lane, kQueryBlock, depth, NR},
+                   tile.ds + lane, kQueryBlock);
+    finish_tiled_ds<NR>(block.keys, tile.scores + lane, kept, stats.delta + lane, tile.ds + lane);
+  } else {
+    for_runs<score_rows(NR)>(block.keys, [&](auto rows, int64_t i) {
+      const int64_t at = i * kQueryBlock;
+      ds_tile<kPairs, static_cast<int>(rows), NR>({value.data + i * value.stride, value.stride}, tile.grad_lanes + lane,
+                                                  depth, tile.scores + lane + at, kept + at, stats.delta + lane,
+                                                  tile.ds + lane + at);
+    });
+  }
   if (p.bias.grad != nullptr) {
     float* const sums = tile.bias_sums + 2 * kQueryBlock * (block.segment - p.keys) + lane;
     vf ds_sum[NR], p_sum[NR];

@@ -3,7 +3,8 @@
 //   lanes    Qᵀ: [units][lanes], queries in the lanes of a vector
 //   rows     K as it is: [keys][units], read one element at a time
 //   columns  V as it is: [keys][features padded to VW], read in vectors; for bfloat16 pairs [keys / 2][features], two
-//            keys to a lane
+//            keys to a lane; for pairs on tiles their transposed, [features][keys / 2], since a product P·V has its
+//            rows, the queries, in the lanes of P, and is made as (Vᵀ·Pᵀ)ᵀ
 // For float, rows and columns are the same panel.
 #pragma once
 
@@ -16,7 +17,8 @@ namespace MMK_ISA {
 
 struct Panel {
   const float* data;
-  int64_t stride;  // between rows (for columns of pairs: between pairs of rows)
+  int64_t stride;       // between rows (for columns of pairs: between pairs of rows)
+  bool turned = false;  // columns with a feature to a row
 };
 
 namespace {
@@ -33,6 +35,7 @@ class Panels {
     features_ = values ? p.value_dim : p.head_dim;
     padded_ = round_up(features_, VW);
     row_stride_ = kPairs ? units<kPairs>(features_) : padded_;
+    turned_ = kPairs && p.workers.tiles != TileUnit::none;
     for (int s = 0; s < p.key_segments; ++s) {
       const Rows& rows = source(s);
       const bool even = rows.batch % 2 == 0 && rows.head % 2 == 0 && rows.row % 2 == 0 && features_ % 2 == 0 &&
@@ -44,7 +47,8 @@ class Panels {
       if (kPairs) {
         if (as_rows && !in_place_[s]) size_ += round_up(length * row_stride_, 16);
         columns_at_[s] = size_;
-        if (as_columns) size_ += round_up((length + 1) / 2 * padded_, 16);
+        turned_stride_[s] = round_up(units<true>(length), 16) | 16;  // down a column, all sets of a cache are used
+        if (as_columns) size_ += turned_ ? padded_ * turned_stride_[s] : round_up((length + 1) / 2 * padded_, 16);
       } else if (!in_place_[s]) {
         size_ += round_up(length * padded_, 16);
       }
@@ -70,7 +74,10 @@ class Panels {
     if (as_rows_ && !in_place_[s]) {
       pack_rows_as_pairs(halves, rows.row, count, features_, base + rows_at_[s] + first * row_stride_, row_stride_);
     }
-    if (as_columns_) {
+    if (as_columns_ && turned_) {
+      pack_columns_as_turned_pairs(halves, rows.row, count, features_, base + columns_at_[s] + first / 2,
+                                   turned_stride_[s]);
+    } else if (as_columns_) {
       pack_columns_as_pairs(halves, rows.row, count, features_, base + columns_at_[s] + first / 2 * padded_, padded_);
     }
   }
@@ -86,12 +93,14 @@ class Panels {
   }
   Panel columns(int64_t slot, int64_t b, int64_t h, int s, int64_t first) const {
     if (!pairs_) return rows(slot, b, h, s, first);
+    if (turned_) return {memory_ + slot * size_ + columns_at_[s] + first / 2, turned_stride_[s], true};
     return {memory_ + slot * size_ + columns_at_[s] + first / 2 * padded_, padded_};
   }
   // The rows of a block, or its columns.
   RowPrefetch prefetch(bool as_columns, const KeyHead& x, const KeyBlock& k, int64_t steps) const {
     if (pairs_ && as_columns) {
       const Panel panel = columns(x.slot, x.b, x.h, k.index, k.first);
+      if (turned_) return {panel.data, units<true>(k.count) * 4, panel.stride * 4, features_, steps};
       return {panel.data, features_ * 4, panel.stride * 4, units<true>(k.count), steps};
     }
     const Panel panel = rows(x.slot, x.b, x.h, k.index, k.first);
@@ -102,12 +111,20 @@ class Panels {
   const Rows& source(int s) const { return values_ ? p_->keys[s].value : p_->keys[s].key; }
 
   const AttentionParams* p_ = nullptr;
-  bool values_ = false, pairs_ = false, as_rows_ = false, as_columns_ = false;
+  bool values_ = false, pairs_ = false, as_rows_ = false, as_columns_ = false, turned_ = false;
   bool in_place_[kMaxSegments] = {};
   int64_t features_ = 0, padded_ = 0, row_stride_ = 0, size_ = 0;
-  int64_t rows_at_[kMaxSegments] = {}, columns_at_[kMaxSegments] = {};
+  int64_t rows_at_[kMaxSegments] = {}, columns_at_[kMaxSegments] = {}, turned_stride_[kMaxSegments] = {};
   float* memory_ = nullptr;
 };
+
+// Whether a call is large enough for tiles: a query of a few, or a key, would leave most of each idle.
+inline bool is_worth_tiles(const AttentionParams& p) {
+  int64_t queries = 0, keys = 0;
+  for (int s = 0; s < p.query_segments; ++s) queries += p.queries[s].length;
+  for (int s = 0; s < p.key_segments; ++s) keys += p.keys[s].length;
+  return queries >= 8 && keys >= 2 * kTileRows && p.head_dim >= kTileUnits && p.value_dim >= kTileUnits;
+}
 
 // Rows of a block of queries as the columns of a product: in place, or packed.
 template <bool kPairs>

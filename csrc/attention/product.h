@@ -19,7 +19,8 @@ struct Epilogue {
   Dtype to_dtype = Dtype::f32;
 };
 
-// A[rows][depth] · columns[depth][features], one of A's strides being 1.
+// A[rows][depth] · columns[depth][features], one of A's strides being 1. Columns that are turned are for an A whose
+// rows lie in lanes, row_stride being 1, and are multiplied on tiles.
 void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, Panel columns,
                        int64_t depth, int64_t features, const Epilogue& e);
 

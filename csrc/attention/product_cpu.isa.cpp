@@ -15,12 +15,9 @@ MMK_INLINE void store_tile(T* to, int64_t stride, const vf (&acc)[MR][NR]) {
   }
 }
 
-template <bool kPairs, int MR, int NR, class RowStride, class KStride>
-MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_stride, Panel columns, int64_t depth,
-                               const Epilogue& e, int64_t row, int64_t column) {
-  vf acc[MR][NR];
-  clear(acc);
-  accumulate<kPairs>(acc, a, row_stride, k_stride, columns.data + column, columns.stride, depth);
+// What becomes of a tile from `row` and `column` on.
+template <int MR, int NR>
+MMK_INLINE void finish_tile(vf (&acc)[MR][NR], const Epilogue& e, int64_t row, int64_t column) {
   if (e.factor != 1.f) {
     MMK_UNROLL for (int r = 0; r < MR; ++r) {
       MMK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = acc[r][j] * set1(e.factor);
@@ -51,6 +48,15 @@ MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_s
   }
 }
 
+template <bool kPairs, int MR, int NR, class RowStride, class KStride>
+MMK_NOINLINE void feature_tile(const float* a, RowStride row_stride, KStride k_stride, Panel columns, int64_t depth,
+                               const Epilogue& e, int64_t row, int64_t column) {
+  vf acc[MR][NR];
+  clear(acc);
+  accumulate<kPairs>(acc, a, row_stride, k_stride, columns.data + column, columns.stride, depth);
+  finish_tile(acc, e, row, column);
+}
+
 template <bool kPairs, class RowStride, class KStride>
 void multiply_units(const float* a, RowStride row_stride, KStride k_stride, int64_t rows, Panel columns, int64_t depth,
                     int64_t features, const Epilogue& e) {
@@ -69,11 +75,57 @@ void multiply_strided(const float* a, int64_t row_stride, int64_t k_stride, Argu
   multiply_units<kPairs>(a, Constant<1>{}, k_stride, rest...);
 }
 
+// On tiles.
+MMK_NOINLINE void multiply_rows(const TileOperands& x, const Epilogue& e) {
+  for_tiles(x, [&](const float* tile, int64_t row, int64_t rows, int64_t v, int64_t vectors) {
+    with_constant<2>(vectors, [&](auto width) {
+      constexpr int NR = static_cast<int>(width);
+      for_runs<4>(rows, [&](auto height, int64_t i) {
+        constexpr int MR = static_cast<int>(height);
+        vf acc[MR][NR];
+        MMK_UNROLL for (int r = 0; r < MR; ++r) {
+          MMK_UNROLL for (int j = 0; j < NR; ++j) acc[r][j] = load(tile + (i + r) * kTileStride + j * VW);
+        }
+        finish_tile(acc, e, row + i, v * VW);
+      });
+    });
+  });
+}
+
+// The same of a product that comes out transposed, features by rows of the result.
+MMK_NOINLINE void multiply_turned(const TileOperands& x, int64_t rows, const Epilogue& e) {
+  for_tiles(x, [&](const float* tile, int64_t feature, int64_t, int64_t v, int64_t vectors) {
+    for (int64_t j = v; j < v + vectors; ++j, tile += VW) {
+      vf r[VW];
+      load_transposed(tile, kTileStride, r);
+      if (rows - j * VW >= VW) {
+        MMK_UNROLL for (int i = 0; i < VW; i += 4) {
+          vf acc[4][1] = {{r[i]}, {r[i + 1]}, {r[i + 2]}, {r[i + 3]}};
+          finish_tile(acc, e, j * VW + i, feature);
+        }
+        continue;
+      }
+      for (int64_t i = 0; i < rows - j * VW; ++i) {
+        vf acc[1][1] = {{r[i]}};
+        finish_tile(acc, e, j * VW + i, feature);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, Panel columns,
                        int64_t depth, int64_t features, const Epilogue& e) {
   if constexpr (kBf16Dot) {
+    if (columns.turned) {
+      const int64_t lanes = ceil_div(rows, VW);
+      return multiply_turned({columns.data, columns.stride, round_up(features, VW), a, k_stride, depth, lanes}, rows,
+                             e);
+    }
+    if (pairs && k_stride == 1 && has_tiles()) {
+      return multiply_rows({a, row_stride, rows, columns.data, columns.stride, depth, ceil_div(features, VW)}, e);
+    }
     if (pairs) return multiply_strided<true>(a, row_stride, k_stride, rows, columns, depth, features, e);
   }
   multiply_strided<false>(a, row_stride, k_stride, rows, columns, depth, features, e);

@@ -76,11 +76,35 @@ MMK_NOINLINE void score_tile(Panel key, const float* query_lanes, int64_t depth,
   }
 }
 
+// The end of `score_tile` for scores that lie in memory as tiles left them.
+template <bool kMask, int NR, int kStride>
+MMK_NOINLINE void finish_tiled_scores(int64_t keys, float* scores, vf (&best)[NR], const ScaleAndMask& mask) {
+  vf top[NR];
+  MMK_UNROLL for (int j = 0; j < NR; ++j) top[j] = best[j];
+  for (int64_t i = 0; i < keys; ++i) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) {
+      const int64_t at = i * kStride + j * VW;
+      vf s = load(scores + at);
+      if constexpr (kMask) s = masked_score(s, set1(mask.scale), load(mask.entries + at));
+      top[j] = max(top[j], s);
+      if constexpr (kMask) store(scores + at, exponent_or_hidden(s));
+    }
+  }
+  MMK_UNROLL for (int j = 0; j < NR; ++j) best[j] = top[j];
+}
+
 // S[keys][NR·VW] = K · Qᵀ; best[j] becomes the maximum of itself and the scores in its lane. Calls between_tiles() once
 // per tile, of which there are keys / score_rows(NR). With kMask as score_tile.
 template <bool kPairs, bool kMask, int NR, int kStride, class Function>
 MMK_INLINE void multiply_scores(Panel key, int64_t keys, const float* query_lanes, int64_t depth, float* scores,
                                 vf (&best)[NR], const ScaleAndMask& mask, Function between_tiles) {
+  if constexpr (kPairs) {
+    if (has_tiles()) {
+      for (int64_t i = 0; i < keys; i += score_rows(NR)) between_tiles();
+      multiply_tiles({key.data, key.stride, keys, query_lanes, kStride, depth, NR}, scores, kStride);
+      return finish_tiled_scores<kMask, NR, kStride>(keys, scores, best, mask);
+    }
+  }
   for_runs<score_rows(NR)>(keys, [&](auto rows, int64_t i) {
     between_tiles();
     score_tile<kPairs, kMask, static_cast<int>(rows), NR, kStride>({key.data + i * key.stride, key.stride}, query_lanes,
@@ -99,7 +123,8 @@ ScoreBlock score_block(const AttentionParams& p, const KeyBlock& k, Range any, c
   if (range.size() == 0) return {};
   const float bias = q.segment == nullptr ? 0.f : bias_of(p, h, q.segment, k.segment);
   if (bias == -kInfinity) return {};
-  if (kPairs) range.begin &= ~int64_t{1};  // pairs of keys start at an even one
+  // Pairs of keys start at an even one, and what a tile adds up does not depend on where a window begins.
+  if (kPairs) range.begin &= has_tiles() ? -2 * kTileUnits : -2;
   return {b,
           h,
           h / (p.heads / p.kv_heads),

@@ -133,6 +133,15 @@ MMK_NOINLINE void make_probabilities(const BackwardCall& call, const BackwardTil
   }
 }
 
+// ds (+)= probability ∘ (product - δ) of a vector.
+template <bool kAdd>
+MMK_INLINE void put_ds(vf product, const float* probability, vf delta, float* ds) {
+  const vf p = load(probability);
+  // a probability of 0 stays a gradient of 0 even where that of the probability is not finite
+  const vf x = select(p == zero(), zero(), p * (product - delta));
+  store(ds, kAdd ? load(ds) + x : x);
+}
+
 // ds (+)= probability ∘ (rows · lanes - δ), δ of the lanes or of the rows.
 template <bool kPairs, bool kOfRows, int MR, int NR>
 MMK_NOINLINE void ds_tile(Panel rows, const float* lanes, int64_t depth, const float* probability, const float* delta,
@@ -143,12 +152,25 @@ MMK_NOINLINE void ds_tile(Panel rows, const float* lanes, int64_t depth, const f
   MMK_UNROLL for (int j = 0; j < NR; ++j) {
     MMK_UNROLL for (int r = 0; r < MR; ++r) {
       const int64_t at = r * kSideBlock + j * VW;
-      const vf d = kOfRows ? set1(delta[r]) : load(delta + j * VW), p = load(probability + at);
-      // a probability of 0 stays a gradient of 0 even where that of the probability is not finite
-      const vf x = select(p == zero(), zero(), p * (acc[r][j] - d));
-      store(ds + at, kOfRows ? load(ds + at) + x : x);
+      put_ds<kOfRows>(acc[r][j], probability + at, kOfRows ? set1(delta[r]) : load(delta + j * VW), ds + at);
     }
   }
+}
+
+// The same of all rows of a group of `vectors` lanes, on tiles.
+template <bool kOfRows>
+MMK_NOINLINE void ds_on_tiles(Panel rows, int64_t count, int64_t vectors, const float* lanes, int64_t depth,
+                              const float* probability, const float* delta, float* ds) {
+  const TileOperands product{rows.data, rows.stride, count, lanes, kSideBlock, depth, vectors};
+  for_tiles(product, [&](const float* tile, int64_t row, int64_t n, int64_t v, int64_t some) {
+    for (int64_t i = row; i < row + n; ++i, tile += kTileStride) {
+      for (int64_t j = v; j < v + some; ++j) {
+        const int64_t at = i * kSideBlock + j * VW;
+        const vf d = kOfRows ? set1(delta[i]) : load(delta + j * VW);
+        put_ds<kOfRows>(load(tile + (j - v) * VW), probability + at, d, ds + at);
+      }
+    }
+  });
 }
 
 // dS of a group of lanes, complete up to the scale; pairs of it and of R.
@@ -157,13 +179,19 @@ void make_ds(const BackwardCall& call, const BackwardTile& t, int64_t lane, int6
              const float* delta_y) {
   const int64_t depth = units<kPairs>(call.p.attention.value_dim);
   const auto rows_from = [](Panel panel, int64_t i) { return Panel{panel.data + i * panel.stride, panel.stride}; };
-  for_runs<score_rows(NR)>(keys, [&](auto rows, int64_t i) {
-    constexpr int MR = static_cast<int>(rows);
-    const int64_t at = i * kSideBlock + lane;
-    ds_tile<kPairs, false, MR, NR>(rows_from(y_value, i), t.grad_lanes + lane, depth, t.p + at, t.delta + lane,
-                                   t.ds + at);
-    ds_tile<kPairs, true, MR, NR>(rows_from(y_grad, i), t.value_lanes + lane, depth, t.r + at, delta_y + i, t.ds + at);
-  });
+  if (kPairs && has_tiles()) {
+    ds_on_tiles<false>(y_value, keys, NR, t.grad_lanes + lane, depth, t.p + lane, t.delta + lane, t.ds + lane);
+    ds_on_tiles<true>(y_grad, keys, NR, t.value_lanes + lane, depth, t.r + lane, delta_y, t.ds + lane);
+  } else {
+    for_runs<score_rows(NR)>(keys, [&](auto rows, int64_t i) {
+      constexpr int MR = static_cast<int>(rows);
+      const int64_t at = i * kSideBlock + lane;
+      ds_tile<kPairs, false, MR, NR>(rows_from(y_value, i), t.grad_lanes + lane, depth, t.p + at, t.delta + lane,
+                                     t.ds + at);
+      ds_tile<kPairs, true, MR, NR>(rows_from(y_grad, i), t.value_lanes + lane, depth, t.r + at, delta_y + i,
+                                    t.ds + at);
+    });
+  }
   if (!call.exponents.clamps) return;
   for (int64_t i = 0; i < keys; ++i) {
     MMK_UNROLL for (int v = 0; v < NR; ++v) {
@@ -357,7 +385,8 @@ void backward(const BidirectionalParams& params) {
 }  // namespace
 
 void bidirectional_backward(const BidirectionalParams& p) {
-  with_pairs(p.attention.dtype, [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.attention.dtype, p.attention.workers.tiles, is_worth_tiles(p.attention),
+             [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

@@ -352,7 +352,8 @@ void forward(const BidirectionalParams& params) {
 }  // namespace
 
 void bidirectional_forward(const BidirectionalParams& p) {
-  with_pairs(p.attention.dtype, [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.attention.dtype, p.attention.workers.tiles, is_worth_tiles(p.attention),
+             [&](auto pairs) { forward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

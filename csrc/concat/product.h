@@ -49,6 +49,11 @@ MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row
   return static_cast<const char*>(view.data) + element * element_size(dtype);
 }
 
+// Whether a call is large enough for tiles.
+inline bool is_worth_tiles(const ConcatSources& sources) {
+  return sources.rows >= kTileRows && sources.features >= kTileRows && sources.columns >= 2 * kTileUnits;
+}
+
 // f(i, address of row first + i) for `count` rows.
 template <class Function>
 MMK_INLINE void for_row_addresses(const RowView& view, Dtype dtype, int64_t first, int64_t count, Function f) {

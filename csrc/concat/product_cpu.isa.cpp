@@ -24,6 +24,27 @@ MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, con
   }
 }
 
+// A product on tiles, from `column` of C on.
+MMK_NOINLINE void multiply_on_tiles(const TileOperands& x, const Block& c, int64_t column) {
+  if (!c.add && c.map == nullptr && c.columns - column >= x.vectors * VW) {
+    return multiply_tiles(x, c.data + column, c.stride);
+  }
+  for_tiles(x, [&](const float* tile, int64_t row, int64_t rows, int64_t v, int64_t vectors) {
+    for (int64_t i = row; i < row + rows; ++i, tile += kTileStride) {
+      float* const to = c.data + (c.map == nullptr ? i : c.map[i]) * c.stride;
+      for (int64_t j = 0; j < vectors; ++j) {
+        const int64_t at = column + (v + j) * VW, n = c.columns - at;
+        const vf sum = load(tile + j * VW);
+        if (n >= VW) {
+          store(to + at, c.add ? load(to + at) + sum : sum);
+        } else {
+          store_partial(to + at, c.add ? load_partial(to + at, n) + sum : sum, n);
+        }
+      }
+    }
+  });
+}
+
 template <bool kPairs>
 void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
                     const RowsAhead& rows_ahead) {
@@ -32,6 +53,15 @@ void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth,
   const int64_t panel_lines = depth * kPanel / kLineFloats;
   for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
     RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
+    if (kPairs && rows > 0 && has_tiles()) {
+      for (int64_t i = 0; i < rows; i += kFeatureRows) {
+        next_panel.step<false>();
+        ahead.step<false>();
+      }
+      const int64_t vectors = ceil_div(min(kPanel, c.columns - column), VW);
+      multiply_on_tiles({a.data, a.stride, rows, panels, kPanel, depth, vectors}, c, column);
+      continue;
+    }
     with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
       for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
         next_panel.step<false>();
@@ -45,6 +75,9 @@ void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth,
 
 template <bool kPairs>
 void multiply_units_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
+  if (kPairs && rows > 0 && has_tiles()) {
+    return multiply_on_tiles({a.data, a.stride, rows, b.data, b.stride, depth, ceil_div(c.columns, VW)}, c, 0);
+  }
   for (int64_t column = 0; column < c.columns; column += kPanel) {
     with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
       for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {

@@ -23,7 +23,7 @@ void backward(const ConcatLinearParams& p) {
 }  // namespace
 
 void concat_linear_backward(const ConcatLinearParams& p) {
-  with_pairs(p.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.sources.dtype, p.workers.tiles, is_worth_tiles(p.sources), [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

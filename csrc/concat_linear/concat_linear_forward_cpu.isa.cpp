@@ -16,7 +16,7 @@ void concat_linear_forward(const ConcatLinearParams& p) {
   Scratch vectors(LinearEpilogue::floats(p));
   const LinearEpilogue epilogue(p, vectors.data());
   const PlainLoader loader{p.sources};
-  with_pairs(p.sources.dtype,
+  with_pairs(p.sources.dtype, p.workers.tiles, is_worth_tiles(p.sources),
              [&](auto pairs) { multiply_concatenation<pairs>(p.sources, p.workers, loader, kBlockRows, epilogue); });
 }
 

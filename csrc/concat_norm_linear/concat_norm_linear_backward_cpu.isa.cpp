@@ -387,7 +387,8 @@ void backward(const ConcatNormLinearParams& p) {
 }  // namespace
 
 void concat_norm_linear_backward(const ConcatNormLinearParams& p) {
-  with_pairs(p.linear.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.linear.sources.dtype, p.linear.workers.tiles, is_worth_tiles(p.linear.sources),
+             [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

@@ -100,7 +100,7 @@ void concat_norm_linear_forward(const ConcatNormLinearParams& p) {
   Scratch vectors(LinearEpilogue::floats(p.linear)), memory(NormLoader::floats(p));
   const LinearEpilogue finish(p.linear, vectors.data());
   const NormLoader loader(p, memory.data());
-  with_pairs(sources.dtype,
+  with_pairs(sources.dtype, p.linear.workers.tiles, is_worth_tiles(sources),
              [&](auto pairs) { multiply_concatenation<pairs>(sources, p.linear.workers, loader, kNormRows, finish); });
 }
 

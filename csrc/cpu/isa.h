@@ -3,11 +3,16 @@
 // A kernel source `*.isa.cpp` is compiled once per instruction set; everything in it lives in `mmk::<isa>`, so that
 // no function compiled for one set can be chosen by the linker for another. A library may be linked without the kernels
 // of some of the sets below: they are declared weak, and null where they are absent.
+//
+// `amx` is the kernels of avx512_bf16 with their products of bfloat16 pairs on tiles (csrc/cpu/tiles.h), and
+// `amx_portable`, in test builds, the same on tiles in plain C++.
 #pragma once
 
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "csrc/cpu/tile_unit.h"
 
 namespace mmk {
 
@@ -31,7 +36,8 @@ namespace mmk {
 enum class Isa : int { MMK_FOR_EACH_ISA(MMK_ISA_ENUM) count };
 #undef MMK_ISA_ENUM
 
-Isa isa();
+Isa isa();             // whose kernels run
+TileUnit tile_unit();  // what these multiply pairs on
 std::string current_isa();
 std::vector<std::string> compiled_isas();
 std::vector<std::string> supported_isas();

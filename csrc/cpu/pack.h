@@ -4,6 +4,7 @@
 
 #include "csrc/cpu/element.h"
 #include "csrc/cpu/matrix.h"
+#include "csrc/cpu/tiles.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -28,6 +29,11 @@ void pack_rows_as_float(Dtype dtype, const void* source, int64_t row_stride, int
 void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features, float* out,
                            int64_t stride);
 
+// The same with rows and columns exchanged: [features][stride] pairs of rows of the source, features and pairs up to a
+// multiple of VW.
+void pack_columns_as_turned_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
+                                  float* out, int64_t stride);
+
 // Floats [rows][columns] → a dtype; nothing beyond the last column is written.
 void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
                 int64_t stride);
@@ -50,6 +56,13 @@ MMK_INLINE void with_pairs(Dtype dtype, Function f) {
     if (dtype == Dtype::bf16) return f(std::true_type{});
   }
   f(std::false_type{});
+}
+// The same of a call whose workers may have tiles. Pairs are then for these; what is too small for them is multiplied
+// as floats, since cores with tiles multiply pairs in lanes at half that rate (csrc/cpu/runnable.h).
+template <class Function>
+MMK_INLINE void with_pairs(Dtype dtype, TileUnit tiles, bool is_worth_tiles, Function f) {
+  if (tiles != TileUnit::none && !is_worth_tiles) return f(std::false_type{});
+  with_pairs(dtype, f);
 }
 
 // [count][features] bfloat16 → [count][stride] pairs of features, an odd last one paired with zero.

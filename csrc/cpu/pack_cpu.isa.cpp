@@ -91,6 +91,26 @@ void pack_columns_as_pairs(const uint16_t* source, int64_t row_stride, int64_t c
   }
 }
 
+void pack_columns_as_turned_pairs(const uint16_t* source, int64_t row_stride, int64_t count, int64_t features,
+                                  float* out, int64_t stride) {
+  if constexpr (kBf16Dot) {
+    for (int64_t i = 0; i < count; i += 2 * VW) {
+      for (int64_t c = 0; c < features; c += 2 * VW) {
+        const auto row = [&](int64_t x) {
+          return x < count ? load_pairs(source + x * row_stride + c, features - c) : zero();
+        };
+        vf first[VW], second[VW];
+        MMK_UNROLL for (int x = 0; x < VW; ++x) pair_rows(row(i + 2 * x), row(i + 2 * x + 1), first[x], second[x]);
+        transpose(first);
+        MMK_UNROLL for (int x = 0; x < VW; ++x) store(out + (c + x) * stride + i / 2, first[x]);
+        if (features - c <= VW) continue;
+        transpose(second);
+        MMK_UNROLL for (int x = 0; x < VW; ++x) store(out + (c + VW + x) * stride + i / 2, second[x]);
+      }
+    }
+  }
+}
+
 void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t columns, Dtype dtype, void* to,
                 int64_t stride) {
   with_element_type(dtype, to, [&](auto* p) {

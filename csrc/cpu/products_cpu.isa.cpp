@@ -83,11 +83,46 @@ void multiply_strided(const float* a, int64_t row_stride, int64_t k_stride, Argu
   multiply_units<kPairs>(a, Constant<1>{}, k_stride, rest...);
 }
 
+// On tiles, A as rows.
+MMK_NOINLINE void multiply_rows(const TileOperands& x, const Result& c) {
+  with_combine(c, [&](auto combine) {
+    for_tiles(x, [&](const float* tile, int64_t row, int64_t rows, int64_t v, int64_t vectors) {
+      for (int64_t i = row; i < row + rows; ++i, tile += kTileStride) {
+        for (int64_t j = 0; j < vectors; ++j) combine(load(tile + j * VW), i * c.stride + (v + j) * VW);
+      }
+    });
+  });
+}
+
+// The same of an A whose columns are dense: [depth][rows], transposed first.
+MMK_NOINLINE void multiply_columns(const float* a, int64_t k_stride, int64_t rows, const float* b, int64_t ldb,
+                                   int64_t depth, int64_t vectors, const Result& c) {
+  const int64_t stride = spread_stride(round_up(depth, VW));
+  const Scratch copy(rows * stride);
+  for (int64_t i = 0; i < rows; i += VW) {
+    for (int64_t k = 0; k < depth; k += VW) {
+      const int64_t some = min(VW, rows - i);
+      vf r[VW];
+      for (int64_t x = 0; x < VW; ++x) {
+        r[x] = k + x < depth ? load_as_float(a + (k + x) * k_stride + i, some) : zero();
+      }
+      transpose(r);
+      for (int64_t x = 0; x < some; ++x) store(copy.data() + (i + x) * stride + k, r[x]);
+    }
+  }
+  multiply_rows({copy.data(), stride, rows, b, ldb, depth, vectors}, c);
+}
+
 }  // namespace
 
 void multiply(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, const float* b,
               int64_t ldb, int64_t depth, int64_t columns, const Result& c) {
   if constexpr (kBf16Dot) {
+    if (pairs && rows > 0 && depth >= kTileUnits / 2 && has_tiles()) {
+      const int64_t vectors = ceil_div(columns, VW);
+      if (k_stride == 1) return multiply_rows({a, row_stride, rows, b, ldb, depth, vectors}, c);
+      return multiply_columns(a, k_stride, rows, b, ldb, depth, vectors, c);
+    }
     if (pairs) return multiply_strided<true>(a, row_stride, k_stride, rows, b, ldb, depth, columns, c);
   }
   multiply_strided<false>(a, row_stride, k_stride, rows, b, ldb, depth, columns, c);

@@ -6,6 +6,7 @@
 
 #include "csrc/cpu/scratch.h"
 #include "csrc/cpu/simd.h"
+#include "csrc/cpu/tiles.h"
 #include "csrc/cpu/workers.h"
 
 namespace mmk {
@@ -19,9 +20,11 @@ inline void for_each_claim(const Workers& workers, int64_t count, int64_t grain,
   struct Context {
     Function* f;
     int64_t next, count, grain;
-  } context{&f, 0, count, grain};
+    TileUnit tiles;
+  } context{&f, 0, count, grain, workers.tiles};
   const auto claim = [](void* opaque, int worker) {
     auto& c = *static_cast<Context*>(opaque);
+    const TileScope tiles(c.tiles);
     for (;;) {
       const int64_t first = __atomic_fetch_add(&c.next, c.grain, __ATOMIC_RELAXED);
       if (first >= c.count) return;

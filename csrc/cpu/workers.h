@@ -1,7 +1,7 @@
 // How a kernel, which knows nothing of torch, runs on torch's threads.
 #pragma once
 
-#include <cstdint>
+#include "csrc/cpu/tile_unit.h"
 
 namespace mmk {
 
@@ -9,6 +9,7 @@ struct Workers {
   int count;
   // Calls body(context, worker) for worker = 0 … count-1, possibly at the same time, and returns when all are done.
   void (*run)(int count, void (*body)(void* context, int worker), void* context);
+  TileUnit tiles = TileUnit::none;  // what they multiply pairs of bfloat16 on
 };
 
 }  // namespace mmk

@@ -170,11 +170,11 @@ void backward(const GatedConcatParams& p) {
 }  // namespace
 
 void gated_concat_forward(const GatedConcatParams& p) {
-  with_pairs(p.sources.dtype, [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.sources.dtype, p.workers.tiles, is_worth_tiles(p.sources), [&](auto pairs) { forward<pairs>(p); });
 }
 
 void gated_concat_backward(const GatedConcatParams& p) {
-  with_pairs(p.sources.dtype, [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.sources.dtype, p.workers.tiles, is_worth_tiles(p.sources), [&](auto pairs) { backward<pairs>(p); });
 }
 
 }  // namespace MMK_ISA

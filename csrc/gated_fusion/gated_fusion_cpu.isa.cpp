@@ -199,13 +199,14 @@ void backward(const GatedFusionParams& p) {
 }  // namespace
 
 void gated_fusion_forward(const GatedFusionParams& p) {
-  with_pairs(p.sources.dtype, [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.sources.dtype, p.workers.tiles, is_worth_tiles(p.sources), [&](auto pairs) { forward<pairs>(p); });
 }
 
 void gated_fusion_backward(const GatedFusionParams& p) {
   // Pairs of features of dz must not straddle two terms.
   if constexpr (kBf16Dot) {
-    if (p.sources.dtype == Dtype::bf16 && p.features % 2 == 0) return backward<true>(p);
+    const bool in_pairs = p.workers.tiles == TileUnit::none || is_worth_tiles(p.sources);
+    if (p.sources.dtype == Dtype::bf16 && p.features % 2 == 0 && in_pairs) return backward<true>(p);
   }
   backward<false>(p);
 }
