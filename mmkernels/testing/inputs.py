@@ -1,7 +1,7 @@
 """Arguments for any op: its example, and random calls.
 
-They are made from what each op states as its examples (``mmkernels/ops/_examples.py``). Which of its tensors may be left
-out, and what its options may be, its signature says.
+They are made from what each op states as its examples (``mmkernels/ops/_examples.py``). Which of its tensors may be
+left out, and what its options may be, its signature says.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mmkernels.ops._examples import Draw
 
 Inputs = dict[str, Any]
 Layout = Callable[[Tensor], Tensor]
+
 
 def _find_calls() -> dict[str, Callable[..., Inputs]]:
     """For every op and choice of its options ``(draw, **sizes)`` -> the arguments."""
