@@ -221,10 +221,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     number = args.first
     while number - args.first < args.rounds if args.rounds else time.monotonic() - start < 60 * args.minutes:
         draw = random.Random(f"{args.seed} {number}")
+        torch.set_num_threads(1)
         activity = draw.choice(ACTIVITIES)
         faulthandler.dump_traceback_later(args.patience, exit=True)
         try:
             activity(draw)
+        except KeyboardInterrupt:
+            print(f"interrupted in round {number}, {activity.__name__}")
+            break
         except Exception:
             print(f"round {number}, {activity.__name__}: repeat with --seed {args.seed} --first {number} --rounds 1")
             raise

@@ -50,11 +50,20 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 def build_and_test(name: str, python: str, isas: str, **environment: str) -> str:
     """What the tests say of a build by a compiler or for a Python."""
     folder = copy_of_checkout(name)
-    environment |= {"MMKERNELS_REQUIRE_NATIVE": "1", "MMKERNELS_BUILD_CUDA": "0", "MMKERNELS_ISAS": isas}
-    run([python, "setup.py", "--quiet", "build_ext", "--inplace"], folder, **environment)
+    tested = {"PYTHONPATH": str(folder)}
+    if isas == "none":
+        tested["MMKERNELS_BACKEND"] = "reference"
+    else:
+        environment |= {"MMKERNELS_REQUIRE_NATIVE": "1", "MMKERNELS_BUILD_CUDA": "0", "MMKERNELS_ISAS": isas}
+        run([python, "setup.py", "--quiet", "build_ext", "--inplace"], folder, **environment)
     tests = [f"tests/test_{test}.py" for test in TESTS]
-    said = run([python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], folder, PYTHONPATH=str(folder))
+    said = run([python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests], folder, **tested)
     return re.sub(r" in .*", "", said.splitlines()[-1].strip("= "))
+
+
+def runs(tool: str) -> bool:
+    """Whether it is there, and no stand-in that only says where it would be."""
+    return shutil.which(tool) is not None and not subprocess.run([tool, "--version"], capture_output=True).returncode
 
 
 def version(tool: str) -> str:
@@ -144,14 +153,15 @@ def rows_of_page() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make matrix ARGS=", description=__doc__)
     parser.add_argument("what", nargs="*", help=f"of {', '.join(TRIED)} (default: all)")
-    parser.add_argument("--isas", default="", help="instruction sets to compile, all if none are named")
+    isas = "instruction sets to compile, all if none are named; `none` tests the references without the library"
+    parser.add_argument("--isas", default="", help=isas)
     args = parser.parse_args()
     if unknown := [what for what in args.what if what not in TRIED]:
         parser.error(f"expected {', '.join(TRIED)}; got {', '.join(unknown)}")
     rows, failed = rows_of_page(), False
     for what in args.what or TRIED:
         tool, tried = TRIED[what]
-        if shutil.which(tool) is None:
+        if not runs(tool):
             named, result = f"no {tool} on this machine", "not tried"
         else:
             try:
@@ -159,7 +169,8 @@ def main() -> int:
             except RuntimeError as error:
                 print(f"{what}: {error}")
                 named, result, failed = version(tool), "failed", True
-        compiled = f", compiled for baseline and {args.isas}" if args.isas and result != "not tried" else ""
+        compiled = ", references alone" if args.isas == "none" else f", compiled for baseline and {args.isas}"
+        compiled = "" if not args.isas or result == "not tried" or what == "aarch64" else compiled
         rows[what] = f"| {what} | {named}{compiled} | {result} | {date.today()} |"
         print(rows[what], flush=True)
     head = "| | | result | |\n|---|---|---|---|\n"
