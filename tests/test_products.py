@@ -114,6 +114,11 @@ def rows_of(call: Call) -> list[tuple[int, int, int, int]]:
     """Where the reference keeps rows apart: leaf, its dim, output, and the dim of the output whose slice i depends on
     the slice i of the leaf alone."""
     leaves = call.leaves(torch.float64)
+    with mmk.use_backend("reference"):
+        return _rows_kept_apart(call, leaves)
+
+
+def _rows_kept_apart(call: Call, leaves: list[Tensor]) -> list[tuple[int, int, int, int]]:
     clean = list(flat(call.raw(*leaves)))
     found = []
     for which, leaf in enumerate(leaves):
