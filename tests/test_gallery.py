@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib", reason="the examples draw with matplotlib")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
+os.environ["MMKERNELS_ESPEAK"] = "0"  # one speaker on every machine
 gallery = importlib.import_module("gallery")
 EARLY, Example = (getattr(importlib.import_module("common.example"), name) for name in ("EARLY", "Example"))
 TOO_LONG = 150

@@ -89,8 +89,11 @@ bool fits(const std::vector<c10::IValue>& arguments) {
   const int64_t batch = x.size(0), length = x.size(1), features = x.size(2);
   const bool modulates = shift.dim() == 2 || (shift.dim() == 3 && (shift.size(1) == 1 || shift.size(1) == length));
   if (!modulates || shift.size(0) != batch || shift.size(-1) != features) return false;
+  if (shift.scalar_type() != x.scalar_type() || scale.scalar_type() != x.scalar_type()) return false;
   const auto is_vector = [&](const c10::IValue& argument) {
-    return argument.isNone() || argument.toTensor().sizes() == at::IntArrayRef(features);
+    if (argument.isNone()) return true;
+    const Tensor& t = argument.toTensor();
+    return t.scalar_type() == x.scalar_type() && t.dim() == 1 && t.size(0) == features;
   };
   if (arguments[3].isNone()) return arguments[4].isNone() && arguments[5].isNone();
   const auto& norm = arguments[3].toStringRef();

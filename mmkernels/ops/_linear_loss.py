@@ -74,7 +74,7 @@ def small_logits(hidden: Sequence[Any], linear: Any, valid: Callable[[int], Any]
         if not isinstance(head, (list, tuple)) or len(head) != 2:
             return None
         weight, bias = head
-        given = [t for t in (x, weight, bias) if t is not None]
+        given = (x, weight) if bias is None else (x, weight, bias)
         if any(type(t) not in PLAIN or not t.is_cpu for t in given) or x.dtype not in _KERNEL_DTYPES:
             return None
         if x.dim() != 2 or weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.dtype is not x.dtype:

@@ -33,9 +33,11 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear`` of [*, K] and [N, K]."""
+    if not _is_paired(x):
+        return F.linear(x, weight, bias)
     lead, depth = x.shape[:-1], x.shape[-1]
     rows, columns = lead.numel(), weight.shape[0]
-    if not _is_paired(x) or not (rows % 2 or depth % 2 or columns % 2):
+    if not (rows % 2 or depth % 2 or columns % 2):
         return F.linear(x, weight, bias)
     x, weight = (F.pad(t, (0, t.shape[1] % 2, 0, t.shape[0] % 2)) for t in (x.reshape(rows, depth), weight))
     if bias is not None:

@@ -175,6 +175,7 @@ def _multiply_words(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def example_inputs(draw: Draw, B: int = 2, H: int = 2, Lq: int = 20, Lk: int = 5, D: int = 8, Dv: int = 4) -> Examples:
+    lengths = (Lk - 2 * torch.arange(B)).clamp_min(0)
     return {
         option: {
             "query": draw(B, H, queries, D),
@@ -184,7 +185,7 @@ def example_inputs(draw: Draw, B: int = 2, H: int = 2, Lq: int = 20, Lk: int = 5
         }
         for option, queries, heads, options in (
             ("plain", Lq, H, {}),
-            ("a bias, lengths", Lq, H, {"attn_mask": draw(B, 1, Lq, Lk), "key_lengths": draw.whole(Lk + 1, B)}),
+            ("a bias, lengths", Lq, H, {"attn_mask": draw(B, 1, Lq, Lk), "key_lengths": lengths}),
             ("one query", 1, H, {"attn_mask": draw.flags(B, 1, 1, Lk), "key_lengths": draw.whole(Lk + 1, B)}),
             ("causal, LSE", Lq, 1, {"is_causal": True, "enable_gqa": True, "return_lse": True}),
             ("a window, softcap", Lq, H, {"window": (2, 1), "softcap": 3.0}),
