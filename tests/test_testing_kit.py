@@ -209,7 +209,7 @@ def test():
 
 def test_an_option_that_comes_too_late_is_said_to(tmp_path: Path) -> None:
     (tmp_path / "test_nothing.py").write_text("def test(): pass\n")
-    run = pytest_run(tmp_path, "-p", "mmkernels", "--mmkernels-backend=reference")
+    run = pytest_run(tmp_path, "-p", "mmkernels.testing", "--mmkernels-backend=reference")
     assert run.returncode == 4 and "set MMKERNELS_BACKEND=reference instead" in run.stderr
 
 
