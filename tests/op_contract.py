@@ -131,8 +131,9 @@ def check_checkpoint(function: Function, leaves: Sequence[Tensor]) -> None:
 
     expected = run(function)
     assert len(expected) == len(leaves)
-    for reentrant in (False, True):
-        assert agree(run(lambda *x, r=reentrant: checkpoint(function, *x, use_reentrant=r)), expected)
+    assert agree(run(lambda *x: checkpoint(function, *x, use_reentrant=False)), expected)
+    # Its forward is one without gradients, and few queries are then attended from by a kernel of another order.
+    torch.testing.assert_close(run(lambda *x: checkpoint(function, *x, use_reentrant=True)), expected)
 
 
 def check_export(function: Function, make: Callable[[int], list[Tensor]], batched: int) -> None:

@@ -63,7 +63,9 @@ def test_plain_calls_take_the_eager_node_and_have_the_bits_of_the_dispatcher(
     if plain:
         assert agree(gradients(call, leaves), long)
         with torch.no_grad():
-            assert agree([call(*leaves)], long[:1])
+            short = call(*leaves)
+            with mmk.use_backend("cpu"):
+                assert agree([short], [call(*leaves)])
 
 
 @native_only

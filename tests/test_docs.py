@@ -106,8 +106,16 @@ def alone() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def native() -> Iterator[None]:
+    """diffusers has one attention backend for all models that name none, which a page may set."""
+    yield
+    if dispatch := sys.modules.get("diffusers.models.attention_dispatch"):
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+
+
 @pytest.mark.parametrize("place", [place for place, page in PLACES.items() if programs(page)])
-def test_the_code_of_a_page_runs(place, alone, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs(place, alone, native, tmp_path, monkeypatch):
     begin(place, tmp_path, monkeypatch)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)  # where dataclasses look for names

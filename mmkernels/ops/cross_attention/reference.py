@@ -186,7 +186,7 @@ def example_inputs(draw: Draw, B: int = 2, H: int = 2, Lq: int = 20, Lk: int = 5
         for option, queries, heads, options in (
             ("plain", Lq, H, {}),
             ("a bias, lengths", Lq, H, {"attn_mask": draw(B, 1, Lq, Lk), "key_lengths": lengths}),
-            ("one query", 1, H, {"attn_mask": draw.flags(B, 1, 1, Lk), "key_lengths": draw.whole(Lk + 1, B)}),
+            ("one query", 1, H, {"attn_mask": draw.flags(B, 1, 1, Lk), "key_lengths": lengths}),
             ("causal, LSE", Lq, 1, {"is_causal": True, "enable_gqa": True, "return_lse": True}),
             ("a window, softcap", Lq, H, {"window": (2, 1), "softcap": 3.0}),
             ("sinks", Lq, H, {"sinks": draw(H)}),
