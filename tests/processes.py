@@ -65,7 +65,7 @@ def worlds_of(script: str, counts: Iterable[int]) -> Any:
     return worlds
 
 
-def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = True) -> None:
+def take_part(work: Callable[..., Any], to_the_end: bool = True) -> None:
     """Be the ranks that the command line asks for; each leaves what ``work(rank, ranks, *arguments)`` returns.
 
     They are forks of this process, so that what takes them longest, the imports, is done once.
@@ -73,7 +73,7 @@ def take_part(work: Callable[..., Any], timeout: float = 60, to_the_end: bool = 
     ``to_the_end``: the ranks wait for one another before they go.
     """
     _, ranks, folder, *arguments = sys.argv
-    arguments_of_rank = (int(ranks), Path(folder), arguments, work, timeout, to_the_end)
+    arguments_of_rank = (int(ranks), Path(folder), arguments, work, to_the_end)
     torch.multiprocessing.start_processes(_be, arguments_of_rank, nprocs=int(ranks), start_method="fork")
 
 
@@ -83,7 +83,6 @@ def _be(
     folder: Path,
     arguments: Sequence[str],
     work: Callable[..., Any],
-    timeout: float,
     to_the_end: bool,
 ) -> None:
     torch.set_num_threads(1)
@@ -92,7 +91,7 @@ def _be(
         store=dist.FileStore(str(folder / "store"), ranks),
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=timeout),
+        timeout=timedelta(seconds=60),
     )
     torch.save(work(rank, ranks, *arguments), folder / f"rank{rank}.pt")
     if to_the_end:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from calls import flat, mapped
 from environment import HERE
-from row_ops import DTYPES, RowOp, check_in_torch
+from row_ops import DTYPES
 from torch import Tensor
 
 import mmkernels as mmk
@@ -121,35 +122,21 @@ def test_out_dtype(dtype: torch.dtype, out_dtype: torch.dtype, backend: str) -> 
         with pytest.raises(mmk.UnsupportedError, match=r"out_dtype float64|float32 is not among"):
             mmk.concat_tokens(make(dtype), out_dtype=out_dtype)
         return
-    op = RowOp(mmk.concat_tokens, [make(dtype)], {})
-    op.options = {**embeddings(op.inputs[0]), **affine(op.inputs[0], "layer"), "out_dtype": out_dtype}
-    got = op.outputs_and_gradients()
+    xs = make(dtype)
+    inputs = {"xs": xs, **embeddings(xs), **affine(xs, "layer")}
+
+    def results(dtype: torch.dtype | None, out_dtype: torch.dtype) -> list[Tensor]:
+        arguments = mapped(inputs, lambda x: x.detach().to(dtype or x.dtype).requires_grad_())
+        out = mmk.concat_tokens(**arguments, out_dtype=out_dtype)
+        return [out, *torch.autograd.grad(out.double().sin().sum(), list(flat(list(arguments.values()))))]
+
+    got = results(None, out_dtype)
     with mmk.use_backend("reference"):
-        plain = op.outputs_and_gradients()
-        wide = [x.detach().double().requires_grad_() for x in op.leaves()]
-        op.options["out_dtype"] = torch.float64
-        exact = [op.with_leaves(wide), *torch.autograd.grad(op.loss(*wide), wide)]
+        plain, exact = results(None, out_dtype), results(torch.float64, torch.float64)
     assert got[0].dtype == out_dtype
     eps = max(torch.finfo(t).eps for t in (dtype, out_dtype))
     for i, (ours, same, oracle) in enumerate(zip(got, plain, exact, strict=True)):
         assert_close_to_oracle(ours, same, oracle, name=f"tensor {i}", rounding=4 * eps)
-
-
-def call(norm: str | None, added: dict[str, Any], **sizes: Any) -> RowOp:
-    xs = make(**sizes)
-    return RowOp(mmk.concat_tokens, [xs], {**embeddings(xs, **added), **affine(xs, norm)})
-
-
-OPS = {
-    "everything": lambda: call("layer", dict(positions="xxx")),
-    "rms, some positions": lambda: call("rms", dict(types=False, positions="-x-")),
-    "no norm, large batch": lambda: call(None, dict(positions="x"), batch=140, lengths=(3,), features=8),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op](), backend)
 
 
 x, y = torch.zeros(2, 3, 8), torch.zeros(2, 5, 8)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from calls import CALLS, Call, Inputs, each_call, flat, is_tensor, leaves_of, mapped
+from calls import CALLS, FIRST, Call, Inputs, each_call, flat, is_tensor, leaves_of, mapped
 from conftest import EITHER, Implementation, use_implementation
 from torch import Tensor
 
@@ -172,7 +172,7 @@ def test_arguments_without_elements(call: Call, way: str) -> None:
                 assert_same(got, expected, text)
 
 
-@each_call
+@pytest.mark.parametrize("call", FIRST.values(), ids=str)
 def test_layouts_under_compile(call: Call) -> None:
     compiled = torch.compile(lambda inputs: outputs_of(call, inputs), fullgraph=True, backend="aot_eager")
     for layout in (KEEPING["a column of a matrix"], KEEPING["transposed"]):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import op_contract as contract
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,55 +225,6 @@ def test_a_gradient_that_the_forward_did_not_know_of(backend: str) -> None:
         loss = sigmoid_contrastive_loss_op(*leaves, 0, 20, *wanted)[0]
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
-
-
-def test_differentiates_twice(backend: str) -> None:
-    x, y = (t.detach().double().requires_grad_() for t in embeddings(5, 3))
-    s, b = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0))
-    with mmk.use_backend("reference"):
-        assert torch.autograd.gradgradcheck(mmk.contrastive_loss, (x, y, s))
-        assert torch.autograd.gradgradcheck(mmk.sigmoid_contrastive_loss, (x, y, s, b))
-    single = [t.detach().float().requires_grad_() for t in (x, y)]
-    grads = torch.autograd.grad(mmk.contrastive_loss(*single, 3.0), single, create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in grads), single)
-    with mmk.use_backend("reference"):
-        grads = torch.autograd.grad(mmk.contrastive_loss(x, y, 3.0), (x, y), create_graph=True)
-        wide = torch.autograd.grad(sum(g.square().sum() for g in grads), (x, y))
-    for got, oracle in zip(second, wide, strict=True):
-        torch.testing.assert_close(got.double(), oracle, rtol=1e-4, atol=1e-6)
-
-
-def test_torch_compiles_exports_and_checkpoints(backend: str) -> None:
-    labels = torch.arange(9) % 4
-
-    def both(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        return mmk.contrastive_loss(x, y, s, labels=labels) + mmk.sigmoid_contrastive_loss(x, y, s, -2.0)
-
-    leaves = [*embeddings(9, 4), scalar(3.0)]
-    contract.check_checkpoint(both, leaves)
-    torch._dynamo.reset()
-    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (compiled, both):
-        out = function(*leaves)
-        results.append([out, *torch.autograd.grad(out, leaves)])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-def test_opcheck(backend: str) -> None:
-    x, y = embeddings(6, 4)
-    s, b = scalar(3.0), scalar(-1.0)
-    labels = torch.tensor([0, 1, 0, 2, 2, 5])
-    for arguments in (
-        (x, y, s, None, None, 0.0, True, 0, 6, True, True),
-        (x[2:5], y, s, None, None, 0.1, False, 2, 6, False, True),
-        (x, y, s, labels, labels, 0.0, True, 0, 6, False, False),
-    ):
-        torch.library.opcheck(torch.ops.mmkernels.contrastive_loss.default, arguments)
-    for wanted in ((True, True), (False, True), (False, False)):
-        arguments = (x, y, s, b, 0, 6, *wanted, True)
-        torch.library.opcheck(torch.ops.mmkernels.sigmoid_contrastive_loss.default, arguments)
 
 
 def test_a_rectangle_is_a_part_of_the_whole(backend: str) -> None:

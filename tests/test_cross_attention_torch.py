@@ -36,11 +36,6 @@ def mask_with_grad() -> Tensor:
     return torch.randn(1, 4, 1, 9, requires_grad=True)
 
 
-def grads_of(outputs: tuple[Tensor, Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    out, lse = outputs
-    return torch.autograd.grad(out.sin().sum() + lse.sum(), leaves)
-
-
 OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "masks and lse": lambda: (
         *(*make(), mask_with_grad(), None, None, torch.tensor([9, 4])),
@@ -70,45 +65,8 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("arguments", OPCHECKS)
-def test_opcheck_of_the_forward(arguments: str, backend: str) -> None:
+def test_opcheck_of_the_forward(arguments: str) -> None:
     torch.library.opcheck(torch.ops.mmkernels.cross_attention.default, OPCHECKS[arguments]())
-
-
-@pytest.mark.parametrize("of_inputs", [[True] * 4, [False, True, False, True]], ids=["all", "key and mask"])
-@pytest.mark.parametrize("return_lse", [False, True], ids=["output", "output and lse"])
-def test_opcheck_of_the_backward(of_inputs: list[bool], return_lse: bool, backend: str) -> None:
-    inputs = (*make(), mask_with_grad(), None, None, None)
-    options = (-1, -1, False, 0.0, 0.3, 0.0, None, False, return_lse)
-    out, lse, stats = torch.ops.mmkernels.cross_attention(*inputs, *options, True)
-    outputs = [out.detach(), *(x.detach() for x in lse)]
-    grads = [torch.randn_like(x) for x in outputs]
-    arguments = (grads, *inputs, *options, [*outputs, stats.detach()], [*of_inputs, False, False, False, False])
-    torch.library.opcheck(torch.ops.mmkernels.cross_attention_backward.default, arguments)
-
-
-def test_a_backward_may_run_on_another_backend_than_its_forward(backend: str) -> None:
-    inputs = (*(x.detach() for x in make()), None, None, None, None)
-    options = (-1, 0, False, 0.0, 0.3, 0.0, None, False, False)
-    op, pull = torch.ops.mmkernels.cross_attention, torch.ops.mmkernels.cross_attention_backward
-    needed = [True] * 3 + [False] * 5
-    results = []
-    for forward in ("reference", backend.split(" ")[0]):
-        with mmk.use_backend(forward):
-            out, _, stats = op(*inputs, *options, True)
-        results.append(pull([torch.ones_like(out)], *inputs, *options, [out, stats], needed)[:3])
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static shapes", "dynamic shapes"])
-def test_compile_without_a_graph_break(dynamic: bool, backend: str) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(masked, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for query_len in (7, 12):
-        leaves = [*make(query_len), mask_with_grad()]
-        got, want = compiled(*leaves), masked(*leaves)
-        assert agree(got, want)
-        assert agree(grads_of(got, leaves), grads_of(want, leaves))
 
 
 def test_inductor_compiles_dropout_the_drop_in_and_transposed_inputs(backend: str) -> None:
@@ -140,17 +98,6 @@ def test_export_with_dynamic_lengths(strict: bool) -> None:
     exported = torch.export.export(Model(), inputs, dynamic_shapes=shapes, strict=strict).module()
     q, k = torch.randn(3, 4, 11, 8), torch.randn(3, 4, 5, 8)
     assert torch.equal(exported(q, k, k), Model()(q, k, k))
-
-
-def test_func_grad_agrees_with_autograd(backend: str) -> None:
-    leaves = [*make(), mask_with_grad()]
-
-    def loss(*inputs: Tensor) -> Tensor:
-        out, lse = masked(*inputs)
-        return out.sin().sum() + lse.sum()
-
-    got = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*(x.detach() for x in leaves))
-    assert agree(got, torch.autograd.grad(loss(*leaves), leaves))
 
 
 @pytest.mark.parametrize("mapped", [(0, None, None, None), (0, 0, 0, 0), (1, None, 0, 0), (None, 0, 0, None)], ids=str)
@@ -234,32 +181,6 @@ def test_other_devices_and_subclasses_go_through_the_registered_op() -> None:
     with torch._subclasses.FakeTensorMode():
         q = torch.empty(2, 7, 4, 8).transpose(1, 2)
         assert mmk.cross_attention(q, q, q).stride() == q.stride()
-
-
-GRADCHECKS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "masks": {"key_lengths": torch.tensor([5, 0]), "is_causal": True, "causal_alignment": "bottom_right"},
-    "softcap and window": {"softcap": 1.5, "window": (2, 1)},
-    "dropout": {"dropout_p": 0.3},
-}
-
-
-@pytest.mark.parametrize("options", GRADCHECKS)
-def test_gradcheck_and_gradgradcheck_in_float64(options: str) -> None:
-    q = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
-    k = torch.randn(2, 1, 5, 3, dtype=torch.float64, requires_grad=True)
-    v = torch.randn(2, 1, 5, 2, dtype=torch.float64, requires_grad=True)
-    mask = torch.randn(1, 2, 1, 5, dtype=torch.float64, requires_grad=True)
-
-    def f(*x: Tensor) -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        call: dict[str, Any] = {"attn_mask": x[3], "enable_gqa": True, "return_lse": True, **GRADCHECKS[options]}
-        out, lse = mmk.cross_attention(*x[:3], **call)
-        return out, lse.masked_fill(lse == -torch.inf, 0)
-
-    with mmk.use_backend("reference"):
-        assert torch.autograd.gradcheck(f, (q, k, v, mask))
-        assert torch.autograd.gradgradcheck(f, (q, k, v, mask), fast_mode=True)
 
 
 # --- the drop-in ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from environment import DEVICE, HERE
-from row_ops import DTYPES, RowOp, check_in_torch
+from row_ops import DTYPES
 from torch import Tensor
 
 import mmkernels as mmk
@@ -121,17 +121,6 @@ def test_without_the_check_too_few_rows_raise_all_the_same(backend: str) -> None
     text, _, mask = make(counts=(7,))
     with pytest.raises((ValueError, IndexError)):
         mmk.merge_embeddings(text, torch.randn(6, 37), mask, check=False)
-
-
-OPS = {
-    "several modals": lambda: RowOp(mmk.merge_embeddings, list(make()), {}),
-    "unchecked": lambda: RowOp(mmk.merge_embeddings, list(make(counts=(5,))), {"check": False}),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op](), backend)
 
 
 text, modal, mask = torch.zeros(2, 3, 8), torch.zeros(2, 8), torch.tensor([[True, False, False]] * 2)

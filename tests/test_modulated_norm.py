@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from environment import HERE
-from row_ops import DTYPES, RowOp, check_in_torch
+from row_ops import DTYPES
 from torch import Tensor
 
 import mmkernels as mmk
@@ -107,19 +107,6 @@ def test_infinite_features_without_a_norm_leave_gradients_finite(backend: str) -
     x = torch.where(torch.arange(37) == 3, torch.inf, x.detach()).requires_grad_()
     (grad,) = torch.autograd.grad(mmk.modulated_norm(x, shift, scale, norm=None).sum(), x)
     torch.testing.assert_close(grad, (1 + scale)[:, None].expand_as(x))
-
-
-OPS = {
-    "adaLN": lambda: RowOp(mmk.modulated_norm, make(), {}),
-    "per token, weights": lambda: RowOp(mmk.modulated_norm, make(shift="BLC", scale="BLC"), affine(37)),
-    "rms, weights": lambda: RowOp(mmk.modulated_norm, make(length=3), {**affine(37), "norm": "rms"}),
-    "FiLM": lambda: RowOp(mmk.modulated_norm, make(length=3), {"norm": None}),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op](), backend)
 
 
 x = torch.zeros(2, 7, 8)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from agreement import agree
 from environment import DEVICE, HERE
 from op_contract import check_threads_and_runs_agree
-from row_ops import DTYPES, RowOp, check_in_torch, strided
+from row_ops import DTYPES, strided
 from torch import Tensor
 
 import mmkernels as mmk
@@ -165,23 +165,6 @@ def test_rows_of_zeros_and_large_ones_stay_finite(interleaved: bool, backend: st
 
 def joined(*inputs: Tensor, **options: Any) -> Tensor:
     return torch.cat(mmk.norm_rotary(*inputs, **options), -3)
-
-
-def row_op(interleaved: bool = False, **sizes: Any) -> RowOp:
-    inputs, weights = make(**sizes)
-    return RowOp(joined, inputs, {**weights, "interleaved": interleaved})
-
-
-OPS = {
-    "halves": lambda: row_op(),
-    "interleaved, a table per element": lambda: row_op(True, table="BL", features=10, half=3),
-    "without norms": lambda: row_op(weights=""),
-}
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_it_works_inside_torch(op: str, backend: str) -> None:
-    check_in_torch(OPS[op](), backend)
 
 
 @pytest.mark.parametrize("table", ["L", "BL"])

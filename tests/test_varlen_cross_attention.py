@@ -182,22 +182,6 @@ def packed(*leaves: Tensor) -> Tensor:
     return torch.cat([out, lse[..., None].to(out.dtype)], -1)
 
 
-def test_opcheck(either_backend: str) -> None:
-    q, k, v, *sizes = make(queries=(4, 0, 5), keys=(3, 2, 7), kv_heads=2)
-    arguments = (q, k, v, *sizes, 3, 0, True, None, 0.0, leaf(4))
-    for return_lse, training in itertools.product((True, False), repeat=2):
-        options = (*arguments, return_lse, training)
-        torch.library.opcheck(torch.ops.mmkernels.varlen_cross_attention.default, options)
-    out, lse, stats = (x.detach() for x in torch.ops.mmkernels.varlen_cross_attention(*arguments, True, True))
-    grads = [torch.randn_like(out), torch.randn_like(lse)]
-    needed = [True, False, True, False, False, True]
-    backward = (grads, *arguments, True, [out, lse, stats], needed)
-    # Not traced: the second derivative runs on the reference, which goes by the values of the starts.
-    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    op = torch.ops.mmkernels.varlen_cross_attention_backward.default
-    torch.library.opcheck(op, backward, test_utils=checks)
-
-
 # --- jagged NestedTensors ---------------------------------------------------------------------------------------------
 
 
