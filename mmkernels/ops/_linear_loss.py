@@ -188,8 +188,10 @@ def forward(
     valid: Tensor | None,
     marks: Tensor | None,
     wanted: Sequence[bool],
+    training: bool,
 ) -> tuple[Tensor, ...]:
-    """What `fake` describes: the mean of the losses of valid rows, and gradients that are not divided by their number.
+    """What `fake` describes: the mean of the losses of valid rows, and gradients that are not divided by their number;
+    all but the loss empty without ``training``.
 
     On the CPU rows that are not valid take no part; elsewhere, where asking for them would wait for the device, they do
     with zeros.
@@ -215,6 +217,7 @@ def forward(
         count = rows if valid is None else valid.sum()  # type: ignore[assignment]
     if marks is not None:
         marks = marks.contiguous()
+    wanted = [training and w for w in wanted]
     loss, *made, counted = fake(sources, wanted)
     chunk = _chunk_rows(rows, classes, first.element_size())
     flags = [wanted[3 * i : 3 * i + 3] for i in range(len(sources))]
@@ -231,7 +234,7 @@ def forward(
             c.pull(z, start, stop)
     counted.fill_(count)
     loss.copy_(losses.sum(dtype=torch.float64) / counted.clamp(min=1))
-    return (loss, *made, counted)
+    return (loss, *made, counted if training else counted.new_empty(0))
 
 
 def backward(

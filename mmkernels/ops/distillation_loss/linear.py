@@ -47,7 +47,7 @@ def forward(rows_in_place: Callable[..., None], a: Arguments, training: bool) ->
         rows_in_place(*logits, ignored, a.temperature, a.kind, a.beta, *gradients, losses)
 
     ignored = None if a.valid is None else ~a.valid
-    return linear_loss.forward(of_chunk, _sources(a), a.valid, ignored, [training and w for w in a.wanted])
+    return linear_loss.forward(of_chunk, _sources(a), a.valid, ignored, a.wanted, training)
 
 
 def backward(

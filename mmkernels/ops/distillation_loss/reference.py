@@ -103,7 +103,7 @@ def mean_divergence(
     losses = beta * first + (1 - beta) * second if kind == "jsd" else first
     if ignored is not None:
         losses = losses.masked_fill(ignored, 0)
-    return losses.sum() * (temperature**2 / count)
+    return (losses * (temperature**2 / count)).sum()  # of rows: a 0-dim product with a number is widened by torch.func
 
 
 def distillation_loss(

@@ -48,8 +48,8 @@ def forward(rows_in_place: Callable[..., None], a: Arguments, training: bool) ->
     def of_chunk(logits: list[Tensor], labels: Tensor | None, gradients: list[bool], losses: Tensor) -> None:
         rows_in_place(logits[0], labels, a.label_smoothing, a.robust, a.q, gradients[0], losses)
 
-    marks, wanted = a.labels.masked_fill(~a.valid, -1), [training and w for w in a.wanted]
-    return linear_loss.forward(of_chunk, [(a.hidden, a.weight, a.bias)], a.valid, marks, wanted)
+    marks = a.labels.masked_fill(~a.valid, -1)
+    return linear_loss.forward(of_chunk, [(a.hidden, a.weight, a.bias)], a.valid, marks, a.wanted, training)
 
 
 def backward(
@@ -62,10 +62,9 @@ def backward(
     def again(wanted: Sequence[bool]) -> tuple[Tensor, ...]:
         return forward(rows_in_place, a._replace(wanted=wanted), True)
 
-    empty = grads[0].new_empty(0)
     pulled = linear_loss.backward(again, grads[0], a[:3], saved, needed[:3], a.modulation)
-    of_modulation = torch.zeros_like(a.modulation) if a.modulation is not None and needed[5] else empty
-    return [*pulled, empty, grads[0].new_empty(0), of_modulation]
+    of_modulation = torch.zeros_like(a.modulation) if a.modulation is not None and needed[5] else grads[0].new_empty(0)
+    return [*pulled, grads[0].new_empty(0), grads[0].new_empty(0), of_modulation]
 
 
 def _reference_saved(*args: Any) -> tuple[Tensor, ...]:
