@@ -1,6 +1,6 @@
 """Run in a process without TRITON_INTERPRET: which kernels each op compiles at several batch sizes and lengths.
 
-Prints JSON: op -> one sorted list of kernels (by hash) per size. The sizes differ in divisibility by 16.
+Prints JSON: op -> per size a sorted list of what each kernel is compiled from. The sizes differ in divisibility by 16.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from calls import FIRST, Call, leaves_of
 
 import mmkernels as mmk
-from mmkernels.triton.launch import compiling_for
+from mmkernels.triton.launch import sources_for
 from mmkernels.triton.table import TARGETS, ops_with_kernels
 
 SIZES = ((20, 1024), (22, 1040), (21, 1031))  # batch, length: all of one class in the tables of configurations
@@ -34,11 +34,11 @@ def compiled(call: Call, batch: int, length: int) -> list[str]:
         inputs = sized(call, batch, length).inputs(torch.bfloat16)
     for leaf in leaves_of(inputs):
         leaf.requires_grad_()
-    with compiling_for(TARGETS["sm_90"]) as done, mmk.use_backend("triton"):
+    with sources_for(TARGETS["sm_90"]) as sources, mmk.use_backend("triton"):
         outputs = call.public(**inputs)
         outputs = [o for o in (outputs if isinstance(outputs, (list, tuple)) else [outputs]) if o.requires_grad]
         sum(o.float().sum() for o in outputs).backward()
-        return sorted({f"{c.kernel} {c.binary.hash}" for c in done})
+        return sorted(set(sources))
 
 
 if __name__ == "__main__":

@@ -110,6 +110,20 @@ def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from use_implementation(request.param)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tiles are for pairs of bfloat16: another dtype runs the code beside them, and once is enough for it."""
+
+    def runs_twice(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        on_tiles = any(str(p) in ("cpu amx", "cpu amx_portable") for p in parameters.values())
+        return on_tiles and parameters.get("dtype", torch.bfloat16) is not torch.bfloat16
+
+    twice = [item for item in items if runs_twice(item)]
+    if twice:
+        config.hook.pytest_deselected(items=twice)
+        items[:] = [item for item in items if not runs_twice(item)]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Iterator[None]:
     """Where all runs on one kind of kernels, and on a GPU, what these do not serve is skipped, with their reason; not

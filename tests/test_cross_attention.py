@@ -192,14 +192,16 @@ MASK_SHAPES = [
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("kind", ["bool", "float", "float32", "frozen float"])
 @few_dtypes
-def test_mask_of_every_broadcast_shape(shape: tuple[int, ...], kind: str, dtype: torch.dtype, backend: str) -> None:
+def test_mask_of_every_broadcast_shape(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, either_backend: str
+) -> None:
     q, k, v = make(dtype, heads=3, query_len=17, key_len=37)
     if kind == "bool":
         mask = torch.rand(shape) > 0.3
     else:
         mask = torch.randn(shape).masked_fill(torch.rand(shape) > 0.8, -torch.inf)
         mask = mask.to(torch.float32 if kind == "float32" else dtype).requires_grad_(kind != "frozen float")
-    check_op(mmk.cross_attention, q, k, v, attn_mask=mask, return_lse=True, backend=backend)
+    check_op(mmk.cross_attention, q, k, v, attn_mask=mask, return_lse=True, backend=either_backend)
 
 
 @few_dtypes

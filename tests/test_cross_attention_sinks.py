@@ -158,7 +158,7 @@ SHAPES = {
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @few_dtypes
 def test_mask_and_bias_of_every_shape(
-    mask_shape: str, bias_shape: str, kind: str, dtype: torch.dtype, backend: str
+    mask_shape: str, bias_shape: str, kind: str, dtype: torch.dtype, either_backend: str
 ) -> None:
     shapes = [SHAPES[mask_shape], SHAPES[bias_shape]]
     for query_len in (17, 1):
@@ -172,10 +172,10 @@ def test_mask_and_bias_of_every_shape(
             mask = torch.randn(sizes[0]).masked_fill(torch.rand(sizes[0]) > 0.8, -torch.inf).to(dtype).requires_grad_()
         bias = torch.randn(sizes[1]).masked_fill(torch.rand(sizes[1]) > 0.9, -torch.inf).requires_grad_()
         options = dict(attn_mask=mask, attn_bias=bias, return_lse=True)
-        check_op(mmk.cross_attention, *inputs, backend=backend, **options)
+        check_op(mmk.cross_attention, *inputs, backend=either_backend, **options)
         with torch.no_grad():
             options["return_lse"] = False
-            check_op(mmk.cross_attention, *inputs, backend=backend, grad=False, **options)
+            check_op(mmk.cross_attention, *inputs, backend=either_backend, grad=False, **options)
 
 
 @pytest.mark.parametrize("frozen", ["mask", "bias", "both"])

@@ -119,8 +119,9 @@ def test_varlen_cross_attention(dtype: torch.dtype, triton_backend: str) -> None
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("dim", "queries", "keys"), [(64, 70, 300), (128, 130, 77)])
+@pytest.mark.parametrize(
+    ("dim", "queries", "keys", "dtype"), [(64, 70, 300, torch.bfloat16), (128, 130, 77, torch.float16)], ids=str
+)
 def test_tensor_descriptors(
     dim: int, queries: int, keys: int, dtype: torch.dtype, triton_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

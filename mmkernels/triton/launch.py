@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -296,3 +297,26 @@ def compiling_for(target: GPUTarget) -> Iterator[list[Compiled]]:
         _triton.compile_target = None
         if torch.cuda.is_available():
             triton.runtime.driver.reset_active()
+
+
+@contextlib.contextmanager
+def sources_for(target: GPUTarget) -> Iterator[list[str]]:
+    """As `compiling_for`, and compiles nothing: yields a digest of what each kernel would be compiled from, triton and
+    the target aside, without the paths and addresses that are in the keys of triton's own cache. A kernel that this
+    process has compiled for the target already is left out.
+    """
+    found: list[str] = []
+
+    def instead_of_compiling(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        constants = [(name, getattr(value, "cache_key", value)) for name, value in compile["constants"].items()]
+        options = [compile[name] for name in ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")]
+        made_of = repr((fn.jit_function.cache_key, compile["signature"], constants, compile["configs"], options))
+        found.append(hashlib.sha256(made_of.encode()).hexdigest())
+        return True
+
+    with compiling_for(target):
+        triton.knobs.runtime.jit_cache_hook = instead_of_compiling
+        try:
+            yield found
+        finally:
+            triton.knobs.runtime.jit_cache_hook = None

@@ -2,19 +2,21 @@
 
 The calls that an op's ``kernel_triton.py`` lists are made on meta tensors, forward and backward, so that its own
 launches say what is compiled. docs/generated/kernels.md is the table of what came out, and the budget of what comes out
-next.
+next. It also has a digest of what each op's kernels were compiled from, so that a check compiles only what changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import importlib
 import multiprocessing
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import mmkernels as mmk
 from mmkernels import _cuda_table, _triton
-from mmkernels.triton.launch import compiling_for
+from mmkernels.triton.launch import compiling_for, sources_for
 from mmkernels.triton.resources import SHARED_LIMITS, Resources, resources
 
 TARGETS = {
@@ -69,18 +71,36 @@ def _tensors(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) and value.is_floating_point() else []
 
 
-def _calls(op: str, dtype: torch.dtype) -> Iterator[tuple[str, Any, list[Tensor]]]:
-    """Label, call and, filled while it runs, the leaves of each call that the op lists."""
+def _leaf(leaves: list[Tensor], default: torch.dtype, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    dtype = dtype or default
+    leaves.append(torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point))
+    return leaves[-1]
+
+
+def _launches(op: str) -> Iterator[tuple[str, str]]:
+    """Makes each call that the op lists, forward and backward; yields its label and dtype after it."""
     leaves: list[Tensor] = []
+    for dtype in DTYPES:
+        new = functools.partial(_leaf, leaves, dtype)
+        for label, call in importlib.import_module(f"mmkernels.ops.{op}.kernel_triton").calls(new):
+            outputs = [o for o in _tensors(call()) if o.requires_grad]
+            wanted = [x for x in leaves if x.requires_grad]
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
+            leaves.clear()
+            yield label, str(dtype)[6:]
+            if dtype is DTYPES[-1]:
+                break
 
-    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        leaf = torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
-        leaves.append(leaf)
-        return leaf
 
-    for label, call in importlib.import_module(f"mmkernels.ops.{op}.kernel_triton").calls(new):
-        yield label, call, leaves
-        leaves.clear()
+def sources_of(op: str) -> str:
+    """A digest of what the op's kernels are compiled from, by this triton and for all targets."""
+    found = [triton.__version__]
+    for target in TARGETS.values():
+        with sources_for(target) as sources, mmk.use_backend("triton"):
+            for _ in _launches(op):
+                pass
+        found += sorted(set(sources))
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
 
 
 def compile_op(op: str, target_name: str) -> list[tuple[Kernel, Resources]]:
@@ -89,20 +109,13 @@ def compile_op(op: str, target_name: str) -> list[tuple[Kernel, Resources]]:
     found: list[tuple[Kernel, Resources]] = []
     seen: set[str] = set()
     with compiling_for(target) as compiled, mmk.use_backend("triton"):
-        for dtype in DTYPES:
-            for label, call, leaves in _calls(op, dtype):
-                outputs = [o for o in _tensors(call()) if o.requires_grad]
-                wanted = [x for x in leaves if x.requires_grad]
-                torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
-                for launched in compiled:
-                    if launched.binary.hash not in seen:
-                        seen.add(launched.binary.hash)
-                        name = launched.kernel.removeprefix("_")
-                        kernel = Kernel(op, label, str(dtype)[6:], name, str(launched.config))
-                        found.append((kernel, resources(target, launched.binary)))
-                compiled.clear()
-                if dtype is DTYPES[-1]:
-                    break
+        for label, dtype in _launches(op):
+            for launched in compiled:
+                if launched.binary.hash not in seen:
+                    seen.add(launched.binary.hash)
+                    kernel = Kernel(op, label, dtype, launched.kernel.removeprefix("_"), str(launched.config))
+                    found.append((kernel, resources(target, launched.binary)))
+            compiled.clear()
     return found
 
 
@@ -112,7 +125,7 @@ def compile_all(ops: Sequence[str], processes: int) -> Table:
     context = multiprocessing.get_context("spawn")
     table: Table = {}
     with ProcessPoolExecutor(processes, mp_context=context) if processes > 1 else nullcontext() as pool:
-        results = (pool.map if pool else map)(compile_op, *zip(*jobs, strict=True))
+        results = (pool.map if pool else map)(compile_op, [op for op, _ in jobs], [target for _, target in jobs])
         for (_, target), kernels in zip(jobs, results, strict=True):
             for kernel, figures in kernels:
                 table.setdefault(kernel, {})[target] = figures
@@ -127,11 +140,13 @@ Every configuration of every Triton kernel, compiled ahead of time for four targ
 GPU. The calls are those that each op's `kernel_triton.py` lists; a kernel that several share stands at the first.
 
 A cell: registers per thread · KB of shared memory · tensor-core instructions · global accesses of 16 bytes per thread.
-No kernel spills a register. The tests compile all of it again and hold it to this table: no spill, no more shared
-memory, registers within 10 %, and tensor cores and wide accesses wherever the table has them.
+No kernel spills a register. The tests compile again what changed since, which the sources' digests tell, and hold it to
+this table: no spill, no more shared memory, registers within 10 %, and tensor cores and wide accesses wherever the
+table has them.
 
 triton {triton.__version__}
 """
+_SOURCES = "Compiled from "
 _CELL = re.compile(r"(\d+) · ([\d.]+) · (\d+) · (\d+)")
 
 
@@ -141,11 +156,13 @@ def _cell(figures: Resources | None) -> str:
     return f"{figures.registers} · {figures.shared / 1024:.1f} · {figures.dots} · {figures.wide}"
 
 
-def render(table: Table) -> str:
+def render(table: Table, sources: Mapping[str, str]) -> str:
     lines = [_HEADING]
     for op in sorted({kernel.op for kernel in table}):
         lines += [
             f"## {op}",
+            "",
+            f"{_SOURCES}`{sources[op]}`",
             "",
             f"| call | dtype | kernel | {' | '.join(TARGETS)} |",
             "|---" * (3 + len(TARGETS)) + "|",
@@ -156,6 +173,11 @@ def render(table: Table) -> str:
                 lines.append(f"| {kernel.call} | {kernel.dtype} | {kernel.name}: {kernel.config} | {cells} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def recorded_sources(document: str) -> dict[str, str]:
+    """Op -> `sources_of` it when its part of the document was written."""
+    return dict(re.findall(rf"^## (\w+)\n\n{_SOURCES}`(\w+)`$", document, re.M))
 
 
 Budget = tuple[int, float, int, int]  # registers, KB of shared memory, tensor-core instructions, wide accesses
@@ -220,7 +242,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ops", default="", help="comma-separated ops, default all that have kernels")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes, default one per core")
     parser.add_argument("--update", action="store_true", help=f"also write {DOCUMENT}")
-    parser.add_argument("--check", action="store_true", help=f"hold the kernels to {DOCUMENT}; print only what is over")
+    parser.add_argument(
+        "--check", action="store_true", help=f"hold the kernels that changed to {DOCUMENT}; print only what is over"
+    )
     args = parser.parse_args(argv)
     if reason := _triton.absent():
         parser.error(reason)
@@ -230,9 +254,14 @@ def main(argv: list[str] | None = None) -> int:
     document = DOCUMENT.read_text() if DOCUMENT.exists() else ""
     without_cuda = "left out with --ops" if args.ops else _cuda_table.absent()
     of_cuda = None if without_cuda else _cuda_table.table()
-    table = compile_all(args.ops.split(",") if args.ops else ops_with_kernels(), args.jobs)
+    ops = args.ops.split(",") if args.ops else ops_with_kernels()
+    sources = {op: sources_of(op) for op in ops}
+    recorded = recorded_sources(document) if args.check else {}
+    changed = [op for op in ops if sources[op] != recorded.get(op)]
+    table = compile_all(changed, args.jobs)
     wrong = excesses(table, document if args.check else "")
-    text = f"{render(table)}\n{_cuda_table.section(document) if of_cuda is None else _cuda_table.render(of_cuda)}"
+    cuda_part = _cuda_table.section(document) if of_cuda is None else _cuda_table.render(of_cuda)
+    text = f"{render(table, sources)}\n{cuda_part}"
     if args.update:
         DOCUMENT.write_text(text)
     if of_cuda is not None and args.check:
@@ -243,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     count = sum(len(row) for row in table.values())
     print(
         f"{count} kernels on {len(TARGETS)} targets in {time.perf_counter() - start:.0f} s, {len(wrong)} over budget; "
+        f"{len(ops) - len(changed)} ops as they were; "
         f"CUDA C++: {without_cuda or len(of_cuda or ())}."
     )
     return 1 if wrong else 0
