@@ -77,6 +77,15 @@ def test_outputs_and_gradients(shape: str, dtype: torch.dtype, backend: str) -> 
     check_op(mmk.concat_linear, xs, weight, bias, backend=backend, **options)
 
 
+@pytest.mark.parametrize("rows", (290, 500, 570, 800))
+@few_dtypes
+def test_the_rows_of_a_wide_gradient_are_summed_whatever_they_are_cut_into(
+    rows: int, dtype: torch.dtype, native_isa: str
+) -> None:
+    xs, weight, bias = make(lead=(rows,), widths=(9, 4), features=2800, dtype=dtype)
+    check_op(mmk.concat_linear, xs, weight, bias, backend=native_isa)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @each_dtype
 def test_every_activation_with_every_presence_residual_and_gate(

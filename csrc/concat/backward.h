@@ -98,7 +98,7 @@ class ConcatBackward {
         policy_(policy),
         packed_(sources),
         padded_(round_up(sources.features, VW)),
-        rows_units_(units<kPairs>(sources.features)) {
+        dz_stride_(spread_stride(padded_)) {
     for (int64_t s = 0; s < sources.count; ++s) {
       const ConcatSource& source = sources.items[s];
       widest_ = max(widest_, source.width);
@@ -116,13 +116,12 @@ class ConcatBackward {
     in_place_ = rows_in_place && sources.rows <= (by_rows_ ? kInPlaceRows : 4 * kInPlaceRows);
     turned_ = !by_rows_ && sources.rows <= chunk_elements<kPairs>();
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
-    chunk_ = min(round_up(sources.rows, kBlockRows),
-                 max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows));
+    const int64_t most = max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows);
+    chunk_ = round_up(ceil_div(sources.rows, max(1, ceil_div(sources.rows, most))), kBlockRows);
     if (turned_) chunk_ = round_up(sources.rows, kBlockRows);
     block_rows_ = min(kBlockRows, sources.rows);
     transposed_stride_ = sources.rows <= 16 ? 16 : round_up(units<kPairs>(chunk_), 16) + 16;
     if (turned_) transposed_stride_ = round_up(padded_, 16) | 16;
-    groups_ = 0;
     for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
 
@@ -163,9 +162,9 @@ class ConcatBackward {
     const int64_t depth = units<kPairs>(sources_.rows);
     transposed_ = carver.take(any_dw_ ? (turned_ ? depth * transposed_stride_ + VW : padded_ * transposed_stride_) : 0);
     weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
-    dz_floats_ = round_up(block_rows_ * padded_, 16);
+    dz_floats_ = block_rows_ * dz_stride_;
     dx_floats_ = round_up(block_rows_ * round_up(widest_, VW), 16);
-    panel_floats_ = kGroup * kDepth;
+    panel_floats_ = kGroup * kMostDepth;
     group_stride_ = round_up(group_features(), VW);
     group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_stride_ * kGroup : 0;
     rows_stride_ = round_up(depth, 16) | 16;
@@ -184,7 +183,8 @@ class ConcatBackward {
 
   // Whether the sums over rows are done at once for every block of features, and written as they come.
   bool in_one_product() const {
-    return !Policy::kFinishesWeights && !sums_in_place() && !shares_ && sources_.rows <= chunk_elements<kPairs>();
+    const bool few_rows = in_one_chunk() && sources_.rows <= most_elements<kPairs>();
+    return !Policy::kFinishesWeights && !sums_in_place() && !shares_ && few_rows;
   }
   int64_t group_features() const { return in_one_product() ? min(kBlockRows, most_features_) : most_features_; }
 
@@ -217,9 +217,9 @@ class ConcatBackward {
     const int64_t first = start + block * kBlockRows, sums = Policy::kSums * padded_;
     float* const partial = partial_ + block * sums;
     std::memset(partial, 0, sizeof(float) * static_cast<size_t>(sums));
-    policy_.make(first, rows, dz, padded_, partial);
+    policy_.make(first, rows, dz, dz_stride_, partial);
     if (!any_dx_ && !any_dw_) return;
-    Operand operand{dz, padded_};
+    Operand operand{dz, dz_stride_};
     if constexpr (kPairs) operand = as_pairs(dz, rows, spare);
     if (any_dw_) transpose_block(operand, block * kBlockRows, rows, dx);
     const float *panels = packed_.data(), *shared = nullptr;  // the next source's; those of the sources that share them
@@ -236,10 +236,10 @@ class ConcatBackward {
 
   // Rows of pairs, [rows][units of features].
   Operand as_pairs(const float* dz, int64_t rows, float* to) const {
-    auto* halves = reinterpret_cast<Bf16*>(to);
+    auto* half = reinterpret_cast<Bf16*>(to);
     const int64_t stride = round_up(padded_, 2);
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t c = 0; c < padded_; c += VW) store_from_float(halves + i * stride + c, load(dz + i * padded_ + c));
+      for (int64_t c = 0; c < padded_; c += VW) store_from_float(half + i * stride + c, load(dz + i * dz_stride_ + c));
     }
     return {to, stride / 2};
   }
@@ -268,8 +268,8 @@ class ConcatBackward {
                     float* dx, float* panel_memory) const {
     const ConcatSource& source = sources_.items[s];
     const SourceRows present(source, sources_.dtype, first, rows);
-    const int64_t bytes = element_size(sources_.dtype);
-    char* const grad = static_cast<char*>(source.grad.data) + first * source.grad.inner_stride * bytes;
+    char* const grad =
+        static_cast<char*>(source.grad.data) + first * source.grad.inner_stride * element_size(sources_.dtype);
     const bool straight = !Policy::kFinishesRows && sources_.dtype == Dtype::f32 && present.map() == nullptr;
     Operand a = dz;
     if (present.map() != nullptr) {
@@ -300,9 +300,8 @@ class ConcatBackward {
       }
       add |= depth > 0;
     }
-    if (!add) {  // no feature, no sum
-      for (int64_t i = 0; i < rows; ++i)
-        std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
+    for (int64_t i = 0; i < rows && !add; ++i) {  // no feature, no sum
+      std::memset(to + i * stride, 0, sizeof(float) * static_cast<size_t>(source.width));
     }
     if (straight) return;
     with_element_type(sources_.dtype, static_cast<void*>(grad), [&](auto* out) {
@@ -381,19 +380,22 @@ class ConcatBackward {
     }
   }
 
-  // Adds a chunk's rows of a source to columns of dW; the first rows of all replace what is there, unless `add`.
+  // Adds a chunk's rows of a source to columns of dW, in as few passes of one length as panels allow; the first rows of
+  // all replace what is there, unless `add`.
   void add_products(int64_t s, int64_t column, int64_t start, int64_t rows, bool add, float* sums,
                     float* panels) const {
     const ConcatSource& source = sources_.items[s];
-    const int64_t width = min(kGroup, source.width - column);
     if (turned_) return add_turned(source, column, s, add, sums, panels);
-    for_chunks<kPairs>(rows, [&](int64_t row, int64_t count, int64_t unit) {
+    const int64_t width = min(kGroup, source.width - column);
+    const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most_elements<kPairs>())), kPairs ? 32 : 8);
+    for (int64_t row = 0; row < rows; row += step) {
+      const int64_t count = min(step, rows - row);
       policy_.columns(s, start + row, count, column, width, panels);
       // What is packed next: the rows behind these, or the first of the columns behind them.
       const bool last = row + count == rows;
       const int64_t next = last ? start : start + row + count, from = last ? column + kGroup : column;
       const RowsAhead columns_ahead =
-          prefetch_rows(sources_, s, next, min(chunk_elements<kPairs>(), start + rows - next), min(from, source.width),
+          prefetch_rows(sources_, s, next, min(step, start + rows - next), min(from, source.width),
                         min(kGroup, max(0, source.width - from)), tiles_of(kBlockRows, width));
       int64_t features = 0;
       for (int64_t t = 0; t < source.term_count; ++t) {
@@ -404,11 +406,11 @@ class ConcatBackward {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
           }
-          multiply_features(term, column, unit, units<kPairs>(count), panels, c, columns_ahead);
+          multiply_features(term, column, kPairs ? row / 2 : row, units<kPairs>(count), panels, c, columns_ahead);
         }
         features += term.features;
       }
-    });
+    }
   }
 
   // As `add_products`, of all rows: columns of dWᵀ = xᵀ dz, [width][features of all terms] where they are not in place.
@@ -484,12 +486,11 @@ class ConcatBackward {
   const Workers& workers_;
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
-  int64_t padded_, rows_units_;
-  int64_t widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0, groups_ = 0;
-  int64_t dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
+  int64_t padded_, dz_stride_, widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
+  int64_t groups_ = 0, dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
   int64_t group_stride_ = 0, rows_stride_ = 0, turned_floats_ = 0;
-  bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, in_place_ = false, turned_ = false,
-       shares_ = false;
+  bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, shares_ = false;
+  bool in_place_ = false, turned_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };

@@ -40,6 +40,7 @@ namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
 constexpr int64_t kDepth = 256;                                     // units of a chunk: 16 KB of a panel of 16 floats
+constexpr int64_t kMostDepth = kDepth + kDepth / 8;                 // where that saves a pass over the results
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
 constexpr int64_t kInPlaceRows = 2 * kFeatureRows;                  // up to so many, packing W costs more than it saves
 constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
@@ -145,6 +146,11 @@ inline RowsAhead prefetch_rows(const ConcatSources& sources, int64_t s, int64_t 
 template <bool kPairs>
 constexpr int64_t chunk_elements() {
   return kPairs ? 2 * kDepth : kDepth;
+}
+// Elements of a chunk that is longer where that saves a pass over the results.
+template <bool kPairs>
+constexpr int64_t most_elements() {
+  return kPairs ? 2 * kMostDepth : kMostDepth;
 }
 template <bool kPairs, class Function>
 MMK_INLINE void for_chunks(int64_t width, Function f) {

@@ -44,6 +44,12 @@ void write_transposed(const float* from, int64_t from_stride, int64_t rows, int6
 
 namespace {
 
+// A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
+constexpr int64_t spread_stride(int64_t n) {
+  const int64_t lines = (n + 15) / 16;
+  return 16 * (lines + (lines + 1) % 2);
+}
+
 template <bool kPairs>
 MMK_INLINE int64_t units(int64_t features) {
   return kPairs ? (features + 1) / 2 : features;

@@ -53,12 +53,6 @@ MMK_INLINE void with_combine(const Result& c, Function f) {
   }
 }
 
-// A row of at least n floats in an odd number of 64-byte lines: down a column, rows then use every set of a cache.
-constexpr int64_t spread_stride(int64_t n) {
-  const int64_t lines = (n + 15) / 16;
-  return 16 * (lines + (lines + 1) % 2);
-}
-
 // Floats [rows][columns] → units of two rows [units of rows][columns], in place; whole vectors of columns.
 inline void pair_rows_in_place(float* data, int64_t stride, int64_t rows, int64_t columns) {
   if constexpr (kBf16Dot) {

@@ -85,7 +85,8 @@ class GatedConcatGradient {
       using T = std::remove_const_t<std::remove_pointer_t<decltype(gate)>>;
       for (int64_t i = 0; i < rows; ++i) {
         make_row<T>(first + i, dz + i * stride);
-        for (int64_t c = 0; c < stride; c += VW) store(sums + c, load(sums + c) + load(dz + i * stride + c));
+        for (int64_t c = 0; c < p_.sources.features; c += VW)
+          store(sums + c, load(sums + c) + load(dz + i * stride + c));
       }
     });
   }

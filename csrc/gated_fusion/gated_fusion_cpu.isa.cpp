@@ -113,7 +113,8 @@ class GateGradient {
         const int64_t row = first + i;
         make_row(reinterpret_cast<T*>(row_address(p_.grad_out, p_.sources.dtype, row)), values + row * all,
                  static_cast<T*>(p_.weights) + row * all, dz + i * stride, stride);
-        for (int64_t c = 0; c < stride; c += VW) store(sums + c, load(sums + c) + load(dz + i * stride + c));
+        for (int64_t c = 0; c < p_.sources.features; c += VW)
+          store(sums + c, load(sums + c) + load(dz + i * stride + c));
       }
     });
   }
