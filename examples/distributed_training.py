@@ -1,11 +1,11 @@
 """Captions that find their photo and their sound, trained by several processes; beside it by one, with the same losses.
 
-    torchrun --nproc-per-node 2 examples/distributed_training.py
-    torchrun --nproc-per-node 4 examples/distributed_training.py --loss sigmoid
-
 Each rank has its rows of every batch. The contrastive losses are those of the whole batch: embeddings travel, the
 scores of all pairs never do. DistributedDataParallel averages gradients where those of this loss are to be added up,
 which the factor makes good. The data are random: three linear views of one hidden vector.
+
+    torchrun --nproc-per-node 2 examples/distributed_training.py
+    torchrun --nproc-per-node 4 examples/distributed_training.py --loss sigmoid
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def main() -> None:
     together = train(DistributedDataParallel(model), name, rows, dist.group.WORLD)
     if rank == 0:
         print(f"step   one process   {ranks} processes")
-        for step, (one, many) in enumerate(zip(train(alone, name, slice(None), None), together, strict=True)):
+        in_one = train(alone, name, slice(None), None)
+        for step, (one, many) in enumerate(zip(in_one, together, strict=True)):
             print(f"{step:4}   {one:11.6f}   {many:11.6f}")
+        torch.testing.assert_close(together, in_one, rtol=0, atol=1e-4)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ import sys
 from functools import partial
 
 import torch
-from common import Example, accuracy, data, words
+from common import Example, accuracy, data
 from torch import nn
 
 WIDTH, CLASSES, RANK, HEADS = 16, 10, 4, 2
@@ -115,7 +115,7 @@ def tokens(events: data.Events) -> list[torch.Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     example = Example(__doc__, argv, trainings=1 + len(FEATURES) + len(DEEP))
-    train, test = data.split(data.draw_events(noise=0.5, loudness=2.0, errors=2, read=words.letter_pairs))
+    train, test = data.split(data.draw_events(noise=0.5, loudness=2.0, errors=2))
     sizes, token_sizes = [x.shape[-1] for x in train.features()], [x.shape[-1] for x in tokens(train)]
 
     rows, steps = [], example.steps(300, quick=80)

@@ -42,6 +42,13 @@ TOPICS = {
     "distillation": "Distillation",
 }
 
+# These are started by torchrun, two processes each.
+PROCESSES = {
+    "distributed_training": "Training spread over the batch",
+    "pipeline_training": "Training in a pipeline",
+    "staged_training": "Training in stages",
+}
+
 CAPTIONS = {
     "data_types": "Five events: frames of a video laid over one another, and the word's sound with what pads it.",
     "fusion_levels": "Accuracy of each way to fuse; grey is one modality alone.",
@@ -72,7 +79,7 @@ INTRODUCTION = """\
 Each example trains a small model twice, with this library's ops and with the same ops written in plain torch
 ([plain.py](../examples/common/plain.py)), from one seed: both must lose the same. It ends in checks that fail loudly.
 The events are scikit-learn's handwritten digits; the same digits spoken by {speaker};
-and the digit's name typed, a vector of MiniLM's or of its letter pairs ([words.py](../examples/common/words.py)).
+and the digit's name typed, as {reader} reads it ([words.py](../examples/common/words.py)).
 What else there is, scenes of shapes or a road, is drawn by a rule in the file.
 Times are of one thread and of tiny models, where calls cost more than arithmetic; [measured](generated/measured.md)
 has real sizes. `make gallery` runs all of it and writes this page.
@@ -84,7 +91,10 @@ def section(name: str, title: str, options: Sequence[str] = ()) -> tuple[str, bo
     path = HERE / f"{name}.py"
     picture = DOCS / "gallery" / f"{name}.png"
     start = time.perf_counter()
-    run = subprocess.run([sys.executable, path, "--picture", picture, *options], stdout=subprocess.PIPE, text=True)
+    command = [path, "--picture", picture, *options]
+    if name in PROCESSES:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", path]
+    run = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     print(f"{name}: {'ok' if run.returncode == 0 else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
     if run.returncode:
         print(run.stdout)
@@ -96,16 +106,19 @@ def section(name: str, title: str, options: Sequence[str] = ()) -> tuple[str, bo
 
 
 def main() -> int:
-    from common import data
+    from common import data, words
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, help="stop the trainings of an example when they are over")
     seconds = parser.parse_args().seconds
     options = [] if seconds is None else ["--seconds", str(seconds)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the processes are all here
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     (DOCS / "gallery").mkdir(exist_ok=True)
-    sections = [section(name, title, options) for name, title in TOPICS.items()]
-    page = [INTRODUCTION.format(speaker=data.spoken()[1]), *(text for text, _ in sections)]
+    sections = [section(name, title, options) for name, title in {**TOPICS, **PROCESSES}.items()]
+    page = [INTRODUCTION.format(speaker=data.spoken()[1], reader=words.READER), *(text for text, _ in sections)]
     (DOCS / "gallery.md").write_text("\n".join(page))
     return 0 if all(held for _, held in sections) else 1
 

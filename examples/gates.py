@@ -31,7 +31,7 @@ class Helped(nn.Module):
         self.ops, self.kind = ops, kind
         self.see = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU())
         self.hear = nn.Sequential(nn.Linear(data.FRAMES * BANDS, WIDTH), nn.ReLU())
-        joined = {"gated concatenation": 2 * WIDTH + 1, "cross-attention": ROWS * WIDTH}.get(kind, WIDTH)
+        joined = {"gated concatenation": 2 * WIDTH + 1, "cross-attention": 2 * ROWS * WIDTH}.get(kind, WIDTH)
         self.head = nn.Sequential(nn.Linear(joined, 64), nn.ReLU(), nn.Linear(64, 10))
         if "gated" in kind:
             self.gate = nn.Linear(2 * WIDTH, WIDTH)
@@ -48,7 +48,8 @@ class Helped(nn.Module):
             frames = (self.frame(sound.unflatten(-1, (data.FRAMES, BANDS))) + self.time).relu()
             query = self.query(rows).unflatten(-1, (HEADS, -1)).transpose(1, 2)
             key, value = self.key_value(frames).unflatten(-1, (2, HEADS, -1)).permute(2, 0, 3, 1, 4)
-            return self.head((rows + self.ops.cross_attention(query, key, value).transpose(1, 2).flatten(2)).flatten(1))
+            read = self.ops.cross_attention(query, key, value).transpose(1, 2).flatten(2)
+            return self.head(torch.cat([rows, read], -1).flatten(1))
         seen, heard = self.see(image), self.hear(sound)
         if self.kind == "gated concatenation":
             seen = self.ops.gated_concat(seen, heard, self.gate.weight, self.gate.bias)
@@ -73,7 +74,7 @@ def drown(events: data.Events, level: Tensor) -> list[Tensor]:
 
 def main(argv: list[str] | None = None) -> int:
     example = Example(__doc__, argv, trainings=len(KINDS))
-    train, test = data.split(data.draw_events(loudness=3.0))
+    train, test = data.split(data.draw_events(loudness=2.0))
 
     def batch(step: int):
         rows = torch.randint(len(train), (64,))
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
     rows, scores, open_at = [], {}, {}
     for kind in KINDS:
-        model = example.train(kind, partial(Helped, kind=kind), batch, example.steps(700, quick=300))
+        model = example.train(kind, partial(Helped, kind=kind), batch, example.steps(700, quick=500))
         with torch.no_grad():
             views = [drown(test, torch.full((len(test),), level)) for level in LEVELS]
             scores[kind] = [accuracy(model(*view), test.label) for view in views]

@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [x.shape[-1] for x in train.features()]
     names = ["image", "sound", "text"]
     lies = torch.where(torch.rand(len(train)) < 0.3, torch.randint(10, (len(train),)), train.label)
+    false = lies != train.label
 
     rows, early = [], {}
     probe = (train[:256].features(), train.label[:256])
@@ -85,10 +86,10 @@ def main(argv: list[str] | None = None) -> int:
     for name, robust in (("cross-entropy", None), ("generalised cross-entropy", "gce")):
         make = partial(Judges, sizes=sizes, robust=robust)
         model = example.train(
-            f"{name}, 30 % wrong", make, data.batches(train, label=lies), example.steps(1200, quick=500)
+            f"{name}, 30 % wrong", make, data.batches(train, label=lies), example.steps(1600, quick=1200)
         )
         curves[name] = [accuracy(z, test.label) for z in model(test.features())]
-        learnt = sum(accuracy(z, lies) for z in model(train.features())) / 3
+        learnt = sum(accuracy(z[false], lies[false]) for z in model(train.features())) / 3
         rows.append([name, *curves[name], learnt])
     example.table(["loss", *(f"accuracy of {n}" for n in names), "agreement with the false labels"], rows)
     mean = {name: sum(scores) / 3 for name, scores in curves.items()}

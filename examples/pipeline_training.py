@@ -1,11 +1,11 @@
 """A pipeline of two stages, encoders and fusion, each on a process of its own; beside it the same model in one process.
 
-    torchrun --nproc-per-node 2 examples/pipeline_training.py
-
 A batch goes through in micro-batches, by the schedule 1F1B of ``torch.distributed.pipelining``: while the second stage
 fuses one, the first encodes the next. What travels is three tensors of features, and back their gradients. The loss is
 the mean over the micro-batches, so that it is that of the whole batch. The data are random: a class is a direction in
 each modality.
+
+    torchrun --nproc-per-node 2 examples/pipeline_training.py
 """
 
 from __future__ import annotations
@@ -115,8 +115,10 @@ def main() -> None:
     in_stages = in_a_pipeline(parts[rank], rank, device)
     if rank == 1:
         print("step   one process   2 stages")
-        for step, (one, two) in enumerate(zip(in_one_process(*whole), in_stages, strict=True)):
+        in_one = in_one_process(*whole)
+        for step, (one, two) in enumerate(zip(in_one, in_stages, strict=True)):
             print(f"{step:4}   {one:11.6f}   {two:8.6f}")
+        torch.testing.assert_close(in_stages, in_one, rtol=0, atol=1e-4)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,7 +1,7 @@
 """A stream with a deadline: senses arrive late or never, and each frame needs an answer.
 
-Every 20 ms a camera, a microphone and a keyboard should have reported on a digit. In one frame of five a sense is
-missing or comes too late to be used; the answer cannot wait for it. `concat_linear` is told who is present and reads
+Every 20 ms a camera, a microphone and a keyboard report on a digit, each after a while of its own, or not at all. What
+has not come after 18 ms is too late: 2 ms are left for the answer. `concat_linear` is told who is present and reads
 nobody else, so the one model serves every case (Ma et al., Are Multimodal Transformers Robust to Missing Modality?,
 2022). At batch 1 a model is bound by the calls, not by arithmetic: what counts is not the mean but the tail (Dean &
 Barroso, The Tail at Scale, 2013), so p50, p99, their distance (jitter) and the deadlines missed are shown for both sets
@@ -17,10 +17,11 @@ import time
 from functools import partial
 
 import torch
-from common import Example, accuracy, data, plain, words
+from common import Example, accuracy, data, plain
 from torch import nn
 
-WIDTH, DEADLINE, MISSING = 256, 0.002, 0.2  # seconds a frame may take, share of frames in which a sense is not there
+WIDTH, DUE, DEADLINE, LOST = 256, 0.018, 0.002, 0.04  # seconds to report in and to answer in, share never reported
+SENSES = ["image", "sound", "text"]
 TURN = 10  # frames in a row that one model answers; two models in turn would push each other out of the cache
 
 
@@ -38,28 +39,37 @@ class Stream(nn.Module):
         return nn.functional.cross_entropy(self(xs, presence), label)
 
 
-def arrivals(count: int) -> torch.Tensor:
-    """(count, 3): which senses have reported in time; never none."""
-    absent = torch.randint(3, (count,))
-    return ~((torch.arange(3) == absent[:, None]) & (torch.rand(count, 1) < MISSING))
+def arrivals(count: int, lost: float = LOST) -> torch.Tensor:
+    """(count, 3): seconds until each sense reports, infinite where it never does."""
+    after = 0.004 + torch.empty(count, 3).exponential_(1 / 0.005)
+    return after.masked_fill(torch.rand(count, 3) < lost, torch.inf)
+
+
+def in_time(after: torch.Tensor) -> torch.Tensor:
+    """(count, 3) bool; where none is, the first to come is waited for."""
+    first = torch.arange(3) == after.argmin(1, keepdim=True)
+    return torch.where((after < DUE).any(1, keepdim=True), after < DUE, first)
 
 
 def main(argv: list[str] | None = None) -> int:
     example = Example(__doc__, argv)
-    train, test = data.split(data.draw_events(noise=0.3, loudness=1.0, errors=1, read=words.letter_pairs))
+    train, test = data.split(data.draw_events(noise=0.3, loudness=1.0, errors=1))
     sizes = [x.shape[1] for x in train.features()]
     draw = data.batches(train)
 
     def batch(step: int):
         xs, label = draw(step)
-        return xs, arrivals(len(label)), label
+        return xs, in_time(arrivals(len(label), lost=0.3)), label  # a model that must do without learns to
 
     ours = example.train("stream", partial(Stream, sizes=sizes), batch, example.steps(300, quick=120))
     torchs = Stream(plain, sizes).eval()
     torchs.load_state_dict(ours.state_dict())
     models = {"mmkernels": ours, "torch": torchs}
-    taken, answers, presence = {name: [] for name in models}, {name: [] for name in models}, arrivals(len(test))
-    senses = test.features()
+    taken, answers = {name: [] for name in models}, {name: [] for name in models}
+    after, senses = arrivals(len(test)), test.features()
+    presence, lost = in_time(after), after.isinf()
+    shares = torch.stack([presence, ~presence & ~lost, ~presence & lost], -1).float().mean(0).tolist()
+    example.table(["sense", "in time", "late", "lost"], [[n, *row] for n, row in zip(SENSES, shares, strict=True)])
     with torch.inference_mode():
         for begin in range(0, len(test), TURN):
             for name in sorted(models, reverse=bool(begin // TURN % 2)):
@@ -83,11 +93,11 @@ def main(argv: list[str] | None = None) -> int:
         ["all senses", accuracy(ours_said[whole], test.label[whole])],
         *(
             [f"no {name}", accuracy(ours_said[~presence[:, m]], test.label[~presence[:, m]])]
-            for m, name in enumerate(["image", "sound", "text"])
+            for m, name in enumerate(SENSES)
         ),
     ]
     example.table(["frame", "accuracy"], rows)
-    example.check("with a sense missing the answer is still right in most frames", all(row[1] > 0.6 for row in rows))
+    example.check("with a sense missing the answer is still right in most frames", all(row[1] > 0.5 for row in rows))
     with example.picture() as axes:
         for name in models:
             axes.plot(

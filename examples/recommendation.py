@@ -4,7 +4,8 @@ Sixty items each have a topic and a cover, a digit image of that topic; a thousa
 of them, and have clicked eight items of both. Popularity knows none of this. Attention from the candidate item to the
 history weighs the clicks that matter for it (Zhou et al., Deep Interest Network, 2018); a low-rank bilinear product of
 user and item (Kim et al., MLB, 2017) scores the pair. Hit rate and NDCG at 10 (Järvelin & Kekäläinen, 2002) say how
-high the next clicked item stands among all sixty, in two of whose topics' dozen every item is as likely.
+high the next clicked item stands among those not clicked yet; a dozen of the sixty are of the user's two topics, and
+which of them comes next is left to chance and popularity.
 
     python examples/recommendation.py
 """
@@ -27,7 +28,7 @@ class Recommender(nn.Module):
         self.ops, self.covers = ops, covers  # [items, 64]
         self.see = nn.Sequential(nn.Linear(covers.shape[1], WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
         self.query, self.key_value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
-        self.interest = nn.Linear(words.PAIRS_WIDTH, WIDTH)
+        self.interest = nn.Linear(words.WIDTH, WIDTH)
         self.x, self.y = nn.Linear(2 * WIDTH, RANK * WIDTH, bias=False), nn.Linear(WIDTH, RANK * WIDTH, bias=False)
         self.score = nn.Linear(WIDTH, 1)
 
@@ -54,8 +55,7 @@ def draw_users(popular: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     likes = torch.rand(USERS, 10).topk(2).indices
     liked = (topic == likes[:, :1]) | (topic == likes[:, 1:])  # [USERS, items]
     drawn = torch.multinomial(liked * popular, CLICKS + 1)
-    names = words.letter_pairs(data.speech.WORDS)
-    return drawn[:, :CLICKS], names[likes[:, 0]], drawn[:, CLICKS]
+    return drawn[:, :CLICKS], words.embed(data.speech.WORDS)[likes[:, 0]], drawn[:, CLICKS]
 
 
 def ranked(scores: Tensor, clicks: Tensor, following: Tensor) -> tuple[float, float]:

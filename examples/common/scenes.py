@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,9 +24,9 @@ class Scenes:
     mask: Tensor  # (N, 4, SIZE, SIZE) bool
 
 
-def draw_scenes(count: int, generator: torch.Generator, noise: float = 0.1) -> Scenes:
+def draw_scenes(count: int, generator: torch.Generator, noise: float = 0.05) -> Scenes:
     kind = torch.rand(count, len(PHRASES), generator=generator).argsort(1)[:, :4]
-    radius = 3 + 3 * torch.rand(count, 4, generator=generator)
+    radius = 4 + 2.5 * torch.rand(count, 4, generator=generator)
     corner = QUARTER * torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
     centre = (
         corner + radius[..., None] + (QUARTER - 2 * radius[..., None]) * torch.rand(count, 4, 2, generator=generator)
@@ -46,9 +47,11 @@ def draw_scenes(count: int, generator: torch.Generator, noise: float = 0.1) -> S
     return Scenes(image.clamp(0, 1), kind, box, mask)
 
 
+@cache
 def phrase_words() -> Tensor:
-    """(len(PHRASES), 2, words.PAIRS_WIDTH): the two words of each."""
-    return torch.stack([words.letter_pairs(phrase) for phrase in PHRASES])
+    """(len(PHRASES), 2, words.WIDTH): the two words of each."""
+    known = words.dictionary([*COLOURS, *SHAPES])
+    return torch.stack([torch.stack([known[word] for word in phrase]) for phrase in PHRASES])
 
 
 class ImageTokens(torch.nn.Module):

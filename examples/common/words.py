@@ -65,3 +65,9 @@ def embed(texts: Sequence[str]) -> Tensor:
         vectors = read(unread)
     known.update(zip(unread, vectors if unread else [], strict=True))
     return torch.stack([known[text] for text in texts])
+
+
+def dictionary(texts: Sequence[str]) -> dict[str, Tensor]:
+    """[WIDTH] of each text, less the mean of all: what the texts have in common tells none from another."""
+    vectors = embed(texts)
+    return dict(zip(texts, vectors - vectors.mean(0), strict=True))
