@@ -165,7 +165,7 @@ def in_browser(browser: str, page: Path, *options: str) -> subprocess.CompletedP
     profile = page.parent / "profile"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
     command = [browser, *flags, f"--user-data-dir={profile}", *options, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=True)
 
 
 ACTIONS = """<script>

@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.parametrize("keep", ["1", "0"])
 def test_a_call_has_the_memory_of_the_last_one(keep: str) -> None:
     environment = {**os.environ, "MMKERNELS_KEEP_SCRATCH": keep}
-    done = subprocess.run([sys.executable, "-c", CALLS], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", CALLS], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     faults = int(done.stdout)
     assert faults < 100 if keep == "1" else faults > 1000, faults

@@ -45,7 +45,7 @@ def built(name: str, sanitizer: str, folder: Path) -> list[str]:
     ]
     source = ROOT / "tests" / "simt" / f"{name}.cpp"
     command = [str(COMPILER), *flags, *SANITIZERS[sanitizer], f"-I{ROOT}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=900)
     # ThreadSanitizer wants its addresses where they always are.
     setarch = shutil.which("setarch")
     return [setarch, "-R", str(program)] if sanitizer == "thread" and setarch else [str(program)]
@@ -54,7 +54,7 @@ def built(name: str, sanitizer: str, folder: Path) -> list[str]:
 def run(command: list[str]) -> str:
     # What a kernel that failed had allocated stays with its threads, which never end.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     return done.stdout + done.stderr
 
 

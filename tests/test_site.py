@@ -40,7 +40,7 @@ def test_no_page_is_wider_than_a_phone(tmp_path):
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom"]
     dom = subprocess.run(
-        [*command, (tmp_path / "all.html").as_uri()], capture_output=True, text=True, timeout=300, check=True
+        [*command, (tmp_path / "all.html").as_uri()], capture_output=True, text=True, timeout=900, check=True
     ).stdout
     said = {page: (int(width), what) for page, width, what in re.findall(r"\[([\w/]+) \| (\d+) \| ([^\]]*)\]", dom)}
     assert set(said) == set(PAGES), dom[-2000:]

@@ -73,7 +73,7 @@ def test_an_example_has_the_losses_of_one_process(command: tuple[str, ...]) -> N
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     path = Path(__file__).parents[1] / "examples" / script
     environment = environment_of_ranks()
-    done = subprocess.run([*run, path, *options], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*run, path, *options], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     title, *rows = done.stdout.split("\n\n")[0].splitlines()
     assert "one process" in title

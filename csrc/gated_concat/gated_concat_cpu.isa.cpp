@@ -24,6 +24,19 @@ const T* row_of(const RowView& view, int64_t row) {
   return static_cast<const T*>(view.data) + element;
 }
 
+// Σ f(k, elements left) over a row's vectors, in runs, so that a long sum keeps its digits.
+template <class Function>
+MMK_INLINE vf sum_in_runs(int64_t width, Function f) {
+  constexpr int64_t kRun = 32 * VW;
+  vf total = zero();
+  for (int64_t start = 0; start < width; start += kRun) {
+    vf part = zero();
+    for (int64_t k = start; k < min(start + kRun, width); k += VW) part = part + f(k, width - k);
+    total = total + part;
+  }
+  return total;
+}
+
 // [g ∘ x; y; s] of one row.
 template <class T>
 void write_row(const GatedConcatParams& p, int64_t row) {
@@ -31,13 +44,11 @@ void write_row(const GatedConcatParams& p, int64_t row) {
   const T *x = row_of<T>(p.x, row), *y = row_of<T>(p.y, row), *g = static_cast<const T*>(p.gate) + row * gates;
   T* out = static_cast<T*>(p.out) + row * width;
   const vf shared = set1(gates == 1 ? sum(load_as_float(g, 1)) : 0.f);
-  vf total = zero();
-  for (int64_t k = 0; k < p.x_width; k += VW) {
-    const int64_t n = p.x_width - k;
+  const vf total = sum_in_runs(p.x_width, [&](int64_t k, int64_t n) {
     const vf gated = load_as_float(x + k, n) * (gates == 1 ? shared : load_as_float(g + k, n));
-    total = total + gated;
     store_from_float(out + k, gated, n);
-  }
+    return gated;
+  });
   if (p.y_width > 0) std::memcpy(out + p.x_width, y, static_cast<size_t>(p.y_width) * sizeof(T));
   store_from_float(out + width - 1, set1(sum(total)), 1);
 }
@@ -142,17 +153,12 @@ class GatedConcatGradient {
     const T* gate = static_cast<const T*>(p_.gate);
     const vf of_sum = set1(sum(load_as_float(grad + p_.x_width + p_.y_width, 1)));
     const bool shared = p_.sources.features == 1;
-    vf total = zero();
-    for (int64_t k = 0; k < p_.x_width; k += VW) {
-      const int64_t n = p_.x_width - k;
+    const vf total = sum_in_runs(p_.x_width, [&](int64_t k, int64_t n) {
       const vf g = gates(gate, row, k);
       const vf d = (load_as_float(grad + k, n) + of_sum) * load_as_float(x + k, n) * g * (set1(1.f) - g);
-      if (shared) {
-        total = total + d;
-      } else {
-        store(dz + k, d);
-      }
-    }
+      if (!shared) store(dz + k, d);
+      return d;
+    });
     if (shared) {
       store(dz, zero());
       dz[0] = sum(total);
