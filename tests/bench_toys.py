@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def toy_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "gemm_rate", partial(gemm_rate, n=64, budget=0.01))
     monkeypatch.setattr(machine, "memory_rates", partial(memory_rates, sizes=(1 << 16, 1 << 20), budget=0.01))
     return folder
+
+
+def false_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that `time.perf_counter` tells: a millisecond for each look at it, and what a test adds."""
+    told = [0.0]
+
+    def look() -> float:
+        told[0] += 1e-3
+        return told[0]
+
+    monkeypatch.setattr(time, "perf_counter", look)
+    return told
 
 
 def run(folder: Path, *options: str) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from bench_toys import run, toy_benchmarks
+from bench_toys import false_clock, run, toy_benchmarks
 from environment import DEVICE
 from torch import Tensor
 
@@ -149,11 +148,10 @@ def test_rows_for_a_gpu_are_left_out_on_a_cpu(toy_folder: Path, capsys: pytest.C
 
 
 def test_first_rows_are_compiled_until_the_share_for_it_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
-    took, clock = [0.0], time.perf_counter
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + took[0])
+    told = false_clock(monkeypatch)
 
     def compiled(problem: Problem, grad_out: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
-        took[0] += 1000.0
+        told[0] += 1000.0
         return lambda: (problem.eager(*problem.leaves),)
 
     monkeypatch.setattr(Engine, "compiled", staticmethod(compiled))
@@ -166,7 +164,8 @@ def test_first_rows_are_compiled_until_the_share_for_it_is_spent(monkeypatch: py
     assert "compiled" not in none.measure("toy", case(torch.matmul), torch.float32).seconds
 
 
-def test_rows_share_the_time_that_is_left() -> None:
+def test_rows_share_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    false_clock(monkeypatch)
     bench = engine(budget=1000.0, row_seconds=100.0)
     assert bench.timing_seconds(100) == pytest.approx(10 * TIMING, rel=0.01)
     assert bench.timing_seconds(1) == 100.0  # no row is timed for longer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_toys import run, toy_benchmarks
+from bench_toys import false_clock, run, toy_benchmarks
 
 from mmkernels.bench import main, options
 from mmkernels.bench.case import Case
@@ -198,12 +198,11 @@ def test_no_row_begins_for_which_the_budget_has_no_time(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (toy_folder / "slow.py").write_text((toy_folder / "toy.py").read_text())
-    took, clock = [0.0], time.perf_counter
-    monkeypatch.setattr(time, "perf_counter", lambda: clock() + took[0])
+    told = false_clock(monkeypatch)
     measure = Engine.measure
 
     def slowly(self: Engine, op: str, case: Case, dtype: torch.dtype, rows_left: int) -> Row:
-        took[0] += {"slow": 1000.0, "toy": 10.0}[op]
+        told[0] += {"slow": 1000.0, "toy": 10.0}[op]
         return measure(self, op, case, dtype, rows_left)
 
     def measured() -> dict[str, int]:

@@ -142,16 +142,17 @@ inline RowsAhead prefetch_rows(const ConcatSources& sources, int64_t s, int64_t 
   return {row_address(x, sources.dtype, first) + column * bytes, width * bytes, x.inner_stride * bytes, rows, steps};
 }
 
-// Calls f(first element, elements, first unit) for the chunks of a source's columns.
+// Elements of a chunk.
 template <bool kPairs>
 constexpr int64_t chunk_elements() {
   return kPairs ? 2 * kDepth : kDepth;
 }
-// Elements of a chunk that is longer where that saves a pass over the results.
+// And of one that is longer where that saves a pass over the results.
 template <bool kPairs>
 constexpr int64_t most_elements() {
   return kPairs ? 2 * kMostDepth : kMostDepth;
 }
+// Calls f(first element, elements, first unit) for the chunks of a source's columns.
 template <bool kPairs, class Function>
 MMK_INLINE void for_chunks(int64_t width, Function f) {
   constexpr int64_t kElements = chunk_elements<kPairs>();

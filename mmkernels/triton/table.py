@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     of_cuda = None if without_cuda else _cuda_table.table()
     ops = args.ops.split(",") if args.ops else ops_with_kernels()
     sources = {op: sources_of(op) for op in ops}
-    recorded = recorded_sources(document) if args.check else {}
+    recorded = recorded_sources(document) if args.check and not args.update else {}
     changed = [op for op in ops if sources[op] != recorded.get(op)]
     table = compile_all(changed, args.jobs)
     wrong = excesses(table, document if args.check else "")
