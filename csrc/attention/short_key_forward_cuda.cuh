@@ -154,4 +154,7 @@ void launch_short_key_forward(const ShortKeys& p, const ShortKeyOutput& o, Strea
   launch(at, short_key_forward<T, D>, p, o);
 }
 
+void launch_short_key_forward_bf16(const ShortKeys&, const ShortKeyOutput&, Stream);
+void launch_short_key_forward_fp16(const ShortKeys&, const ShortKeyOutput&, Stream);
+
 }  // namespace mmk::cuda

@@ -207,6 +207,9 @@ void launch_short_key_gradients(const ShortKeys& p, const ShortKeyGradient& d, c
   }
 }
 
+void launch_short_key_gradients_bf16(const ShortKeys&, const ShortKeyGradient&, const ShortKeySums&, Stream);
+void launch_short_key_gradients_fp16(const ShortKeys&, const ShortKeyGradient&, const ShortKeySums&, Stream);
+
 template <typename T>
 void launch_short_key_total(const ShortKeyTotal& t, Stream stream) {
   const int64_t vectors = int64_t(t.length) * (t.dim / 8);

@@ -139,4 +139,9 @@ void launch_short_key_query_gradient(const ShortKeys& p, const ShortKeyGradient&
   launch(at, short_key_query_gradient<T, D>, p, d, dquery, dscores);
 }
 
+void launch_short_key_query_gradient_bf16(const ShortKeys&, const ShortKeyGradient&, const Rows& dquery, float* dscores,
+                                          Stream);
+void launch_short_key_query_gradient_fp16(const ShortKeys&, const ShortKeyGradient&, const Rows& dquery, float* dscores,
+                                          Stream);
+
 }  // namespace mmk::cuda

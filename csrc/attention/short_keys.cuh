@@ -249,4 +249,12 @@ __device__ __forceinline__ void store_rows(T* tile, const float (&acc)[D / 8][4]
   __syncwarp();
 }
 
+/// Call `function<T, D>` of a template for the head dim that holds `dim`.
+#define MMK_FOR_HEAD_DIM(function, T, dim, ...)   \
+  ((dim) <= 32    ? function<T, 32>(__VA_ARGS__)  \
+   : (dim) <= 64  ? function<T, 64>(__VA_ARGS__)  \
+   : (dim) <= 96  ? function<T, 96>(__VA_ARGS__)  \
+   : (dim) <= 128 ? function<T, 128>(__VA_ARGS__) \
+                  : function<T, 256>(__VA_ARGS__))
+
 }  // namespace mmk::cuda

@@ -52,16 +52,4 @@ inline ShortKeys short_keys(const Tensor& query, const Tensors& keys, const Tens
   return p;
 }
 
-/// Call `function<T, D>` of a template for the dtype, and for the head dim that holds `dim`.
-#define MMK_FOR_HEAD_DIM(function, T, dim, ...)   \
-  ((dim) <= 32    ? function<T, 32>(__VA_ARGS__)  \
-   : (dim) <= 64  ? function<T, 64>(__VA_ARGS__)  \
-   : (dim) <= 96  ? function<T, 96>(__VA_ARGS__)  \
-   : (dim) <= 128 ? function<T, 128>(__VA_ARGS__) \
-                  : function<T, 256>(__VA_ARGS__))
-
-#define MMK_FOR_DTYPE_AND_HEAD_DIM(function, tensor, ...)                            \
-  (is_bf16(tensor) ? MMK_FOR_HEAD_DIM(function, Bf16, (tensor).size(3), __VA_ARGS__) \
-                   : MMK_FOR_HEAD_DIM(function, Fp16, (tensor).size(3), __VA_ARGS__))
-
 }  // namespace mmk::cuda
