@@ -12,8 +12,7 @@
 // The call's Policy makes dz and may stand between a source's rows and the products (a norm, say).
 #pragma once
 
-#include "csrc/concat/product.h"
-#include "csrc/cpu/schedule.h"
+#include "csrc/concat/packed_columns.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -22,58 +21,6 @@ namespace {
 inline void zero_elements(Dtype dtype, char* at, int64_t count) {
   std::memset(at, 0, static_cast<size_t>(count * element_size(dtype)));
 }
-
-// W of each term in panels of the source's columns: for each source and term, for each chunk of features,
-// [panels][units of features][kPanel].
-template <bool kPairs>
-class PackedWeightColumns {
- public:
-  explicit PackedWeightColumns(const ConcatSources& sources) : sources_(sources) {
-    for_each_panel([&](const ConcatSource&, const ConcatTerm& term, int64_t) {
-      floats_ += units<kPairs>(term.features) * kPanel;
-      ++panels_;
-    });
-  }
-  int64_t floats() const { return round_up(floats_, 16); }
-
-  void pack(float* memory, const Workers& workers) {
-    memory_ = memory;
-    for_each_claim(workers, panels_, max(1, panels_ / (8 * workers.count)), [&](int, int64_t begin, int64_t end) {
-      int64_t index = 0;
-      float* at = memory;
-      for_each_panel([&](const ConcatSource& source, const ConcatTerm& term, int64_t column) {
-        if (index >= begin && index < end) {
-          for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
-            pack_panels<kPairs>(sources_.dtype, from_element(term.weight, sources_.dtype, n, column), count,
-                                min(kPanel, source.width - column), at + unit * kPanel);
-          });
-        }
-        ++index;
-        at += units<kPairs>(term.features) * kPanel;
-      });
-    });
-  }
-  const float* data() const { return memory_; }
-
- private:
-  template <class Function>
-  void for_each_panel(Function f) const {
-    bool packed = false;  // the weights, for a source that shares them
-    for (int64_t s = 0; s < sources_.count; ++s) {
-      const ConcatSource& source = sources_.items[s];
-      packed &= source.shares_weights;
-      if (source.grad.data == nullptr || packed) continue;
-      packed = true;
-      for (int64_t t = 0; t < source.term_count; ++t) {
-        for (int64_t column = 0; column < source.width; column += kPanel) f(source, source.terms[t], column);
-      }
-    }
-  }
-
-  const ConcatSources& sources_;
-  int64_t floats_ = 0, panels_ = 0;
-  float* memory_ = nullptr;
-};
 
 // Policy:
 //   kSums
@@ -114,6 +61,7 @@ class ConcatBackward {
     if constexpr (Policy::kFinishesWeights) any_dw_ = policy.wants_weights();
     const bool rows_in_place = !by_rows_ || (!kPairs && sources.dtype == Dtype::f32);
     in_place_ = rows_in_place && sources.rows <= (by_rows_ ? kInPlaceRows : 4 * kInPlaceRows);
+    one_block_ = sources.rows <= kBlockRows;
     turned_ = !by_rows_ && sources.rows <= chunk_elements<kPairs>();
     constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
     const int64_t most = max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows);
@@ -122,6 +70,7 @@ class ConcatBackward {
     block_rows_ = min(kBlockRows, sources.rows);
     transposed_stride_ = sources.rows <= 16 ? 16 : round_up(units<kPairs>(chunk_), 16) + 16;
     if (turned_) transposed_stride_ = round_up(padded_, 16) | 16;
+    if (sums_in_place() && !turned_ && sources.columns >= 8 * kGroup * workers.count) group_ = 2 * kGroup;
     for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
 
@@ -132,15 +81,16 @@ class ConcatBackward {
     Scratch scratch(count.used());
     Carver carver(scratch.data());
     carve(carver, chunk_blocks, sums);
-    if (any_dx_ && !in_place_) packed_.pack(packed_memory_, workers_);
+    if (packs_weights()) packed_.pack(packed_memory_, workers_);
     std::memset(totals_, 0, sizeof(float) * static_cast<size_t>(sums));
     for (int64_t start = 0; start < sources_.rows; start += chunk_) {
       const int64_t rows = min(chunk_, sources_.rows - start), blocks = ceil_div(rows, kBlockRows);
-      for_each_claim(workers_, blocks, 1, [&](int worker, int64_t begin, int64_t end) {
+      const auto work = [&](int worker, int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           row_block(worker, start, block, min(kBlockRows, rows - block * kBlockRows));
         }
-      });
+      };
+      one_block_ ? work(0, 0, blocks) : for_each_claim(workers_, blocks, 1, work);
       for (int64_t block = 0; block < blocks; ++block) {
         for (int64_t i = 0; i < sums; i += VW) {
           store(totals_ + i, load(totals_ + i) + load(partial_ + block * sums + i));
@@ -156,7 +106,7 @@ class ConcatBackward {
 
  private:
   void carve(Carver& carver, int64_t chunk_blocks, int64_t sums) {
-    packed_memory_ = carver.take(any_dx_ && !in_place_ ? packed_.floats() : 0);
+    packed_memory_ = carver.take(packs_weights() ? packed_.floats() : 0);
     totals_ = carver.take(sums);
     partial_ = carver.take(chunk_blocks * sums);
     const int64_t depth = units<kPairs>(sources_.rows);
@@ -164,7 +114,7 @@ class ConcatBackward {
     weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
     dz_floats_ = block_rows_ * dz_stride_;
     dx_floats_ = round_up(block_rows_ * round_up(widest_, VW), 16);
-    panel_floats_ = kGroup * kMostDepth;
+    panel_floats_ = group_ * kMostDepth;
     group_stride_ = round_up(group_features(), VW);
     group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_stride_ * kGroup : 0;
     rows_stride_ = round_up(depth, 16) | 16;
@@ -172,6 +122,9 @@ class ConcatBackward {
     each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_ + turned_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
   }
+
+  // Whether W is packed beforehand: for one block of rows it is packed as the product comes to it, or read as it lies.
+  bool packs_weights() const { return any_dx_ && !in_place_ && !one_block_; }
 
   // Whether the sums over rows are kept in the gradients themselves.
   bool sums_in_place() const {
@@ -198,14 +151,18 @@ class ConcatBackward {
   }
 
   // Groups of columns of dW; the sources that share a weight are summed in those of the first.
-  static int64_t groups_of(const ConcatSource& source) {
-    return source.shares_weights ? 0 : ceil_div(source.width, kGroup);
+  int64_t groups_of(const ConcatSource& source) const {
+    return source.shares_weights ? 0 : ceil_div(source.width, group_);
   }
 
   static int64_t features_of(const ConcatSource& source) {
     int64_t features = 0;
     for (int64_t t = 0; t < source.term_count; ++t) features += source.terms[t].features;
     return features;
+  }
+
+  float* panels_of(int worker) const {
+    return worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_ + dx_floats_;
   }
 
   // --- first stage: dz and dx of a block of rows ---
@@ -291,6 +248,11 @@ class ConcatBackward {
         add |= depth > 0;
         continue;
       }
+      if (one_block_) {
+        multiply_weights_by_groups({a.data + skip, a.stride}, present.count(), term, {to, stride, source.width, add});
+        add |= depth > 0;
+        continue;
+      }
       for (int64_t column = 0; column < source.width; column += kPanel, panels += depth * kPanel) {
         for (int64_t n = 0; n < depth; n += kDepth) {
           const Block c{to + column, stride, min(kPanel, source.width - column), add || n > 0};
@@ -319,6 +281,23 @@ class ConcatBackward {
           store_from_float(row + c, load(dx + from * stride + c), source.width - c);
         }
         ++from;
+      }
+    });
+  }
+
+  // Of one block of rows: by all workers, each of which packs some columns of W and multiplies by them.
+  void multiply_weights_by_groups(Operand dz, int64_t rows, const ConcatTerm& term, const Block& c) const {
+    for_each_claim(workers_, ceil_div(c.columns, kGroup), 1, [&](int worker, int64_t begin, int64_t end) {
+      float* const panels = panels_of(worker);
+      for (int64_t column = begin * kGroup; column < min(c.columns, end * kGroup); column += kGroup) {
+        const int64_t columns = min(kGroup, c.columns - column);
+        for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
+          const int64_t depth = units<kPairs>(count);
+          pack_panels<kPairs>(sources_.dtype, from_element(term.weight, sources_.dtype, n, column), count, columns,
+                              panels, depth * kPanel);
+          multiply_panels(kPairs, {dz.data + unit, dz.stride}, rows, panels, depth,
+                          {c.data + column, c.stride, columns, c.add || n > 0}, {}, true);
+        });
       }
     });
   }
@@ -358,14 +337,14 @@ class ConcatBackward {
   // --- second stage: columns of dW ---
 
   void weight_columns(int worker, int64_t group, int64_t start, int64_t rows) const {
-    float* const panels = worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_ + dx_floats_;
+    float* const panels = panels_of(worker);
     int64_t s = 0, at = 0;
     for (; group >= groups_of(sources_.items[s]); ++s) {
       group -= groups_of(sources_.items[s]);
       at += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * kGroup;
     }
     const ConcatSource& source = sources_.items[s];
-    const int64_t column = group * kGroup, width = min(kGroup, source.width - column);
+    const int64_t column = group * group_, width = min(group_, source.width - column);
     float* const sums =
         in_one_chunk() ? panels + panel_floats_ : weight_sums_ + at + group * features_of(source) * kGroup;
     add_products(s, column, start, rows, false, sums, panels);
@@ -386,17 +365,17 @@ class ConcatBackward {
                     float* panels) const {
     const ConcatSource& source = sources_.items[s];
     if (turned_) return add_turned(source, column, s, add, sums, panels);
-    const int64_t width = min(kGroup, source.width - column);
+    const int64_t width = min(group_, source.width - column);
     const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most_elements<kPairs>())), kPairs ? 32 : 8);
     for (int64_t row = 0; row < rows; row += step) {
       const int64_t count = min(step, rows - row);
       policy_.columns(s, start + row, count, column, width, panels);
       // What is packed next: the rows behind these, or the first of the columns behind them.
       const bool last = row + count == rows;
-      const int64_t next = last ? start : start + row + count, from = last ? column + kGroup : column;
+      const int64_t next = last ? start : start + row + count, from = last ? column + group_ : column;
       const RowsAhead columns_ahead =
           prefetch_rows(sources_, s, next, min(step, start + rows - next), min(from, source.width),
-                        min(kGroup, max(0, source.width - from)), tiles_of(kBlockRows, width));
+                        min(group_, max(0, source.width - from)), tiles_of(kBlockRows, width));
       int64_t features = 0;
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
@@ -453,7 +432,8 @@ class ConcatBackward {
       multiply_panels(kPairs, {dz + n * transposed_stride_, transposed_stride_}, count, panels, depth, c,
                       left == 0 ? then
                                 : RowsAhead{next, depth * 4, transposed_stride_ * 4, min(kBlockRows, left),
-                                            tiles_of(count, c.columns)});
+                                            tiles_of(count, c.columns)},
+                      true);
       if (in_one_product()) write_features(term, n, count, column, c.columns, to);
     }
   }
@@ -487,10 +467,10 @@ class ConcatBackward {
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
   int64_t padded_, dz_stride_, widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
-  int64_t groups_ = 0, dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
+  int64_t group_ = kGroup, groups_ = 0, dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
   int64_t group_stride_ = 0, rows_stride_ = 0, turned_floats_ = 0;
   bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, shares_ = false;
-  bool in_place_ = false, turned_ = false;
+  bool in_place_ = false, one_block_ = false, turned_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
   float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
 };

@@ -100,7 +100,7 @@ void multiply_rows_broadcast(const ConcatSources& sources, const Workers& worker
                              int64_t block_rows, int64_t block_columns, Epilogue epilogue) {
   PackedWeights<kPairs> packed(sources);
   const int64_t columns = min(block_columns, round_up(sources.features, VW));
-  const int64_t copy_floats = block_rows * (kDepth + VW), each = round_up(copy_floats + block_rows * columns, 16);
+  const int64_t copy_floats = block_rows * kCopyStride, each = round_up(copy_floats + block_rows * columns, 16);
   Scratch scratch(packed.floats() + workers.count * each);
   packed.pack(scratch.data(), workers);
   float* const tiles = scratch.data() + packed.floats();
@@ -194,7 +194,7 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
   const int64_t even = ceil_div(sources.features, max(tasks, ceil_div(sources.features, kMost)));
   const int64_t features = round_up(max(even, kLeast), VW);
   const int64_t splits = ceil_div(sources.features, features);
-  const int64_t panels = all_units * block, tile = features * block, copy = max(features, kBlockRows) * (kDepth + VW);
+  const int64_t panels = all_units * block, tile = features * block, copy = max(features, kBlockRows) * kCopyStride;
   const int64_t each = panels + 2 * tile + copy;
   Scratch scratch(workers.count * each);
   for_each_claim(workers, blocks * splits, 1, [&](int worker, int64_t begin, int64_t end) {
@@ -245,11 +245,11 @@ template <bool kPairs, class Loader, class Epilogue>
 void multiply_dot_products(const ConcatSources& sources, const Workers& workers, const Loader& loader,
                            Epilogue epilogue) {
   constexpr int64_t kFeatures = 64;  // of a task
-  const int64_t chunk_floats = (kDotRows + kFeatures) * (kDepth + VW), each = chunk_floats + kDotRows * kFeatures;
+  const int64_t chunk_floats = (kDotRows + kFeatures) * kCopyStride, each = chunk_floats + kDotRows * kFeatures;
   Scratch scratch(workers.count * each);
   for_each_claim(workers, ceil_div(sources.features, kFeatures), 1, [&](int worker, int64_t begin, int64_t end) {
     float* const rows_copy = scratch.data() + worker * each;
-    float* const weight_copy = rows_copy + kDotRows * (kDepth + VW);
+    float* const weight_copy = rows_copy + kDotRows * kCopyStride;
     float* const z = rows_copy + chunk_floats;
     loader.prepare(worker, 0, sources.rows);
     for (int64_t task = begin; task < end; ++task) {
@@ -311,7 +311,7 @@ void multiply_weight_columns(const ConcatSources& sources, const Workers& worker
   constexpr int64_t kFeatures = 4 * kPanel;  // of a task
   const int64_t block = min(kBlockRows, sources.rows), blocks = ceil_div(sources.rows, block);
   const int64_t splits = ceil_div(sources.features, kFeatures);
-  const int64_t copy = round_up(block * (kDepth + VW), 16), panels = kFeatures * kDepth;
+  const int64_t copy = round_up(block * kCopyStride, 16), panels = kFeatures * kDepth;
   const int64_t each = copy + panels + round_up(block * kFeatures, 16);
   const bool in_place = !kPairs && sources.dtype == Dtype::f32 && sources.rows <= kInPlaceRows;
   Scratch scratch(workers.count * each);

@@ -24,10 +24,10 @@ struct Block {
   const int32_t* map = nullptr;
 };
 
-// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it in
-// memory comes into the level-2 cache, and `ahead`, whatever is needed next.
+// C (+)= A · panels. Columns beyond the last of C are not touched. While a panel is worked on, the one behind it comes
+// into the level-2 cache, where it is not there yet, and `ahead`, whatever is needed next.
 void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
-                     const RowsAhead& ahead = {});
+                     const RowsAhead& ahead = {}, bool panels_in_cache = false);
 
 // C (+)= A · B of a B that is read where it lies, in rows of whole vectors.
 void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c);
@@ -40,6 +40,7 @@ namespace {
 
 constexpr int64_t kPanel = kFeatureVectors * VW;
 constexpr int64_t kDepth = 256;                                     // units of a chunk: 16 KB of a panel of 16 floats
+constexpr int64_t kCopyStride = kDepth + 16;                        // between rows of a copy of a chunk, at most
 constexpr int64_t kMostDepth = kDepth + kDepth / 8;                 // where that saves a pass over the results
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
 constexpr int64_t kInPlaceRows = 2 * kFeatureRows;                  // up to so many, packing W costs more than it saves
@@ -71,10 +72,24 @@ MMK_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
   return ceil_div(rows, kFeatureRows) * ceil_div(columns, kPanel);
 }
 
-// [depth][columns] → panels of columns, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
+// [depth][columns] → panels of columns, `stride` apart, [panel][units of depth][kPanel]; for pairs, two rows to a unit.
 template <bool kPairs>
-void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, float* panels) {
-  for (int64_t first = 0; first < columns; first += kPanel, panels += units<kPairs>(depth) * kPanel) {
+void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, float* panels, int64_t stride) {
+  if (!kPairs && dtype == Dtype::f32 && !m.by_columns && columns % kPanel == 0) {
+    constexpr int64_t kAhead = 8;  // rows
+    const auto* row = static_cast<const float*>(m.data);
+    for (int64_t k = 0; k < depth; ++k, row += m.stride) {
+      for (int64_t first = 0; first < columns; first += kPanel) {
+        float* const to = panels + first / kPanel * stride + k * kPanel;
+        MMK_UNROLL for (int64_t c = 0; c < kPanel; c += 16) {
+          __builtin_prefetch(row + min(kAhead, depth - 1 - k) * m.stride + first + c, 0, 2);
+        }
+        MMK_UNROLL for (int j = 0; j < kFeatureVectors; ++j) store(to + j * VW, load(row + first + j * VW));
+      }
+    }
+    return;
+  }
+  for (int64_t first = 0; first < columns; first += kPanel, panels += stride) {
     const Matrix lanes = transposed(from_element(m, dtype, 0, first));
     pack_lanes(kPairs, dtype, lanes, min(kPanel, columns - first), depth, panels, kPanel);
   }
@@ -83,7 +98,7 @@ void pack_panels(Dtype dtype, const Matrix& m, int64_t depth, int64_t columns, f
 // Between rows of a copy of `width` elements.
 template <bool kPairs>
 MMK_INLINE int64_t copy_stride(int64_t width) {
-  return kPairs ? units<true>(width) : round_up(width, VW);
+  return spread_stride(units<kPairs>(width));
 }
 
 // The rows of a block in which a source is present, and a way to read any of their columns as an operand.

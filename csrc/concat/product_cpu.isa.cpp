@@ -47,10 +47,10 @@ MMK_NOINLINE void multiply_on_tiles(const TileOperands& x, const Block& c, int64
 
 template <bool kPairs>
 void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
-                    const RowsAhead& rows_ahead) {
+                    const RowsAhead& rows_ahead, bool panels_in_cache) {
   RowPrefetch ahead(rows_ahead);
   constexpr int64_t kLineFloats = 16;
-  const int64_t panel_lines = depth * kPanel / kLineFloats;
+  const int64_t panel_lines = panels_in_cache ? 0 : depth * kPanel / kLineFloats;
   for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
     RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
     if (kPairs && rows > 0 && has_tiles()) {
@@ -127,11 +127,11 @@ void dot_units(Operand x, int64_t rows, Operand w, int64_t features, int64_t dep
 }  // namespace
 
 void multiply_panels(bool pairs, Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
-                     const RowsAhead& ahead) {
+                     const RowsAhead& ahead, bool panels_in_cache) {
   if constexpr (kBf16Dot) {
-    if (pairs) return multiply_units<true>(a, rows, panels, depth, c, ahead);
+    if (pairs) return multiply_units<true>(a, rows, panels, depth, c, ahead, panels_in_cache);
   }
-  multiply_units<false>(a, rows, panels, depth, c, ahead);
+  multiply_units<false>(a, rows, panels, depth, c, ahead, panels_in_cache);
 }
 
 void multiply_in_place(bool pairs, Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {

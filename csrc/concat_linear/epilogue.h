@@ -48,28 +48,26 @@ class LinearEpilogue {
   template <class Act, class T>
   void finish(int64_t first, int64_t rows, int64_t column, int64_t columns, const float* z, int64_t stride,
               T* out) const {
-    T* const saved = static_cast<T*>(p_.preactivation);
     const int64_t features = p_.sources.features;
-    for (int64_t c = 0; c < columns; c += VW) {  // the constants of an activation are then set up once for all rows
-      const int64_t n = columns - c;
-      const vf bias = bias_ != nullptr ? load(bias_ + column + c) : zero();
-      const vf gate = gate_ != nullptr ? load(gate_ + column + c) : set1(1.f);
-      const auto finish_row = [&](int64_t i, const T* residual) {
-        const int64_t at = (first + i) * features + column + c;
-        vf x = load(z + i * stride + c) + bias;
-        if (saved != nullptr) store_from_float(saved + at, x, n);
+    const auto finish_row = [&](int64_t i, const T* residual) {
+      const int64_t at = (first + i) * features + column;
+      T* const saved = p_.preactivation == nullptr ? nullptr : static_cast<T*>(p_.preactivation) + at;
+      for (int64_t c = 0; c < columns; c += VW) {
+        const int64_t n = columns - c;
+        vf x = load(z + i * stride + c);
+        if (bias_ != nullptr) x = x + load(bias_ + column + c);
+        if (saved != nullptr) store_from_float(saved + c, x, n);
         x = Act::value(x);
-        if (gate_ != nullptr) x = x * gate;
-        if (residual != nullptr) x = x + load_as_float(residual, n);
-        store_from_float(out + at, x, n);
-      };
-      if (p_.residual.data == nullptr) {
-        for (int64_t i = 0; i < rows; ++i) finish_row(i, nullptr);
-      } else {
-        for_row_addresses(p_.residual, p_.sources.dtype, first, rows, [&](int64_t i, const char* row) {
-          finish_row(i, reinterpret_cast<const T*>(row) + column + c);
-        });
+        if (gate_ != nullptr) x = x * load(gate_ + column + c);
+        if (residual != nullptr) x = x + load_as_float(residual + c, n);
+        store_from_float(out + at + c, x, n);
       }
+    };
+    if (p_.residual.data == nullptr) {
+      for (int64_t i = 0; i < rows; ++i) finish_row(i, nullptr);
+    } else {
+      for_row_addresses(p_.residual, p_.sources.dtype, first, rows,
+                        [&](int64_t i, const char* row) { finish_row(i, reinterpret_cast<const T*>(row) + column); });
     }
   }
 

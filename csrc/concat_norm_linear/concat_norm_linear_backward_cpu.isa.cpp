@@ -5,13 +5,14 @@
 //
 // Neither mean needs the whole row of a: mean(a) = Σ_n dz_n Σ_k W_nk g_k / K, and since Σ_k W_nk g_k x̂_k = z_n - b'_n
 // with b' = b + W h, mean(a ∘ x̂) = Σ_n dz_n (z_n - b'_n) / K. Both are known as soon as dz is, and dx is finished on
-// the tile that the product leaves. rms: mean(a) does not appear.
+// the tile that the product leaves. rms: mean(a) does not appear. Few rows of one source: few_rows_gradient.h.
 //
 // Tiling     csrc/concat/backward.h; x̂ is made again, from the rows and their statistics, as the operand of G.
 // Precision  float32 beside the products; x̂ is rounded to bfloat16 where products run on its pairs.
 // Limits     as forward; a gradient that nobody asked for costs nothing.
 #include "csrc/concat_linear/gradient.h"
 #include "csrc/concat_norm_linear/concat_norm_linear.h"
+#include "csrc/concat_norm_linear/few_rows_gradient.h"
 #include "csrc/concat_norm_linear/normalize.h"
 
 namespace mmk {
@@ -79,43 +80,8 @@ class NormLinearGradient {
   }
 
   void columns(int64_t s, int64_t first, int64_t count, int64_t column, int64_t width, float* panels) const {
-    const ConcatSource& source = sources_.items[s];
-    const int64_t depth = units<kPairs>(count);
-    const auto address = [&](int64_t i) {
-      return row_address(source.x, sources_.dtype, first + i) + column * element_size(sources_.dtype);
-    };
-    if constexpr (kPairs) {
-      constexpr int64_t kRows = 32;  // even, so that pairs of rows stay together
-      alignas(64) float rows[kRows * kGroup / 2];
-      for (int64_t i = 0; i < count; i += kRows) {
-        const int64_t n = min(kRows, count - i);
-        for (int64_t r = 0; r < n; ++r) {
-          normalize_row<true>(sources_.dtype, address(i + r), width, statistics(first + i + r), nullptr, nullptr,
-                              rows + r * kGroup / 2);
-        }
-        for (int64_t c = 0; c < width; c += kPanel) {
-          pack_columns_as_pairs(reinterpret_cast<const uint16_t*>(rows) + c, kGroup, n, min(kPanel, width - c),
-                                panels + c * depth + i / 2 * kPanel, kPanel);
-        }
-      }
-    } else {
-      const int64_t whole = width / kPanel * kPanel;
-      for (int64_t i = 0; i < count; ++i) {
-        const Statistics s = statistics(first + i);
-        const vf mean = set1(s.mean), rstd = set1(s.rstd);
-        float* const to = panels + i * kPanel;
-        with_element_type(sources_.dtype, address(i), [&](const auto* x) {
-          for (int64_t c = 0; c < whole; c += kPanel) {
-            MMK_UNROLL for (int v = 0; v < kFeatureVectors; ++v) {
-              store(to + c * depth + v * VW, (load_as_float(x + c + v * VW) - mean) * rstd);
-            }
-          }
-          if (whole < width) {
-            normalize_row<false>(sources_.dtype, x + whole, width - whole, s, nullptr, nullptr, to + whole * depth);
-          }
-        });
-      }
-    }
+    pack_normalized_columns<kPairs>(sources_, s, p_.statistics, {first, count, column, width}, nullptr, nullptr,
+                                    panels);
   }
 
   void finish_sums(const float* sums) const {
@@ -166,8 +132,6 @@ class NormLinearGradient {
   }
 
  private:
-  Statistics statistics(int64_t row) const { return {p_.statistics[2 * row], p_.statistics[2 * row + 1]}; }
-
   bool needs_means() const {
     for (int64_t s = 0; s < sources_.count; ++s) {
       if (sources_.items[s].grad.data != nullptr) return true;
@@ -376,19 +340,21 @@ class NormLinearGradient {
   float* means_ = nullptr;  // of a and of a ∘ x̂, per row
 };
 
-template <bool kPairs>
+template <bool kPairs, class Gradient>
 void backward(const ConcatNormLinearParams& p) {
-  Scratch vectors(LinearEpilogue::floats(p.linear)), memory(NormLinearGradient<kPairs>::floats(p));
+  Scratch vectors(LinearEpilogue::floats(p.linear)), memory(Gradient::floats(p));
   const LinearEpilogue epilogue(p.linear, vectors.data());
-  NormLinearGradient<kPairs> gradient(p, epilogue, memory.data());
-  ConcatBackward<kPairs, NormLinearGradient<kPairs>>(p.linear.sources, p.linear.workers, gradient).run();
+  Gradient gradient(p, epilogue, memory.data());
+  ConcatBackward<kPairs, Gradient>(p.linear.sources, p.linear.workers, gradient).run();
 }
 
 }  // namespace
 
 void concat_norm_linear_backward(const ConcatNormLinearParams& p) {
-  with_pairs(p.linear.sources.dtype, p.linear.workers.tiles, is_worth_tiles(p.linear.sources),
-             [&](auto pairs) { backward<pairs>(p); });
+  with_pairs(p.linear.sources.dtype, p.linear.workers.tiles, is_worth_tiles(p.linear.sources), [&](auto pairs) {
+    if (FewRowsNormGradient<pairs>::takes(p)) return backward<pairs, FewRowsNormGradient<pairs>>(p);
+    backward<pairs, NormLinearGradient<pairs>>(p);
+  });
 }
 
 }  // namespace MMK_ISA
