@@ -276,6 +276,8 @@ SPLITS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "many features": ((5,), (70, 9), 700),
     "long sums": ((3,), (1500, 700), 5),
     "middling": ((150,), (90, 41), 130),
+    "one block of rows": ((90,), (300, 41), 200),
+    "wide": ((200,), (700, 90), 130),
 }
 
 

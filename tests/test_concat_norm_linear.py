@@ -39,6 +39,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "odd sizes": {},
     "one row": dict(lead=(1,), widths=(30, 17, 35), features=33),
     "one modality": dict(widths=(37,)),
+    "one modality, a whole block of rows": dict(lead=(96,), widths=(133,), features=97),
+    "one modality, more than a block of rows": dict(lead=(101,), widths=(133,), features=97),
     "many modalities of width 1 to 3": dict(widths=(1, 2, 3, 1, 2, 3, 1, 2, 3, 1)),
     "width 0 first, between and last": dict(widths=(0, 19, 0, 5, 0)),
     "every width 0": dict(widths=(0, 0)),
@@ -185,6 +187,7 @@ SPLITS: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "many features": ((5,), (70, 9), 700),
     "long sums": ((3,), (1500, 700), 5),
     "middling": ((150,), (90, 41), 130),
+    "one modality of few rows": ((90,), (300,), 200),
 }
 
 
