@@ -6,6 +6,7 @@
 #include <torch/version.h>
 
 #include "csrc/cpu/amx.h"
+#include "csrc/cpu/half_products.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cpu/runnable.h"
 #include "csrc/door.h"
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", &mmk::current_isa);
   m.def("default_isa", [] { return mmk::best_isa(mmk::supported_isas(), mmk::cpu_vendor()); });
   m.def("best_isa", &mmk::best_isa, py::arg("runnable"), py::arg("vendor"));
+  m.def("has_bf16_products", &mmk::has_bf16_products);
   m.def("why_no_amx", [] { return mmk::why_no_amx(); });
   m.def("why_no_amx", py::overload_cast<bool, bool, int>(&mmk::why_no_amx));
   m.def("set_isa", &mmk::set_isa, py::arg("name"));

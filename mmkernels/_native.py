@@ -107,6 +107,11 @@ def default_isa() -> str:
     return "none" if _library is None else _library.default_isa()
 
 
+def has_bf16_products() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, as torch's are then worth taking."""
+    return _library is not None and _library.has_bf16_products()
+
+
 def why_no_amx() -> str | None:
     """Why bfloat16 is not multiplied on AMX's tiles; None where it can be."""
     return (_reason if _library is None else _library.why_no_amx()) or None

@@ -13,6 +13,7 @@ from fusion_cases import allocations, each_dtype, few_dtypes
 from torch import Tensor
 
 import mmkernels as mmk
+from mmkernels import _native
 from mmkernels.ops.contrastive_loss.op import contrastive_loss_op
 from mmkernels.ops.sigmoid_contrastive_loss.op import sigmoid_contrastive_loss_op
 from mmkernels.testing import check_op, same_bits
@@ -205,6 +206,19 @@ def test_products_that_were_kept_are_those_made_again(dtype: torch.dtype, backen
                 loss = contrastive_loss_op(x, y, scale, None, None, 0.1, symmetric, 0, columns, kept)[0]
                 results.append([loss, *torch.autograd.grad(loss, (x, y, scale))])
             assert same_bits(*results)
+
+
+@native_only
+@pytest.mark.parametrize("core_multiplies", [False, True])
+def test_products_are_kept_only_in_a_dtype_that_the_core_multiplies(
+    core_multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "has_bf16_products", lambda: core_multiplies)
+    for dtype, keeps in ((torch.float32, True), (torch.bfloat16, core_multiplies), (torch.float16, False)):
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, k=kept: k.append(t.numel()) or t, lambda t: t):
+            mmk.contrastive_loss(*embeddings(128, 96, dtype), 10.0)
+        assert (128 * 128 in kept) == keeps
 
 
 @native_only

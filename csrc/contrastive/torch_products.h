@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "csrc/contrastive/tile.h"
+#include "csrc/cpu/half_products.h"
 #include "csrc/cpu/torch_tensors.h"
 
 namespace mmk {
@@ -127,14 +128,8 @@ class PairProducts {
   }
 
  private:
-  // Whether the core has instructions for products of a half precision; without, torch's take 8 times as long as those
-  // of float32 (bfloat16 on Zen 3).
   static bool has_products_of(at::ScalarType dtype) {
-#ifdef __x86_64__
-    return dtype == at::kHalf ? __builtin_cpu_supports("avx512fp16") : __builtin_cpu_supports("avx512bf16");
-#else
-    return true;
-#endif
+    return dtype == at::kHalf ? has_f16_products() : has_bf16_products();
   }
   static constexpr int64_t kGroups = 4;
   static constexpr int64_t kFew = 1 << 20;  // mmkernels/ops/contrastive_loss asks for no products of so few

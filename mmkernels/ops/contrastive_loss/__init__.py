@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels import _native
 from mmkernels._dispatch import may_use_door
 from mmkernels._overrides import is_overridden, overridden_call
 from mmkernels.ops import _checks as checks
@@ -105,5 +106,7 @@ def _keeps_products(x: Tensor) -> bool:
         return False
     if x.dtype is torch.float32:
         return True
-    # Products in half precision are padded to even sizes, and of few, or float16, float32 ones are made.
-    return x.dtype is torch.bfloat16 and pairs % 2 == 0 and pairs * pairs * features > 1 << 20
+    # Products in half precision are padded to even sizes; of few, or where the core has none of them, float32 ones are
+    # made. Cores that multiply bfloat16 need not multiply float16.
+    many = pairs * pairs * features > 1 << 20
+    return x.dtype is torch.bfloat16 and pairs % 2 == 0 and many and _native.has_bf16_products()
