@@ -3,11 +3,12 @@
 // the arguments are. A gradient that is itself differentiated goes through the op `<name>_backward`.
 //
 //   open_differentiable_door(name, outputs, kept, any_strides) -> handle; the first `outputs` results of the kernel are
-//                                differentiable; `kept` are pairs (keeps outputs, the table of Kept in Python);
-//                                kernels take the arguments at the positions `any_strides` as they come
+//                                differentiable; `kept` are triples (keeps outputs, the table of Kept in Python, bits
+//                                of the arguments it calls `added`); kernels take the arguments at the positions
+//                                `any_strides` as they come
 //   differentiable_door(handle, checked, kept, *arguments) -> the output, or the list of them where there are several,
 //                                or None where the call is not plain, or was not checked and does not fit; `kept` is
-//                                the position of the pair that serves
+//                                the position of the triple that serves
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -23,6 +24,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "csrc/dense_rows.h"
@@ -72,6 +74,7 @@ Kind kind_of(const c10::Argument& argument) {
 struct Kept {
   bool outputs;
   std::vector<uint64_t> reads;  // for each argument, a bit for every argument that its gradient depends on
+  uint64_t added;               // a bit for every argument whose gradient is the first output's
 };
 
 struct DoorOp {
@@ -282,6 +285,7 @@ class EagerNode : public torch::autograd::Node {
   // What the backward gets: of the leaves that are there those that a gradient depends on, of the others the shape; the
   // outputs where the op keeps them, and what the kernel saved.
   void keep(const variable_list& leaves, const Results& results, const Kept& kept) {
+    added_ = kept.added;
     uint64_t read = 0;
     for_each_present([&](size_t argument, size_t leaf) {
       if (leaves[leaf].requires_grad()) read |= kept.reads[argument];
@@ -327,8 +331,13 @@ class EagerNode : public torch::autograd::Node {
     stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(shapes_.size())));
     c10::List<bool> needed;
     size_t leaf = 0;
-    for_each_leaf(op_.kinds, arguments_, [&](size_t, bool present) {
-      needed.push_back(present && kept[leaf].is_floating_point() && task_should_compute_output(leaf));
+    for_each_leaf(op_.kinds, arguments_, [&](size_t argument, bool present) {
+      bool asked = present && kept[leaf].is_floating_point() && task_should_compute_output(leaf);
+      if (asked && plain && (added_ >> argument & 1)) {  // there is nothing to compute, or to copy
+        result[leaf] = with_dense_rows(grads[0]);
+        asked = false;
+      }
+      needed.push_back(asked);
       leaf += present;
     });
     stack.emplace_back(needed);
@@ -385,6 +394,7 @@ class EagerNode : public torch::autograd::Node {
   std::vector<IValue> arguments_;
   std::vector<torch::autograd::SavedVariable> kept_;
   std::vector<std::unique_ptr<Shape>> shapes_;  // of the leaves; null where one is kept
+  uint64_t added_ = 0;
   bool released_ = false;
 };
 
@@ -444,14 +454,14 @@ PyObject* differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t 
   END_HANDLE_TH_ERRORS
 }
 
-using KeptInPython = std::pair<bool, std::vector<uint64_t>>;
+using KeptInPython = std::tuple<bool, std::vector<uint64_t>, uint64_t>;
 
 PyObject* open_differentiable_door(PyObject*, PyObject* const* arguments, Py_ssize_t) {
   HANDLE_TH_ERRORS
   const auto outputs = static_cast<size_t>(PyLong_AsLongLong(arguments[1]));
   std::vector<Kept> kept;
-  for (const auto& [keeps_outputs, reads] : pybind11::handle(arguments[2]).cast<std::vector<KeptInPython>>()) {
-    kept.push_back({keeps_outputs, reads});
+  for (const auto& [keeps_outputs, reads, added] : pybind11::handle(arguments[2]).cast<std::vector<KeptInPython>>()) {
+    kept.push_back({keeps_outputs, reads, added});
   }
   door_ops().push_back(std::make_unique<DoorOp>(PyUnicode_AsUTF8(arguments[0]), outputs, std::move(kept)));
   std::vector<bool>& any_strides = door_ops().back()->any_strides;

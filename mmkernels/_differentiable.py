@@ -164,7 +164,7 @@ class DifferentiableOp:
         self._names = tuple(a.name for a in self.forward.overload._schema.arguments[:-1])
         kinds, choose = ((keeps,), None) if isinstance(keeps, Kept) else keeps
         self._choose_kept = choose
-        self._kept = tuple((kept.outputs, kept.table(self._names)) for kept in kinds)
+        self._kept = tuple((k.outputs, k.table(self._names), k.bits_of_added(self._names)) for k in kinds)
         plain = (self._differentiable_forward, self._differentiable_backward)
         default = (fold_vmap(plain[0]), fold_vmap(plain[1])) if cpu.weights else (loop_vmap, loop_vmap)
         of_forward, of_backward = batching or default
@@ -260,7 +260,7 @@ class DifferentiableOp:
 
     def _keeps(self, args: Sequence[Any]) -> list[bool]:
         """For each of the leaves whether a gradient that may be asked for depends on it."""
-        _, table = self._kept[self._kept_kind(args)]
+        _, table, _ = self._kept[self._kept_kind(args)]
         read = 0
         for i in self._positions:
             if any(x is not None and x.requires_grad for x in (args[i] if self._is_list[i] else (args[i],))):

@@ -128,7 +128,7 @@ def door(name: str) -> Callable[..., Any] | None:
 
 
 def open_door(
-    name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int]]], any_strides: Sequence[int]
+    name: str, outputs: int, kept: Sequence[tuple[bool, Sequence[int], int]], any_strides: Sequence[int]
 ) -> int | None:
     """The number by which ``door("differentiable_door")`` knows an op's kernels, or None without the library.
 

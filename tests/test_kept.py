@@ -71,6 +71,23 @@ def test_what_no_gradient_needs_may_change_before_the_backward() -> None:
     assert torch.autograd.grad(out.sum(), [x, residual])[1].equal(torch.ones_like(residual))
 
 
+@native_only
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"gate": torch.full((), 0.3)}])
+def test_gradient_of_an_addend_is_the_sums_own(options: dict) -> None:
+    """As in torch: nothing is copied, and a leaf's ``grad`` shares no memory with what the caller gave."""
+    x, weight, residual = (torch.randn(s, requires_grad=True) for s in ((4, 3), (6, 3), (4, 6)))
+    given = torch.randn(4, 6)
+    out = mmk.concat_linear([x], weight, residual=residual, **options)
+    of_x, of_residual = torch.autograd.grad(out, [x, residual], given, retain_graph=True)
+    assert of_residual.data_ptr() == given.data_ptr()
+    out.backward(given)
+    assert residual.grad is not None and residual.grad.equal(given) and residual.grad.data_ptr() != given.data_ptr()
+    assert x.grad is not None and x.grad.equal(of_x)
+    twice = mmk.concat_linear([x], weight, residual=residual * residual, **options)
+    (first,) = torch.autograd.grad(twice.sum(), residual, create_graph=True)
+    assert torch.autograd.grad(first.sum(), residual)[0].equal(torch.full((4, 6), 2.0))
+
+
 def test_embeddings_are_merged_without_being_kept() -> None:
     text, image = torch.randn(2, 64, 256, requires_grad=True), torch.randn(32, 256, requires_grad=True)
     mask = torch.arange(128).view(2, 64) % 4 == 0

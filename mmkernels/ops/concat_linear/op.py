@@ -34,8 +34,8 @@ def needs_preactivation(a: Arguments) -> bool:
 
 
 _KEPT = (
-    Kept({"xs": "xs weight presence", "weight": "xs presence", "bias": "", "residual": ""}),  # the product alone
-    Kept({"residual": ""}, never="residual"),
+    Kept({"xs": "xs weight presence", "weight": "xs presence", "bias": "", "residual": ""}, added="residual"),  # no act
+    Kept({"residual": ""}, never="residual", added="residual"),
     Kept({"residual": ""}, never="residual", outputs=True),
 )
 
