@@ -324,17 +324,18 @@ class EagerNode : public torch::autograd::Node {
 
     torch::jit::Stack stack;
     stack.reserve(op_.kinds.size() + 3);
-    c10::List<Tensor> given_grads;
-    for (const Tensor& grad : grads) given_grads.push_back(plain ? with_dense_rows(grad) : grad);
-    stack.emplace_back(std::move(given_grads));
+    if (plain) {
+      for (Tensor& grad : grads) grad = with_dense_rows(grad);
+    }
+    stack.emplace_back(c10::List<Tensor>(at::TensorList(grads)));
     push_arguments(stack, op_.kinds, arguments_, kept.data());
     stack.emplace_back(c10::List<Tensor>(at::TensorList(kept).slice(shapes_.size())));
     c10::List<bool> needed;
     size_t leaf = 0;
     for_each_leaf(op_.kinds, arguments_, [&](size_t argument, bool present) {
       bool asked = present && kept[leaf].is_floating_point() && task_should_compute_output(leaf);
-      if (asked && plain && (added_ >> argument & 1)) {  // there is nothing to compute, or to copy
-        result[leaf] = with_dense_rows(grads[0]);
+      if (asked && plain && (added_ >> argument & 1)) {  // nothing to compute
+        result[leaf] = grads[0];
         asked = false;
       }
       needed.push_back(asked);
