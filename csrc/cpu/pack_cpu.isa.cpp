@@ -96,16 +96,30 @@ void pack_columns_as_turned_pairs(const uint16_t* source, int64_t row_stride, in
   if constexpr (kBf16Dot) {
     for (int64_t i = 0; i < count; i += 2 * VW) {
       for (int64_t c = 0; c < features; c += 2 * VW) {
-        const auto row = [&](int64_t x) {
-          return x < count ? load_pairs(source + x * row_stride + c, features - c) : zero();
+        const bool whole = i + 2 * VW <= count && c + 2 * VW <= features;
+        // Pairs of features in the rows, every second of the source in the lanes.
+        const auto load_pairs_in_lanes = [&](int64_t first, vf(&r)[VW]) {
+          const uint16_t* const from = source + first * row_stride + c;
+          if (whole) return load_transposed(static_cast<const void*>(from), 2 * row_stride * 2, r);
+          for (int x = 0; x < VW; ++x) {
+            r[x] = first + 2 * x < count ? load_pairs(from + 2 * x * row_stride, features - c) : zero();
+          }
+          transpose(r);
         };
-        vf first[VW], second[VW];
-        MMK_UNROLL for (int x = 0; x < VW; ++x) pair_rows(row(i + 2 * x), row(i + 2 * x + 1), first[x], second[x]);
-        transpose(first);
-        MMK_UNROLL for (int x = 0; x < VW; ++x) store(out + (c + x) * stride + i / 2, first[x]);
+        const uint16_t* later = source + (i + 2 * VW) * row_stride + c;
+        for (int64_t x = min(2 * VW, count - i - 2 * VW); x > 0; --x, later += row_stride) __builtin_prefetch(later);
+        vf even[VW], odd[VW];
+        load_pairs_in_lanes(i, even);
+        load_pairs_in_lanes(i + 1, odd);
+        float* const to = out + c * stride + i / 2;
+        const auto store_rows = [&](int x) {
+          const vi a = (vi)even[x], b = (vi)odd[x];
+          store(to + 2 * x * stride, (vf)((a & 0xffff) | (b << 16)));
+          store(to + (2 * x + 1) * stride, (vf)(((a >> 16) & 0xffff) | (b & -0x10000)));
+        };
+        MMK_UNROLL for (int x = 0; x < VW / 2; ++x) store_rows(x);
         if (features - c <= VW) continue;
-        transpose(second);
-        MMK_UNROLL for (int x = 0; x < VW; ++x) store(out + (c + VW + x) * stride + i / 2, second[x]);
+        MMK_UNROLL for (int x = VW / 2; x < VW; ++x) store_rows(x);
       }
     }
   }
