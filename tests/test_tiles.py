@@ -193,7 +193,19 @@ def test_a_call_too_small_for_tiles_leaves_them_alone(name: str) -> None:
 @needs_tiles
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window": (20, 9)}], ids=str)
 @pytest.mark.parametrize(
-    ("query_len", "key_len", "dim"), [(16, 32, 32), (77, 45, 40), (33, 130, 33), (100, 65, 17), (49, 97, 130)]
+    ("query_len", "key_len", "dim"),
+    [
+        (16, 32, 32),
+        (77, 45, 40),
+        (33, 130, 33),
+        (100, 65, 17),
+        (49, 97, 130),
+        # around blocks of 1024 keys, and around groups of 64 queries and tasks of 128
+        (64, 1025, 32),
+        (65, 1039, 64),
+        (150, 1057, 17),
+        (9, 2070, 48),
+    ],
 )
 def test_attention_on_tiles_is_as_close_as_the_reference(
     query_len: int, key_len: int, dim: int, options: dict[str, Any], tiles: str
@@ -214,11 +226,12 @@ def test_attention_on_tiles_is_as_close_as_the_reference(
 
 @needs_tiles
 @pytest.mark.parametrize("windowed", [False, True])
-@pytest.mark.parametrize("query_len", [40, 200])  # of 200, groups of queries lie otherwise for one thread than for two
+# Of 200 queries, groups lie otherwise for one thread than for two; 1100 keys are two blocks.
+@pytest.mark.parametrize(("query_len", "key_len"), [(40, 150), (200, 150), (200, 1100)])
 def test_attention_on_tiles_has_the_same_bits_for_any_number_of_threads(
-    query_len: int, windowed: bool, tiles: str
+    query_len: int, key_len: int, windowed: bool, tiles: str
 ) -> None:
-    q, k, v = (bfloat16(2, 4, n, 40, seed=i).requires_grad_() for i, n in enumerate((query_len, 150, 150)))
+    q, k, v = (bfloat16(2, 4, n, 40, seed=i).requires_grad_() for i, n in enumerate((query_len, key_len, key_len)))
     options = {"window": (45, 17)} if windowed else {}
     results = []
     for threads in (1, 2, 3):

@@ -7,6 +7,8 @@
 //            exponential need no work across lanes. Qᵀ [D][lanes], S [keys][lanes] and the running O [lanes][Dv] of a
 //            group stay in level-1 cache. P·V broadcasts from that same S and reads V as it lies; the last block's
 //            product is O and leaves in O's dtype.
+// Tiles      groups are four vectors wide, and blocks of keys longer: S then comes from level-2 cache, which costs less
+//            than taking the running O up again. O is kept as Oᵀ [Dv][lanes] and turned once, at its end.
 // Threads    tasks are independent. With few queries the keys are cut into parts whose number depends on the shape
 //            alone; partial results are merged in order.
 // Precision  float32 throughout, or bfloat16 products accumulated in float32 where the instruction exists (P is then
@@ -19,17 +21,32 @@ namespace mmk {
 namespace MMK_ISA {
 namespace {
 
-constexpr int kKeyBlock = 128, kMaxGroups = 96 / kLanes, kTaskLanes = kMaxGroups * kLanes;
-using ForwardBlocks = Blocks<kMaxGroups, kKeyBlock>;
+// How a call is cut: into groups of at most kVectors of queries, kMaxGroups of them to a task, and blocks of keys.
+template <bool pairs>
+struct OnLanes {
+  static constexpr bool kPairs = pairs, kTiles = false;
+  static constexpr int kVectors = kScoreVectors, kWhole = 0, kMaxGroups = 96 / (kVectors * VW), kKeyBlock = 128;
+};
+struct OnTiles {
+  static constexpr bool kPairs = true, kTiles = true;
+  static constexpr int kVectors = 4, kWhole = kVectors, kMaxGroups = 2, kKeyBlock = 1024;
+};
+template <class On>
+using ForwardBlocks = Blocks<On::kMaxGroups, On::kKeyBlock, On::kWhole>;
+template <class On>
+constexpr int kGroupLanes = On::kVectors * VW;
+template <class On>
+constexpr int kTaskLanes = On::kMaxGroups * kGroupLanes<On>;
 
 // What a worker needs for one task: per group Qᵀ and the running O, and for the group at hand the rest.
 struct ForwardTile {
   float *query, *total, *scores, *mask, *second_mask, *dropout;
 
+  template <class On>
   static ForwardTile carve(const AttentionParams& p, Carver& memory) {
-    const int64_t block = (kKeyBlock + 1) * kLanes;
-    return {memory.take(p.head_dim * kTaskLanes),
-            memory.take(round_up(p.value_dim, VW) * kTaskLanes),
+    const int64_t block = (On::kKeyBlock + 1) * kGroupLanes<On>;
+    return {memory.take(p.head_dim * kTaskLanes<On>),
+            memory.take(round_up(p.value_dim, VW) * kTaskLanes<On>),
             memory.take(block),
             memory.take(p.mask.data != nullptr ? block : 0),
             memory.take(p.second_mask.data != nullptr ? block : 0),
@@ -38,7 +55,10 @@ struct ForwardTile {
 };
 
 // The softmax of a group so far, one entry per lane; row_max in scores, shift the same as an exponent of 2.
+template <class On>
 struct RunningSoftmax {
+  static constexpr bool kPairs = On::kPairs;
+  static constexpr int kLanes = kGroupLanes<On>;
   alignas(64) float row_max[kLanes], shift[kLanes], sum[kLanes];
 
   void clear(const SoftmaxStart& start) {
@@ -51,10 +71,10 @@ struct RunningSoftmax {
 
   // Replaces the scores by their exponentials and takes in the block's maxima; old_factor is what becomes of older
   // sums.
-  template <bool kPairs, int NR>
+  template <int NR>
   MMK_NOINLINE void take_block(const ScoreSteps& steps, float* scores, int64_t keys, float bias, const vf (&best)[NR],
                                float* dropout, float* old_factor) {
-    constexpr int kDegree = kPairs ? 3 : 5;
+    const auto probability = [](vf x) { return On::kTiles ? exp2_beside_tiles(x) : exp2<kPairs ? 3 : 5>(x); };
     vf scale = set1(steps.exponent_scale), block_sum[NR], minus_shift[NR];
     bias = steps.late_bias(bias);
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
@@ -81,8 +101,8 @@ struct RunningSoftmax {
       const bool both = kPairs || i + 1 < keys;
       MMK_UNROLL for (int j = 0; j < NR; ++j) {
         float* s = scores + i * kLanes + j * VW;
-        vf even = exp2<kDegree>(fma(load(s), scale, minus_shift[j]));
-        vf odd = both ? exp2<kDegree>(fma(load(s + kLanes), scale, minus_shift[j])) : zero();
+        vf even = probability(fma(load(s), scale, minus_shift[j]));
+        vf odd = both ? probability(fma(load(s + kLanes), scale, minus_shift[j])) : zero();
         block_sum[j] = block_sum[j] + (even + odd);
         if (dropout != nullptr) {
           even = even * load(dropout + i * kLanes + j * VW);
@@ -99,6 +119,11 @@ struct RunningSoftmax {
     MMK_UNROLL for (int j = 0; j < NR; ++j) {
       store(sum + j * VW, fma(load(sum + j * VW), load(old_factor + j * VW), block_sum[j]));
     }
+    if constexpr (On::kTiles) {  // what the product's last tile reads behind the keys
+      for (int64_t i = units<true>(keys); i % kTileUnits != 0; ++i) {
+        MMK_UNROLL for (int j = 0; j < NR; ++j) store(scores + i * kLanes + j * VW, zero());
+      }
+    }
   }
 };
 
@@ -113,43 +138,68 @@ inline void store_stats(const ScoreSteps& steps, const QuerySegment& s, int64_t 
   }
 }
 
+template <class On>
 struct ForwardCall {
   const AttentionParams& p;
   ScoreSteps steps;
   int64_t groups;  // to a task, at most
-  ForwardBlocks longest;
+  ForwardBlocks<On> longest;
   Panels keys, values;
   int64_t parts = 1;
 
   explicit ForwardCall(const AttentionParams& params)
       : p(params), steps(params), groups(groups_per_task(params)), longest(params, kLongest, groups) {
     if (longest.queries <= kFewQueries)
-      parts = key_parts(p.batch * p.heads * longest.query_blocks, longest.key_blocks, 2);
+      parts = key_parts(p.batch * p.heads * longest.query_blocks, longest.key_blocks, On::kTiles ? 1 : 2);
   }
-  ForwardBlocks blocks(int64_t b) const { return ForwardBlocks(p, b, groups); }
+  ForwardBlocks<On> blocks(int64_t b) const { return ForwardBlocks<On>(p, b, groups); }
 
  private:
   // More groups to a task read K and V less often; fewer leave something to every worker. No result depends on it.
   static int64_t groups_per_task(const AttentionParams& p) {
-    const int64_t groups = p.batch * p.heads * ceil_div(ForwardBlocks(p).queries, kLanes);
-    return max(1, min(kMaxGroups, groups / (4 * p.workers.count)));
+    const int64_t groups = p.batch * p.heads * ceil_div(ForwardBlocks<On>(p).queries, kGroupLanes<On>);
+    return max(1, min(On::kMaxGroups, groups / (4 * p.workers.count)));
   }
 };
 
 // One group of a task.
+template <class On>
 struct Group {
   QueryBlock queries;
   int64_t lane;        // of its first query among those of the task
   Range any, all;      // keys that some, and that every, query of the group attends to
   int64_t last_block;  // the last block of keys with any of them
   bool started, finished;
-  RunningSoftmax softmax;
-  float *query, *total;
+  RunningSoftmax<On> softmax;
+  float *query, *total;  // on tiles, total is Oᵀ [Dv][lanes]
+
+  // What becomes of the sums in the end.
+  void write(const Destination& out, int64_t stride, const float* inverse) const {
+    if (On::kTiles) {
+      store_lanes(total, kGroupLanes<On>, queries.count, out.features, inverse, out.data, out.stride);
+    } else {
+      store_rows(out, total, stride, queries.count, inverse);
+    }
+  }
 };
 
-template <bool kPairs, int NR>
-void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& block, const Window& window, int64_t slot,
-                   const ForwardTile& tile, bool last_block, const Destination* out, RowPrefetch (&next)[4]) {
+// Oᵀ so far, when maxima rise: mostly none does.
+template <int NR>
+void lower_lanes(float* total, int64_t stride, int64_t features, const float* factor) {
+  vi lowered = load(factor) != set1(1.f);
+  MMK_UNROLL for (int j = 1; j < NR; ++j) lowered = lowered | (load(factor + j * VW) != set1(1.f));
+  if (max_lane(select(lowered, set1(1.f), zero())) == 0.f) return;
+  for (int64_t i = 0; i < features; ++i, total += stride) {
+    MMK_UNROLL for (int j = 0; j < NR; ++j) store(total + j * VW, load(total + j * VW) * load(factor + j * VW));
+  }
+}
+
+template <class On, int NR>
+void forward_group(const ForwardCall<On>& call, Group<On>& group, const ScoreBlock& block, const Window& window,
+                   int64_t slot, const ForwardTile& tile, bool last_block, const Destination* out,
+                   RowPrefetch (&next)[4]) {
+  constexpr bool kPairs = On::kPairs;
+  constexpr int kLanes = kGroupLanes<On>;
   const AttentionParams& p = call.p;
   const int s = static_cast<int>(block.segment - p.keys);
   const int64_t depth = units<kPairs>(p.head_dim), stride = round_up(p.value_dim, VW);
@@ -184,10 +234,20 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
   }
   if (dropout != nullptr) dropout_factors(p, block, NR * VW, kLanes, dropout);
   alignas(64) float old_factor[kLanes], inverse[kLanes];
-  group.softmax.template take_block<kPairs, NR>(call.steps, tile.scores, block.keys, block.bias, best, dropout,
-                                                old_factor);
+  group.softmax.template take_block<NR>(call.steps, tile.scores, block.keys, block.bias, best, dropout, old_factor);
 
   group.finished = last_block && out != nullptr;
+  if constexpr (On::kTiles) {
+    if (group.started) lower_lanes<NR>(group.total, kLanes, stride, old_factor);
+    // Values are zeros behind the last key, up to a whole tile.
+    const bool is_end = block.key_in_segment + block.keys == length_of(*block.segment, block.b);
+    const int64_t keys = units<true>(block.keys), depth = is_end ? round_up(keys, kTileUnits) : keys;
+    multiply_turned_features(tile.scores, kLanes, NR, values, depth, p.value_dim, group.started, group.total);
+    group.started = true;
+    if (!group.finished) return;
+    invert_sums(group.softmax.sum, NR * VW, inverse);
+    return group.write(*out, stride, inverse);
+  }
   const bool direct = group.finished && out->takes_products();
   if (group.finished) invert_sums(group.softmax.sum, group.queries.count, inverse);
   multiply_features(
@@ -195,16 +255,18 @@ void forward_group(const ForwardCall& call, Group& group, const ScoreBlock& bloc
       {1.f, group.started ? old_factor : nullptr, group.total, stride, direct ? inverse : nullptr,
        direct ? out->data : group.total, direct ? out->stride : stride, direct ? out->dtype : Dtype::f32});
   group.started = true;
-  if (group.finished && !direct) store_rows(*out, group.total, stride, group.queries.count, inverse);
+  if (group.finished && !direct) group.write(*out, stride, inverse);
 }
 
 // One task: a block of queries against the key blocks of `part`.
-template <bool kPairs>
-void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const QueryBlock& queries, int64_t b, int64_t h,
-                  int64_t slot, Range part, bool first_part, const KeyHead* next_head, const ForwardTile& tile,
-                  const Partial* partial) {
+template <class On>
+void forward_task(const ForwardCall<On>& call, const ForwardBlocks<On>& blocks, const QueryBlock& queries, int64_t b,
+                  int64_t h, int64_t slot, Range part, bool first_part, const KeyHead* next_head,
+                  const ForwardTile& tile, const Partial* partial) {
+  constexpr bool kPairs = On::kPairs;
+  constexpr int64_t kLanes = kGroupLanes<On>;
   const AttentionParams& p = call.p;
-  const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, kScoreVectors);
+  const int64_t stride = round_up(p.value_dim, VW), groups = ceil_div(queries.vectors, On::kVectors);
   const QuerySegment& segment = *queries.segment;
   const Window window(p, b, blocks.queries, blocks.keys);
   const auto out_of = [&](const QueryBlock& q) {
@@ -213,17 +275,17 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
 
   const SoftmaxStart start(p, call.steps, h, first_part);
   const AttentionMask& distant_mask = larger_mask(p);
-  Group group[kMaxGroups];
+  Group<On> group[On::kMaxGroups];
   for (int64_t g = 0; g < groups; ++g) {
-    Group& x = group[g];
-    x.queries = part_of(queries, g, groups);
+    Group<On>& x = group[g];
+    x.queries = group_of<On::kWhole>(queries, g, groups);
     x.lane = x.queries.first - queries.first;
     x.any = window.any(x.queries.position, x.queries.count);
     x.all = window.all(x.queries.position, x.queries.count);
     x.started = x.finished = false;
     x.softmax.clear(start);
     x.query = tile.query + g * p.head_dim * kLanes;
-    x.total = (partial != nullptr ? partial->total : tile.total) + x.lane * stride;
+    x.total = (partial != nullptr && !On::kTiles ? partial->total : tile.total) + x.lane * stride;
     x.last_block = part.end - 1;
     while (x.last_block > part.begin &&
            score_block<kPairs>(p, blocks.key_block(x.last_block), x.any, x.queries, b, h).keys == 0) {
@@ -232,7 +294,7 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
     pack_lanes(kPairs, p.dtype, row_address(segment.query, p.dtype, b, h, x.queries.first), segment.query.row,
                x.queries.count, p.head_dim, x.query, kLanes);
   }
-  const int64_t block_tiles = score_tiles(queries.vectors, min(kKeyBlock, blocks.keys));
+  const int64_t block_tiles = score_tiles(queries.vectors, min(On::kKeyBlock, blocks.keys));
   int64_t last_block = part.begin - 1;
   for (int64_t g = 0; g < groups; ++g) last_block = max(last_block, group[g].last_block);
   RowPrefetch next[4];  // queries; keys, values and mask
@@ -241,7 +303,7 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
     const KeyBlock keys = blocks.key_block(j);
     const KeyHead here{slot, b, h / (p.heads / p.kv_heads)};
     const KeyHead* const head = j < last_block ? &here : next_head;
-    if (head != nullptr) {
+    if (!On::kTiles && head != nullptr) {  // tiles wait less for rows than it takes to ask for them early
       const KeyBlock ahead = blocks.key_block(j < last_block ? j + 1 : 0);
       next[1] = call.keys.prefetch(false, *head, ahead, block_tiles);
       next[2] = call.values.prefetch(true, *head, ahead, block_tiles);
@@ -254,18 +316,23 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
       const ScoreBlock block = score_block<kPairs>(p, keys, group[g].any, group[g].queries, b, h);
       if (block.keys == 0) continue;
       const Destination out = out_of(group[g].queries);
-      with_constant<kScoreVectors>(group[g].queries.vectors, [&](auto vectors) {
-        forward_group<kPairs, static_cast<int>(vectors)>(call, group[g], block, window, slot, tile,
-                                                         j == group[g].last_block, partial == nullptr ? &out : nullptr,
-                                                         next);
+      with_constant<On::kVectors>(group[g].queries.vectors, [&](auto vectors) {
+        forward_group<On, static_cast<int>(vectors)>(call, group[g], block, window, slot, tile,
+                                                     j == group[g].last_block, partial == nullptr ? &out : nullptr,
+                                                     next);
       });
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
-    const Group& x = group[g];
+    const Group<On>& x = group[g];
     const int64_t count = x.queries.count;
-    if (!x.started) std::memset(x.total, 0, sizeof(float) * static_cast<size_t>(count * stride));
+    if (!x.started) {
+      std::memset(x.total, 0, sizeof(float) * static_cast<size_t>((On::kTiles ? kLanes : count) * stride));
+    }
     if (partial != nullptr) {
+      if (On::kTiles) {
+        write_transposed(x.total, kLanes, stride, count, Dtype::f32, partial->total + x.lane * stride, stride);
+      }
       std::memcpy(partial->row_max + x.lane, x.softmax.row_max, sizeof(float) * static_cast<size_t>(count));
       std::memcpy(partial->sum + x.lane, x.softmax.sum, sizeof(float) * static_cast<size_t>(count));
       continue;
@@ -274,17 +341,18 @@ void forward_task(const ForwardCall& call, const ForwardBlocks& blocks, const Qu
                 x.softmax.sum);
     if (x.finished) continue;
     float inverse[kLanes];  // nothing to attend to, or the last blocks were masked as a whole
-    invert_sums(x.softmax.sum, count, inverse);
-    store_rows(out_of(x.queries), x.total, stride, count, inverse);
+    invert_sums(x.softmax.sum, x.queries.vectors * VW, inverse);
+    x.write(out_of(x.queries), stride, inverse);
   }
 }
 
-void merge_parts(const ForwardCall& call, const QueryBlock& queries, int64_t b, int64_t h, const Partial* parts,
+template <class On>
+void merge_parts(const ForwardCall<On>& call, const QueryBlock& queries, int64_t b, int64_t h, const Partial* parts,
                  const ForwardTile& tile) {
   const AttentionParams& p = call.p;
   const QuerySegment& segment = *queries.segment;
   const int64_t stride = round_up(p.value_dim, VW);
-  float row_max[kTaskLanes], sum[kTaskLanes], inverse[kTaskLanes];
+  float row_max[kTaskLanes<On>], sum[kTaskLanes<On>], inverse[kTaskLanes<On>];
   merge_partials(parts, call.parts, queries.count, stride, {tile.total, row_max, sum});
   store_stats(call.steps, segment, number_at(p, segment, p.heads, b, h, queries.first), queries.count, row_max, sum);
   invert_sums(sum, queries.count, inverse);
@@ -292,20 +360,20 @@ void merge_parts(const ForwardCall& call, const QueryBlock& queries, int64_t b, 
              tile.total, stride, queries.count, inverse);
 }
 
-template <bool kPairs>
+template <class On>
 void forward(const AttentionParams& p) {
-  ForwardCall call(p);
-  call.keys.plan<kPairs>(p, false, true, false);
-  call.values.plan<kPairs>(p, true, false, true);
+  ForwardCall<On> call(p);
+  call.keys.template plan<On::kPairs>(p, false, true, false);
+  call.values.template plan<On::kPairs>(p, true, false, true);
   const int64_t packed = call.keys.floats_per_head() + call.values.floats_per_head();
   const int64_t wave = heads_per_wave(p, packed), group = p.heads / p.kv_heads;
-  const int64_t stride = round_up(p.value_dim, VW), partial_size = Partial::floats(kTaskLanes, stride);
+  const int64_t stride = round_up(p.value_dim, VW), partial_size = Partial::floats(kTaskLanes<On>, stride);
   if (call.longest.query_blocks == 0) return;
   const TaskGrid grid(p, call.parts, p.queries[0].starts != nullptr,
                       [&](int64_t b) { return call.blocks(b).query_blocks; });
 
   Carver count(nullptr);
-  ForwardTile::carve(p, count);
+  ForwardTile::carve<On>(p, count);
   const int64_t tile_size = round_up(count.used(), 1024);
   const int64_t partials = call.parts > 1 ? wave * group * call.longest.query_blocks * call.parts : 0;
   const Scratch scratch(p.workers.count * tile_size + wave * packed + partials * partial_size);
@@ -315,21 +383,21 @@ void forward(const AttentionParams& p) {
   call.values.use(panels + wave * call.keys.floats_per_head());
   const auto tile_of = [&](int worker) {
     Carver memory(scratch.data() + worker * tile_size);
-    return ForwardTile::carve(p, memory);
+    return ForwardTile::carve<On>(p, memory);
   };
   const auto partial_of = [&](int64_t task) {
-    return Partial::at(partial_memory + task * partial_size, kTaskLanes, stride);
+    return Partial::at(partial_memory + task * partial_size, kTaskLanes<On>, stride);
   };
 
   for (int64_t begin = 0; begin < p.batch * p.kv_heads; begin += wave) {
     const int64_t heads = min(wave, p.batch * p.kv_heads - begin);
     const int64_t before = grid.tasks(begin), tasks = grid.tasks(begin + heads) - before;
-    if (packed > 0) pack_wave<ForwardBlocks>(p, begin, heads, call.keys, call.values);
+    if (packed > 0) pack_wave<ForwardBlocks<On>>(p, begin, heads, call.keys, call.values);
     for_each_claim(p.workers, tasks, 1, [&](int worker, int64_t first, int64_t last) {
       const ForwardTile tile = tile_of(worker);
       for (int64_t task = first; task < last; ++task) {
         const TaskGrid::Place place = grid.place(before + task);
-        const ForwardBlocks blocks = call.blocks(place.b);
+        const ForwardBlocks<On> blocks = call.blocks(place.b);
         const int64_t part = place.task % call.parts, block = place.task / call.parts;
         const int64_t h = place.kv_head * group + block / blocks.query_blocks;
         const Range range{blocks.key_blocks * part / call.parts, blocks.key_blocks * (part + 1) / call.parts};
@@ -338,15 +406,15 @@ void forward(const AttentionParams& p) {
         const int64_t following = before + task + 1 < grid.tasks(head + 1) ? head : head + 1;
         const KeyHead next{following - begin, following / p.kv_heads, following % p.kv_heads};
         const bool meets_keys = following < begin + heads && (following != head || blocks.key_blocks > 1);
-        forward_task<kPairs>(call, blocks, blocks.query_block(block % blocks.query_blocks), place.b, h, head - begin,
-                             range, part == 0, meets_keys ? &next : nullptr, tile, call.parts > 1 ? &partial : nullptr);
+        forward_task<On>(call, blocks, blocks.query_block(block % blocks.query_blocks), place.b, h, head - begin, range,
+                         part == 0, meets_keys ? &next : nullptr, tile, call.parts > 1 ? &partial : nullptr);
       }
     });
     if (call.parts == 1) continue;
     for_each_claim(p.workers, tasks / call.parts, 1, [&](int worker, int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) {
         const TaskGrid::Place place = grid.place(before + task * call.parts);
-        const ForwardBlocks blocks = call.blocks(place.b);
+        const ForwardBlocks<On> blocks = call.blocks(place.b);
         const int64_t block = place.task / call.parts;
         Partial parts[kMaxParts];
         for (int64_t c = 0; c < call.parts; ++c) parts[c] = partial_of(task * call.parts + c);
@@ -360,7 +428,12 @@ void forward(const AttentionParams& p) {
 }  // namespace
 
 void attention_forward(const AttentionParams& p) {
-  with_pairs(p.dtype, p.workers.tiles, is_worth_tiles(p), [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.dtype, p.workers.tiles, is_worth_tiles(p), [&](auto pairs) {
+    if constexpr (pairs) {
+      if (p.workers.tiles != TileUnit::none) return forward<OnTiles>(p);
+    }
+    forward<OnLanes<pairs>>(p);
+  });
 }
 
 }  // namespace MMK_ISA

@@ -47,17 +47,26 @@ struct KeyBlock {
   int64_t position;  // of the first among the keys of all segments
 };
 
-// Part g of `parts` of a block of queries, as equal as whole vectors allow.
-MMK_INLINE QueryBlock part_of(const QueryBlock& q, int64_t g, int64_t parts) {
-  const int64_t begin = q.vectors * g / parts, end = q.vectors * (g + 1) / parts, skip = begin * VW;
+// Where group g of `groups` begins among `vectors` of lanes: groups are as equal as whole vectors allow or, where
+// kWhole is their width and not 0, as wide as that but for the last.
+template <int kWhole>
+MMK_INLINE int64_t group_begin(int64_t g, int64_t groups, int64_t vectors) {
+  return kWhole > 0 ? min(g * kWhole, vectors) : g * vectors / groups;
+}
+
+// Group g of a block of queries.
+template <int kWhole>
+MMK_INLINE QueryBlock group_of(const QueryBlock& q, int64_t g, int64_t groups) {
+  const int64_t begin = group_begin<kWhole>(g, groups, q.vectors), end = group_begin<kWhole>(g + 1, groups, q.vectors);
+  const int64_t skip = begin * VW;
   return {q.segment, q.first + skip, min(q.count, end * VW) - skip, static_cast<int>(end - begin), q.position + skip};
 }
 
 constexpr int64_t kLongest = -1;  // in place of a batch element
 
 // One batch element, or the longest, in blocks of at most kMaxGroups groups of queries, none wider than a score tile
-// and all as equal as whole vectors allow, and of kKeys keys; none spans segments.
-template <int kMaxGroups, int kKeys>
+// or than kWhole vectors (see group_begin), and of kKeys keys; none spans segments.
+template <int kMaxGroups, int kKeys, int kWhole = 0>
 class Blocks {
  public:
   explicit Blocks(const AttentionParams& p, int64_t batch = kLongest, int64_t max_groups = kMaxGroups)
@@ -80,8 +89,8 @@ class Blocks {
       position += length(*s);
     }
     const int64_t vectors = ceil_div(length(*s), VW), groups = groups_of(*s), blocks = blocks_of(*s);
-    const auto group_begin = [&](int64_t g) { return g * vectors / groups; };
-    const int64_t begin = group_begin(t * groups / blocks), end = group_begin((t + 1) * groups / blocks);
+    const int64_t begin = group_begin<kWhole>(t * groups / blocks, groups, vectors);
+    const int64_t end = group_begin<kWhole>((t + 1) * groups / blocks, groups, vectors);
     const int64_t first = begin * VW;
     return {s, first, min(length(*s), end * VW) - first, static_cast<int>(end - begin), position + first};
   }
@@ -105,7 +114,7 @@ class Blocks {
   int64_t length(const Segment& s) const {
     return batch_ == kLongest ? s.length : length_of(s, batch_);
   }
-  int64_t groups_of(const QuerySegment& s) const { return ceil_div(length(s), kLanes); }
+  int64_t groups_of(const QuerySegment& s) const { return ceil_div(length(s), kWhole > 0 ? kWhole * VW : kLanes); }
   int64_t blocks_of(const QuerySegment& s) const { return ceil_div(groups_of(s), max_groups_); }
   const AttentionParams& p_;
   int64_t batch_, max_groups_;

@@ -24,6 +24,14 @@ struct Epilogue {
 void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, Panel columns,
                        int64_t depth, int64_t features, const Epilogue& e);
 
+// The same on tiles, left as it comes, with the rows of the result in its lanes: to[features][stride] = (A·B)ᵀ, or what
+// it holds and that. Features are completed to whole vectors, depth is that of `a`.
+void multiply_turned_features(const float* a, int64_t stride, int64_t vectors, Panel columns, int64_t depth,
+                              int64_t features, bool adds, float* to);
+// Its first `count` lanes, times a factor each, as rows of bfloat16.
+void store_lanes(const float* from, int64_t stride, int64_t count, int64_t features, const float* factor, void* to,
+                 int64_t to_stride);
+
 namespace {
 
 // Where rows of results go: converted to the dtype, features beyond the last never written.

@@ -131,5 +131,37 @@ void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k
   multiply_strided<false>(a, row_stride, k_stride, rows, columns, depth, features, e);
 }
 
+void multiply_turned_features(const float* a, int64_t stride, int64_t vectors, Panel columns, int64_t depth,
+                              int64_t features, bool adds, float* to) {
+  multiply_tiles({columns.data, columns.stride, round_up(features, VW), a, stride, depth, vectors, adds}, to, stride);
+}
+
+void store_lanes(const float* from, int64_t stride, int64_t count, int64_t features, const float* factor, void* to,
+                 int64_t to_stride) {
+  if constexpr (kBf16Dot) {
+    for (int64_t i = 0; i < count; i += VW) {
+      const vf scale = load(factor + i);
+      for (int64_t c = 0; c < features; c += 2 * VW) {  // pairs of features are transposed as one
+        const float* const at = from + c * stride + i;
+        vf r[VW];
+        const auto load_pair = [&](int x) {
+          return pair(load(at + 2 * x * stride) * scale, load(at + (2 * x + 1) * stride) * scale);
+        };
+        MMK_UNROLL for (int x = 0; x < VW / 2; ++x) r[x] = load_pair(x);
+        const bool whole = features - c > VW;
+        MMK_UNROLL for (int x = VW / 2; x < VW; ++x) r[x] = whole ? load_pair(x) : zero();
+        transpose(r);
+        auto* row = static_cast<uint16_t*>(to) + i * to_stride + c;
+        const int64_t rows = min(VW, count - i), bytes = min(2 * VW, features - c) * 2;
+        if (rows == VW && bytes == 4 * VW) {
+          MMK_UNROLL for (int x = 0; x < VW; ++x) std::memcpy(row + x * to_stride, &r[x], sizeof(vf));
+          continue;
+        }
+        for (int64_t x = 0; x < rows; ++x) std::memcpy(row + x * to_stride, &r[x], static_cast<size_t>(bytes));
+      }
+    }
+  }
+}
+
 }  // namespace MMK_ISA
 }  // namespace mmk

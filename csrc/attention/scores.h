@@ -78,7 +78,7 @@ MMK_NOINLINE void score_tile(Panel key, const float* query_lanes, int64_t depth,
 
 // The end of `score_tile` for scores that lie in memory as tiles left them.
 template <bool kMask, int NR, int kStride>
-MMK_NOINLINE void finish_tiled_scores(int64_t keys, float* scores, vf (&best)[NR], const ScaleAndMask& mask) {
+MMK_INLINE void finish_tiled_scores(int64_t keys, float* scores, vf (&best)[NR], const ScaleAndMask& mask) {
   vf top[NR];
   MMK_UNROLL for (int j = 0; j < NR; ++j) top[j] = best[j];
   for (int64_t i = 0; i < keys; ++i) {
@@ -100,9 +100,15 @@ MMK_INLINE void multiply_scores(Panel key, int64_t keys, const float* query_lane
                                 vf (&best)[NR], const ScaleAndMask& mask, Function between_tiles) {
   if constexpr (kPairs) {
     if (has_tiles()) {
-      for (int64_t i = 0; i < keys; i += score_rows(NR)) between_tiles();
-      multiply_tiles({key.data, key.stride, keys, query_lanes, kStride, depth, NR}, scores, kStride);
-      return finish_tiled_scores<kMask, NR, kStride>(keys, scores, best, mask);
+      // Rows of two tiles, which K is read once for; the last ones leave no tile short.
+      for (int64_t i = 0, rows; i < keys; i += rows) {
+        rows = keys - i < 3 * kTileRows ? keys - i : 2 * kTileRows;
+        for (int64_t x = 0; x < rows; x += score_rows(NR)) between_tiles();
+        float* const to = scores + i * kStride;
+        multiply_tiles({key.data + i * key.stride, key.stride, rows, query_lanes, kStride, depth, NR}, to, kStride);
+        finish_tiled_scores<kMask, NR, kStride>(rows, to, best, {mask.scale, mask.entries + i * kStride});
+      }
+      return;
     }
   }
   for_runs<score_rows(NR)>(keys, [&](auto rows, int64_t i) {

@@ -81,13 +81,10 @@ MMK_INLINE vf max_rows(vf (&r)[VW]) {
   return r[0];
 }
 
-// 2^x, exactly 1 for 0, exactly 0 below 2^-126, NaN for NaN. The polynomial covers [0, 1), minimax in the relative
-// error under p(0) = 1; its degree sets that error: 5 for float32 (8e-8), 3 where the result is rounded to bfloat16
-// (8.6e-5).
+// 2^t for t in [0, 1): a polynomial, minimax in the relative error under p(0) = 1. Its degree sets that error: 5 for
+// float32 (8e-8), 3 where the result is rounded to bfloat16 (8.6e-5).
 template <int kDegree>
-MMK_INLINE vf exp2(vf x) {
-  x = max(set1(-127.f), x);  // the order of the arguments keeps a NaN in x
-  const vf t = x - round_down(x);
+MMK_INLINE vf exp2_of_fraction(vf t) {
   vf p;
   if constexpr (kDegree == 3) {
     p = fma(t, set1(7.706704207e-02f), set1(2.276449911e-01f));
@@ -101,7 +98,21 @@ MMK_INLINE vf exp2(vf x) {
     p = fma(p, t, set1(6.931513117e-01f));
     p = fma(p, t, set1(1.f));
   }
-  return scale_by_power_of_two(p, x);
+  return p;
+}
+// 2^x, exactly 1 for 0, exactly 0 below 2^-126, NaN for NaN.
+template <int kDegree>
+MMK_INLINE vf exp2(vf x) {
+  x = max(set1(-127.f), x);  // the order of the arguments keeps a NaN in x
+  return scale_by_power_of_two(exp2_of_fraction<kDegree>(x - round_down(x)), x);
+}
+// The same of degree 3, in the instructions that suit cores with tiles.
+MMK_INLINE vf exp2_beside_tiles(vf x) {
+#if defined(__AVX512F__) && !defined(MMK_EMULATED)
+  return scale_by_power_of_two(exp2_of_fraction<3>(fraction(x)), x);
+#else
+  return exp2<3>(x);
+#endif
 }
 
 // tanh x to a few roundings: a polynomial near 0 (that of Cephes' tanhf), else 1 - 2 / (exp 2|x| + 1) with x's sign.

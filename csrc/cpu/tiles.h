@@ -33,6 +33,7 @@ struct TileBlock {
   const float *a_tail, *b_tail;  // one more, or null: [2][16][16] and [16][32]
   float* c[2];
   int64_t ldc;
+  bool adds;  // to what C holds
 };
 void multiply_tile_block(const TileBlock& x, bool two_rows, bool two_columns);
 
@@ -46,6 +47,7 @@ struct TileOperands {
   int64_t lda, rows;
   const float* b;
   int64_t ldb, depth, vectors;
+  bool adds = false;  // to what C holds, which has whole tiles of rows
 };
 
 // The product, into memory.
@@ -97,7 +99,7 @@ MMK_INLINE void walk_tiles(const TileOperands& x, int64_t ldc, Write write, Done
     if (rest > 0) complete_rows(b + whole * x.ldb, x.ldb, rest, columns, b_tail);
     for (int64_t row = 0; row < x.rows; row += 2 * kTileRows) {
       const bool two_rows = x.rows - row > kTileRows;
-      TileBlock block{{}, x.lda, b, x.ldb, steps, rest > 0 ? a_tail : nullptr, b_tail, {}, ldc};
+      TileBlock block{{}, x.lda, b, x.ldb, steps, rest > 0 ? a_tail : nullptr, b_tail, {}, ldc, x.adds};
       for (int64_t i = 0; i <= two_rows; ++i) {
         const int64_t first = min(row + i * kTileRows, x.rows - tile_rows);
         block.a[i] = x.a + first * x.lda;

@@ -72,13 +72,21 @@ MMK_INLINE void with_unit([[maybe_unused]] Function f) {
 #endif
 }
 
-// C = A · B of R × C tiles. Sums are tiles 0 … 3, rows of A 4 and 5, B 6 and 7.
+// C = A · B of R × C tiles, or C + A · B. Sums are tiles 0 … 3, rows of A 4 and 5, B 6 and 7.
 template <class Unit, int R, int C>
 MMK_NOINLINE void multiply_block(const TileBlock& x) {
-  Unit::template zero<0>();
-  if constexpr (C == 2) Unit::template zero<1>();
-  if constexpr (R == 2) Unit::template zero<2>();
-  if constexpr (R == 2 && C == 2) Unit::template zero<3>();
+  if (x.adds) {
+    const int64_t c_bytes = x.ldc * 4;
+    Unit::template load<0>(x.c[0], c_bytes);
+    if constexpr (C == 2) Unit::template load<1>(x.c[0] + VW, c_bytes);
+    if constexpr (R == 2) Unit::template load<2>(x.c[1], c_bytes);
+    if constexpr (R == 2 && C == 2) Unit::template load<3>(x.c[1] + VW, c_bytes);
+  } else {
+    Unit::template zero<0>();
+    if constexpr (C == 2) Unit::template zero<1>();
+    if constexpr (R == 2) Unit::template zero<2>();
+    if constexpr (R == 2 && C == 2) Unit::template zero<3>();
+  }
   const auto step = [](const float* a0, const float* a1, int64_t a_bytes, const float* b, int64_t b_bytes) {
     Unit::template load<4>(a0, a_bytes);
     Unit::template load<6>(b, b_bytes);
@@ -104,7 +112,7 @@ MMK_NOINLINE void multiply_block(const TileBlock& x) {
   if (x.a_tail != nullptr) {
     step(x.a_tail, x.a_tail + kTileRows * kTileUnits, 4 * kTileUnits, x.b_tail, 4 * 2 * VW);
   }
-  const int64_t c_bytes = x.ldc * 4;
+  const int64_t c_bytes = x.ldc * 4;  // again: no register is kept for it through the steps
   Unit::template store<0>(x.c[0], c_bytes);
   if constexpr (C == 2) Unit::template store<1>(x.c[0] + VW, c_bytes);
   if constexpr (R == 2) Unit::template store<2>(x.c[1], c_bytes);
