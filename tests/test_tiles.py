@@ -200,6 +200,9 @@ def test_a_call_too_small_for_tiles_leaves_them_alone(name: str) -> None:
         (33, 130, 33),
         (100, 65, 17),
         (49, 97, 130),
+        # around 128 keys, up to which groups are of 32 queries
+        (70, 128, 48),
+        (70, 129, 80),
         # around blocks of 1024 keys, and around groups of 64 queries and tasks of 128
         (64, 1025, 32),
         (65, 1039, 64),

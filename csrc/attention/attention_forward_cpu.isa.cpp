@@ -8,7 +8,8 @@
 //            group stay in level-1 cache. P·V broadcasts from that same S and reads V as it lies; the last block's
 //            product is O and leaves in O's dtype.
 // Tiles      groups are four vectors wide, and blocks of keys longer: S then comes from level-2 cache, which costs less
-//            than taking the running O up again. O is kept as Oᵀ [Dv][lanes] and turned once, at its end.
+//            than taking the running O up again. O is kept as Oᵀ [Dv][lanes] and turned once, at its end. With few
+//            keys groups are two vectors wide.
 // Threads    tasks are independent. With few queries the keys are cut into parts whose number depends on the shape
 //            alone; partial results are merged in order.
 // Precision  float32 throughout, or bfloat16 products accumulated in float32 where the instruction exists (P is then
@@ -27,10 +28,15 @@ struct OnLanes {
   static constexpr bool kPairs = pairs, kTiles = false;
   static constexpr int kVectors = kScoreVectors, kWhole = 0, kMaxGroups = 96 / (kVectors * VW), kKeyBlock = 128;
 };
+template <int vectors, int key_block>
 struct OnTiles {
   static constexpr bool kPairs = true, kTiles = true;
-  static constexpr int kVectors = 4, kWhole = kVectors, kMaxGroups = 2, kKeyBlock = 1024;
+  static constexpr int kVectors = vectors, kWhole = vectors, kMaxGroups = 8 / vectors, kKeyBlock = key_block;
 };
+// What a group of few keys works on then fits in level-1 cache; that of many passes through level 2 whatever its width.
+constexpr int kFewKeys = 128;
+using FewKeysOnTiles = OnTiles<2, kFewKeys>;
+using ManyKeysOnTiles = OnTiles<4, 1024>;
 template <class On>
 using ForwardBlocks = Blocks<On::kMaxGroups, On::kKeyBlock, On::kWhole>;
 template <class On>
@@ -238,15 +244,20 @@ void forward_group(const ForwardCall<On>& call, Group<On>& group, const ScoreBlo
 
   group.finished = last_block && out != nullptr;
   if constexpr (On::kTiles) {
-    if (group.started) lower_lanes<NR>(group.total, kLanes, stride, old_factor);
     // Values are zeros behind the last key, up to a whole tile.
     const bool is_end = block.key_in_segment + block.keys == length_of(*block.segment, block.b);
     const int64_t keys = units<true>(block.keys), depth = is_end ? round_up(keys, kTileUnits) : keys;
-    multiply_turned_features(tile.scores, kLanes, NR, values, depth, p.value_dim, group.started, group.total);
+    if (group.finished) invert_sums(group.softmax.sum, NR * VW, inverse);
+    if (group.finished && !group.started) {
+      group.started = true;
+      return store_turned_features(tile.scores, kLanes, group.queries.count, values, depth, p.value_dim, inverse,
+                                   out->data, out->stride);
+    }
+    if (group.started) lower_lanes<NR>(group.total, kLanes, stride, old_factor);
+    multiply_turned_features(tile.scores, kLanes, NR, values, depth, p.value_dim, group.started, group.total, kLanes);
     group.started = true;
-    if (!group.finished) return;
-    invert_sums(group.softmax.sum, NR * VW, inverse);
-    return group.write(*out, stride, inverse);
+    if (group.finished) group.write(*out, stride, inverse);
+    return;
   }
   const bool direct = group.finished && out->takes_products();
   if (group.finished) invert_sums(group.softmax.sum, group.queries.count, inverse);
@@ -430,7 +441,11 @@ void forward(const AttentionParams& p) {
 void attention_forward(const AttentionParams& p) {
   with_pairs(p.dtype, p.workers.tiles, is_worth_tiles(p), [&](auto pairs) {
     if constexpr (pairs) {
-      if (p.workers.tiles != TileUnit::none) return forward<OnTiles>(p);
+      if (p.workers.tiles != TileUnit::none) {
+        int64_t keys = 0;
+        for (int s = 0; s < p.key_segments; ++s) keys += p.keys[s].length;
+        return keys <= kFewKeys ? forward<FewKeysOnTiles>(p) : forward<ManyKeysOnTiles>(p);
+      }
     }
     forward<OnLanes<pairs>>(p);
   });

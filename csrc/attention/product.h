@@ -24,13 +24,16 @@ struct Epilogue {
 void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, Panel columns,
                        int64_t depth, int64_t features, const Epilogue& e);
 
-// The same on tiles, left as it comes, with the rows of the result in its lanes: to[features][stride] = (A·B)ᵀ, or what
-// it holds and that. Features are completed to whole vectors, depth is that of `a`.
+// The same on tiles, left as it comes, with the rows of the result in its lanes: to[features][lanes] = (A·B)ᵀ, or what
+// it holds and that. Features are completed to whole vectors.
 void multiply_turned_features(const float* a, int64_t stride, int64_t vectors, Panel columns, int64_t depth,
-                              int64_t features, bool adds, float* to);
+                              int64_t features, bool adds, float* to, int64_t to_stride);
 // Its first `count` lanes, times a factor each, as rows of bfloat16.
 void store_lanes(const float* from, int64_t stride, int64_t count, int64_t features, const float* factor, void* to,
                  int64_t to_stride);
+// Both, for a product that is the whole sum: a block of it at a time, while that is in level-1 cache.
+void store_turned_features(const float* a, int64_t stride, int64_t count, Panel columns, int64_t depth,
+                           int64_t features, const float* factor, void* to, int64_t to_stride);
 
 namespace {
 

@@ -132,8 +132,9 @@ void multiply_features(bool pairs, const float* a, int64_t row_stride, int64_t k
 }
 
 void multiply_turned_features(const float* a, int64_t stride, int64_t vectors, Panel columns, int64_t depth,
-                              int64_t features, bool adds, float* to) {
-  multiply_tiles({columns.data, columns.stride, round_up(features, VW), a, stride, depth, vectors, adds}, to, stride);
+                              int64_t features, bool adds, float* to, int64_t to_stride) {
+  multiply_tiles({columns.data, columns.stride, round_up(features, VW), a, stride, depth, vectors, adds}, to,
+                 to_stride);
 }
 
 void store_lanes(const float* from, int64_t stride, int64_t count, int64_t features, const float* factor, void* to,
@@ -159,6 +160,21 @@ void store_lanes(const float* from, int64_t stride, int64_t count, int64_t featu
         }
         for (int64_t x = 0; x < rows; ++x) std::memcpy(row + x * to_stride, &r[x], static_cast<size_t>(bytes));
       }
+    }
+  }
+}
+
+void store_turned_features(const float* a, int64_t stride, int64_t count, Panel columns, int64_t depth,
+                           int64_t features, const float* factor, void* to, int64_t to_stride) {
+  alignas(64) float block[2 * kTileRows * kTileStride];
+  for (int64_t i = 0; i < count; i += 2 * VW) {
+    const int64_t lanes = min(2 * VW, count - i);
+    for (int64_t c = 0; c < features; c += 2 * kTileRows) {
+      const int64_t some = min(2 * kTileRows, features - c);
+      multiply_turned_features(a + i, stride, ceil_div(lanes, VW), {columns.data + c * columns.stride, columns.stride},
+                               depth, some, false, block, kTileStride);
+      store_lanes(block, kTileStride, lanes, some, factor + i, static_cast<uint16_t*>(to) + i * to_stride + c,
+                  to_stride);
     }
   }
 }
