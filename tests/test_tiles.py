@@ -266,6 +266,48 @@ def test_products_on_tiles_have_the_same_bits_for_any_number_of_threads(rows: in
     assert same_bits(results[0], results[2])
 
 
+# Blocks of W: one, several, of sources that make several chunks; rows that are copied first, and of several chunks of
+# dz; a source that is absent in some rows; a width without elements.
+@needs_tiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "widths", "features", "absent"),
+    [
+        (150, (40, 9), 100, False),
+        (650, (600, 0, 131), 300, False),
+        (530, (1100, 300), 200, False),
+        (1100, (70,), 2051, False),
+        (700, (1024,), 640, False),
+        (600, (130, 70), 90, True),
+    ],
+    ids=str,
+)
+def test_concatenation_fusion_by_blocks_of_weights_is_as_close_as_the_reference(
+    rows: int, widths: tuple[int, ...], features: int, absent: bool, dtype: torch.dtype, tiles: str
+) -> None:
+    xs = [bfloat16(rows, n, seed=n).to(dtype).requires_grad_() for n in widths]
+    weight = (bfloat16(features, sum(widths), seed=1) / sum(widths) ** 0.5).to(dtype).requires_grad_()
+    norms = [bfloat16(sum(widths), seed=n).to(dtype).requires_grad_() for n in (2, 3)]
+    present = torch.rand(rows, len(xs), generator=torch.Generator().manual_seed(0)) < 0.7 if absent else None
+    grad = bfloat16(rows, features, seed=4).to(dtype)
+
+    def results(convert: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        x, w, (gain, shift) = [convert(x) for x in xs], convert(weight), (convert(n) for n in norms)
+        made = []
+        for out, leaves in [
+            (mmk.concat_linear(x, w, activation="gelu", presence=present), [*x, w]),
+            *([] if absent else [(mmk.concat_norm_linear(x, gain, shift, w), [*x, w, gain, shift])]),
+        ]:
+            made += [out.detach(), *torch.autograd.grad(out, leaves, convert(grad).detach())]
+        return made
+
+    ours = results(lambda t: t)
+    with mmk.use_backend("reference"):
+        baseline, oracle = results(lambda t: t), results(lambda t: t.detach().double().requires_grad_())
+    for got, same_dtype, exact in zip(ours, baseline, oracle, strict=True):
+        assert_close_to_oracle(got, same_dtype, exact)
+
+
 # --- beside torch, threads and processes ---
 
 

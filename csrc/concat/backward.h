@@ -6,13 +6,14 @@
 // stages. First, a task is a block of rows: it makes their dz, multiplies it by the weights straight into the dx_i, and
 // leaves it transposed. Then a task is a group of columns of one source: it packs them, 256 rows at a time, and adds
 // their products with dz, in order of the rows, to the columns of dW that it alone writes. Of few rows and weights that
-// lie by columns, the second stage is dWᵀ = xᵀ dz, in the order that dW lies in. No sum depends on the number of
-// threads.
+// lie by columns, the second stage is dWᵀ = xᵀ dz, in the order that dW lies in. Where the level-2 cache is large, a
+// chunk's dz is kept, and its dx_i are made by blocks of W (weight_blocks.h). No sum depends on the number of threads.
 //
 // The call's Policy makes dz and may stand between a source's rows and the products (a norm, say).
 #pragma once
 
 #include "csrc/concat/packed_columns.h"
+#include "csrc/concat/weight_blocks.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -44,6 +45,7 @@ class ConcatBackward {
         workers_(workers),
         policy_(policy),
         packed_(sources),
+        row_gradients_(sources, workers, Policy::kFinishesRows),
         padded_(round_up(sources.features, VW)),
         dz_stride_(spread_stride(padded_)) {
     for (int64_t s = 0; s < sources.count; ++s) {
@@ -63,14 +65,20 @@ class ConcatBackward {
     in_place_ = rows_in_place && sources.rows <= (by_rows_ ? kInPlaceRows : 4 * kInPlaceRows);
     one_block_ = sources.rows <= kBlockRows;
     turned_ = !by_rows_ && sources.rows <= chunk_elements<kPairs>();
-    constexpr int64_t kDzFloats = 1 << 20;  // of a chunk, 4 MB
-    const int64_t most = max(4 * kBlockRows, kDzFloats / max(1, sources.features) / kBlockRows * kBlockRows);
+    by_blocks_ = any_dx_ && !in_place_ && !one_block_ && RowGradients<kPairs>::serve(sources, workers);
+    const int64_t chunk_floats = has_weight_blocks(workers) ? (kPairs ? 4 << 20 : 2 << 20) : 1 << 20;  // of dz
+    const int64_t most = max(4 * kBlockRows, chunk_floats / max(1, sources.features) / kBlockRows * kBlockRows);
     chunk_ = round_up(ceil_div(sources.rows, max(1, ceil_div(sources.rows, most))), kBlockRows);
     if (turned_) chunk_ = round_up(sources.rows, kBlockRows);
     block_rows_ = min(kBlockRows, sources.rows);
     transposed_stride_ = sources.rows <= 16 ? 16 : round_up(units<kPairs>(chunk_), 16) + 16;
     if (turned_) transposed_stride_ = round_up(padded_, 16) | 16;
     if (sums_in_place() && !turned_ && sources.columns >= 8 * kGroup * workers.count) group_ = 2 * kGroup;
+    if (has_weight_blocks(workers) && !Policy::kFinishesWeights && !turned_) {
+      group_ = kGroup * max(1, min(4, sources.columns / (2 * kGroup * workers.count)));
+      if (kPairs) most_rows_ = 4 * kMostDepth;
+      sums_stride_ = spread_stride(group_);
+    }
     for (int64_t s = 0; s < sources.count; ++s) groups_ += groups_of(sources.items[s]);
   }
 
@@ -91,6 +99,9 @@ class ConcatBackward {
         }
       };
       one_block_ ? work(0, 0, blocks) : for_each_claim(workers_, blocks, 1, work);
+      if (by_blocks_) {
+        row_gradients_.multiply({kept_, kept_stride()}, start, rows, row_memory_, [&](auto&&... x) { finish(x...); });
+      }
       for (int64_t block = 0; block < blocks; ++block) {
         for (int64_t i = 0; i < sums; i += VW) {
           store(totals_ + i, load(totals_ + i) + load(partial_ + block * sums + i));
@@ -114,17 +125,19 @@ class ConcatBackward {
     weight_sums_ = carver.take(any_dw_ && !sums_in_place() && !in_one_chunk() ? weight_floats() : 0);
     dz_floats_ = block_rows_ * dz_stride_;
     dx_floats_ = round_up(block_rows_ * round_up(widest_, VW), 16);
-    panel_floats_ = group_ * kMostDepth;
+    panel_floats_ = group_ * units<kPairs>(most_rows_);
     group_stride_ = round_up(group_features(), VW);
-    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_stride_ * kGroup : 0;
+    group_floats_ = any_dw_ && !sums_in_place() && in_one_chunk() ? group_stride_ * sums_stride_ : 0;
     rows_stride_ = round_up(depth, 16) | 16;
     turned_floats_ = any_dw_ && turned_ ? kGroup * rows_stride_ : 0;
     each_ = (kPairs ? 3 : 2) * dz_floats_ + dx_floats_ + panel_floats_ + group_floats_ + turned_floats_;
     worker_memory_ = carver.take(workers_.count * each_);
+    kept_ = carver.take(by_blocks_ ? min(chunk_, sources_.rows) * kept_stride() : 0);
+    row_memory_ = carver.take(by_blocks_ ? row_gradients_.floats(min(chunk_, sources_.rows)) : 0);
   }
 
   // Whether W is packed beforehand: for one block of rows it is packed as the product comes to it, or read as it lies.
-  bool packs_weights() const { return any_dx_ && !in_place_ && !one_block_; }
+  bool packs_weights() const { return any_dx_ && !in_place_ && !one_block_ && !by_blocks_; }
 
   // Whether the sums over rows are kept in the gradients themselves.
   bool sums_in_place() const {
@@ -136,16 +149,16 @@ class ConcatBackward {
 
   // Whether the sums over rows are done at once for every block of features, and written as they come.
   bool in_one_product() const {
-    const bool few_rows = in_one_chunk() && sources_.rows <= most_elements<kPairs>();
+    const bool few_rows = in_one_chunk() && sources_.rows <= most_rows_;
     return !Policy::kFinishesWeights && !sums_in_place() && !shares_ && few_rows;
   }
   int64_t group_features() const { return in_one_product() ? min(kBlockRows, most_features_) : most_features_; }
 
-  // Those of all groups, one after the other, [features of all terms][kGroup] each.
+  // Those of all groups, one after the other, [features of all terms][sums_stride_] each.
   int64_t weight_floats() const {
     int64_t floats = 0;
     for (int64_t s = 0; s < sources_.count; ++s) {
-      floats += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * kGroup;
+      floats += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * sums_stride_;
     }
     return floats;
   }
@@ -167,9 +180,14 @@ class ConcatBackward {
 
   // --- first stage: dz and dx of a block of rows ---
 
+  // Of dz in units, where that of a chunk is kept.
+  int64_t kept_stride() const { return kPairs ? padded_ / 2 : dz_stride_; }
+
   void row_block(int worker, int64_t start, int64_t block, int64_t rows) {
-    float* const dz = worker_memory_ + worker * each_;
-    float* const spare = dz + dz_floats_;  // dz in units, or its rows of a source that is absent in some
+    float* const own = worker_memory_ + worker * each_;
+    float* const kept = kept_ + block * kBlockRows * kept_stride();
+    float* const dz = by_blocks_ && !kPairs ? kept : own;
+    float* const spare = by_blocks_ && kPairs ? kept : own + dz_floats_;  // units, or rows of a source absent in some
     float* const dx = worker_memory_ + worker * each_ + (kPairs ? 3 : 2) * dz_floats_;
     const int64_t first = start + block * kBlockRows, sums = Policy::kSums * padded_;
     float* const partial = partial_ + block * sums;
@@ -179,6 +197,7 @@ class ConcatBackward {
     Operand operand{dz, dz_stride_};
     if constexpr (kPairs) operand = as_pairs(dz, rows, spare);
     if (any_dw_) transpose_block(operand, block * kBlockRows, rows, dx);
+    if (by_blocks_) return;
     const float *panels = packed_.data(), *shared = nullptr;  // the next source's; those of the sources that share them
     for (int64_t s = 0; s < sources_.count; ++s) {
       const ConcatSource& source = sources_.items[s];
@@ -243,8 +262,8 @@ class ConcatBackward {
       const ConcatTerm& term = source.terms[t];
       const int64_t depth = units<kPairs>(term.features), skip = kPairs ? term.column / 2 : term.column;
       if (in_place_) {
-        multiply_weights_in_place({a.data + skip, a.stride}, present.count(), term, {to, stride, source.width, add},
-                                  panel_memory);
+        multiply_weights_in_place<kPairs>(sources_.dtype, {a.data + skip, a.stride}, present.count(), term,
+                                          {to, stride, source.width, add}, panel_memory);
         add |= depth > 0;
         continue;
       }
@@ -285,6 +304,16 @@ class ConcatBackward {
     });
   }
 
+  void finish(int64_t s, int64_t first, int64_t rows, const float* dx, int64_t stride) const {
+    if constexpr (Policy::kFinishesRows) {
+      const ConcatSource& source = sources_.items[s];
+      with_element_type(sources_.dtype, source.grad.data, [&](auto* out) {
+        const int64_t out_stride = source.grad.inner_stride;
+        policy_.finish_rows(s, first, rows, dx, stride, out + first * out_stride, out_stride);
+      });
+    }
+  }
+
   // Of one block of rows: by all workers, each of which packs some columns of W and multiplies by them.
   void multiply_weights_by_groups(Operand dz, int64_t rows, const ConcatTerm& term, const Block& c) const {
     for_each_claim(workers_, ceil_div(c.columns, kGroup), 1, [&](int worker, int64_t begin, int64_t end) {
@@ -302,38 +331,6 @@ class ConcatBackward {
     });
   }
 
-  // Of few rows: W as it lies, but for its last columns, which do not fill a vector.
-  void multiply_weights_in_place(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
-    if (term.weight.by_columns) return multiply_weight_columns(dz, rows, term, c, memory);
-    const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
-    const auto* weight = static_cast<const float*>(term.weight.data);
-    for (int64_t n = 0; n < term.features; n += kDepth) {
-      const int64_t depth = min(kDepth, term.features - n);
-      const Operand a{dz.data + n, dz.stride};
-      const float* rows_of_weight = weight + n * term.weight.stride;
-      multiply_in_place(false, a, rows, {rows_of_weight, term.weight.stride}, depth,
-                        {c.data, c.stride, whole, c.add || n > 0});
-      if (rest > 0) {
-        pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight.stride, depth, rest, memory, kPanel);
-        multiply_panels(false, a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
-      }
-    }
-  }
-
-  // Of few rows and a weight that lies by columns: dot products of dz with these as they lie.
-  void multiply_weight_columns(Operand dz, int64_t rows, const ConcatTerm& term, Block c, float* memory) const {
-    for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
-      for (int64_t column = 0; column < c.columns; column += kGroup) {
-        const int64_t some = min(kGroup, c.columns - column);
-        const Matrix columns = from_element(term.weight, sources_.dtype, n, column);
-        const Operand w = operand_of_rows<kPairs>(sources_.dtype, columns.data, columns.stride, some, count, memory,
-                                                  copy_stride<kPairs>(count));
-        multiply_dots(kPairs, {dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column,
-                      c.stride, c.add || n > 0);
-      }
-    });
-  }
-
   // --- second stage: columns of dW ---
 
   void weight_columns(int worker, int64_t group, int64_t start, int64_t rows) const {
@@ -341,12 +338,12 @@ class ConcatBackward {
     int64_t s = 0, at = 0;
     for (; group >= groups_of(sources_.items[s]); ++s) {
       group -= groups_of(sources_.items[s]);
-      at += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * kGroup;
+      at += groups_of(sources_.items[s]) * features_of(sources_.items[s]) * sums_stride_;
     }
     const ConcatSource& source = sources_.items[s];
     const int64_t column = group * group_, width = min(group_, source.width - column);
     float* const sums =
-        in_one_chunk() ? panels + panel_floats_ : weight_sums_ + at + group * features_of(source) * kGroup;
+        in_one_chunk() ? panels + panel_floats_ : weight_sums_ + at + group * features_of(source) * sums_stride_;
     add_products(s, column, start, rows, false, sums, panels);
     for (int64_t next = s + 1; next < sources_.count && sources_.items[next].shares_weights; ++next) {
       add_products(next, column, start, rows, true, sums, panels);
@@ -366,10 +363,12 @@ class ConcatBackward {
     const ConcatSource& source = sources_.items[s];
     if (turned_) return add_turned(source, column, s, add, sums, panels);
     const int64_t width = min(group_, source.width - column);
-    const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most_elements<kPairs>())), kPairs ? 32 : 8);
+    const int64_t step = round_up(ceil_div(rows, ceil_div(rows, most_rows_)), kPairs ? 32 : 8);
     for (int64_t row = 0; row < rows; row += step) {
       const int64_t count = min(step, rows - row);
-      policy_.columns(s, start + row, count, column, width, panels);
+      for (int64_t c = 0; c < width; c += kGroup) {
+        policy_.columns(s, start + row, count, column + c, min(kGroup, width - c), panels + c * units<kPairs>(count));
+      }
       // What is packed next: the rows behind these, or the first of the columns behind them.
       const bool last = row + count == rows;
       const int64_t next = last ? start : start + row + count, from = last ? column + group_ : column;
@@ -380,7 +379,8 @@ class ConcatBackward {
       for (int64_t t = 0; t < source.term_count; ++t) {
         const ConcatTerm& term = source.terms[t];
         if (Policy::kFinishesWeights || term.grad != nullptr) {
-          Block c{in_one_product() ? sums : sums + features * kGroup, kGroup, width, add || start + row > 0};
+          Block c{in_one_product() ? sums : sums + features * sums_stride_, sums_stride_, width,
+                  add || start + row > 0};
           if (sums_in_place()) {
             c.data = static_cast<float*>(term.grad) + column;
             c.stride = term.grad_stride;
@@ -440,7 +440,7 @@ class ConcatBackward {
 
   // Columns of dW from their float sums.
   void write_weights(const ConcatSource& source, int64_t column, int64_t width, const float* sums) const {
-    for (int64_t t = 0; t < source.term_count; sums += source.terms[t++].features * (turned_ ? 1 : kGroup)) {
+    for (int64_t t = 0; t < source.term_count; sums += source.terms[t++].features * (turned_ ? 1 : sums_stride_)) {
       if (source.terms[t].grad != nullptr) {
         write_features(source.terms[t], 0, source.terms[t].features, column, width, sums);
       }
@@ -456,9 +456,9 @@ class ConcatBackward {
     if (turned_) {
       write_rows(sums, group_stride_, width, count, sources_.dtype, at(column * stride + first), stride);
     } else if (term.weight.by_columns) {
-      write_transposed(sums, kGroup, count, width, sources_.dtype, at(column * stride + first), stride);
+      write_transposed(sums, sums_stride_, count, width, sources_.dtype, at(column * stride + first), stride);
     } else {
-      write_rows(sums, kGroup, count, width, sources_.dtype, at(first * stride + column), stride);
+      write_rows(sums, sums_stride_, count, width, sources_.dtype, at(first * stride + column), stride);
     }
   }
 
@@ -466,13 +466,15 @@ class ConcatBackward {
   const Workers& workers_;
   Policy& policy_;
   PackedWeightColumns<kPairs> packed_;
+  RowGradients<kPairs> row_gradients_;
   int64_t padded_, dz_stride_, widest_ = 0, most_features_ = 0, chunk_ = 0, block_rows_ = 0, transposed_stride_ = 0;
-  int64_t group_ = kGroup, groups_ = 0, dz_floats_ = 0, dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
+  int64_t group_ = kGroup, sums_stride_ = kGroup, most_rows_ = most_elements<kPairs>(), groups_ = 0, dz_floats_ = 0,
+          dx_floats_ = 0, panel_floats_ = 0, group_floats_ = 0, each_ = 0;
   int64_t group_stride_ = 0, rows_stride_ = 0, turned_floats_ = 0;
   bool any_dx_ = false, any_dw_ = false, by_columns_ = false, by_rows_ = false, shares_ = false;
-  bool in_place_ = false, one_block_ = false, turned_ = false;
+  bool in_place_ = false, one_block_ = false, turned_ = false, by_blocks_ = false;
   float *packed_memory_ = nullptr, *totals_ = nullptr, *partial_ = nullptr, *transposed_ = nullptr;
-  float *weight_sums_ = nullptr, *worker_memory_ = nullptr;
+  float *weight_sums_ = nullptr, *worker_memory_ = nullptr, *kept_ = nullptr, *row_memory_ = nullptr;
 };
 
 }  // namespace

@@ -5,15 +5,14 @@
 //                       out transposed. For few rows, where packing W would cost more than multiplying by it.
 //   dot products        of rows of x and rows of W, nothing packed. For so few rows that lanes would be left idle.
 //   columns of W        for few rows and a W whose columns are dense (the view of a transposed one): features are in
-//   the
-//                       lanes as they lie.
+//                       the lanes as they lie.
+//   blocks of W         csrc/concat/weight_blocks.h, in place of rows broadcast where the level-2 cache is large.
 //
 // The rows may be what a source holds or something made from it (Loader: a normalised row, say). What is done with a
 // finished tile of z, still in cache, is the caller's epilogue.
 #pragma once
 
-#include "csrc/concat/product.h"
-#include "csrc/cpu/schedule.h"
+#include "csrc/concat/weight_blocks.h"
 
 namespace mmk {
 namespace MMK_ISA {
@@ -68,19 +67,6 @@ class PackedWeights {
   int64_t floats_ = 0;
   float* memory_ = nullptr;
 };
-
-inline bool has_row_presence(const ConcatSources& sources) {
-  for (int64_t s = 0; s < sources.count; ++s) {
-    if (sources.items[s].present != nullptr) return true;
-  }
-  return false;
-}
-
-// Whether the first chunk of the first source writes every element of z.
-inline bool first_source_fills(const ConcatSources& sources) {
-  if (sources.count == 0 || has_row_presence(sources) || sources.items[0].term_count != 1) return false;
-  return sources.items[0].terms[0].features == sources.features;
-}
 
 // Reads rows as they are.
 struct PlainLoader {
@@ -186,15 +172,16 @@ void multiply_features_broadcast(const ConcatSources& sources, const Workers& wo
                                  Epilogue epilogue) {
   int64_t all_units = 0;
   for (int64_t s = 0; s < sources.count; ++s) all_units += units<kPairs>(sources.items[s].width);
-  const int64_t block = min(kBlockRows / kPanel * kPanel, round_up(sources.rows, kPanel));
-  const int64_t blocks = ceil_div(sources.rows, block);
+  // Tiles multiply all rows of a call by a feature once it is there.
+  const int64_t most = kPairs && has_weight_blocks(workers) ? kMostLanes : kBlockRows / kPanel * kPanel;
+  const int64_t blocks = ceil_div(sources.rows, most), block = round_up(ceil_div(sources.rows, blocks), kPanel);
   // Features of a task: as many as keep a chunk of W in the level-2 cache, fewer to give every worker some.
   constexpr int64_t kMost = 240, kLeast = 48;
   const int64_t tasks = workers.count == 1 ? 1 : ceil_div(2 * workers.count, blocks);
   const int64_t even = ceil_div(sources.features, max(tasks, ceil_div(sources.features, kMost)));
   const int64_t features = round_up(max(even, kLeast), VW);
   const int64_t splits = ceil_div(sources.features, features);
-  const int64_t panels = all_units * block, tile = features * block, copy = max(features, kBlockRows) * kCopyStride;
+  const int64_t panels = all_units * block, tile = features * block, copy = max(features, block) * kCopyStride;
   const int64_t each = panels + 2 * tile + copy;
   Scratch scratch(workers.count * each);
   for_each_claim(workers, blocks * splits, 1, [&](int worker, int64_t begin, int64_t end) {
@@ -379,6 +366,8 @@ void multiply_concatenation(const ConcatSources& sources, const Workers& workers
                             int64_t block_rows, Epilogue epilogue) {
   if (are_few_rows(sources)) {
     multiply_few_rows<kPairs>(sources, workers, loader, epilogue);
+  } else if (has_weight_blocks(workers)) {
+    multiply_weight_blocks<kPairs>(sources, workers, loader, epilogue);
   } else {
     multiply_rows_broadcast<kPairs>(sources, workers, loader, block_rows, kBlockColumns, epilogue);
   }

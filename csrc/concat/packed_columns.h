@@ -1,4 +1,4 @@
-// The weights of concatenation fusion as the product dz W reads them.
+// The weights of concatenation fusion as the product dz W reads them: packed, or of few rows as they lie.
 #pragma once
 
 #include "csrc/concat/product.h"
@@ -60,6 +60,41 @@ class PackedWeightColumns {
   int64_t floats_ = 0, groups_ = 0;
   float* memory_ = nullptr;
 };
+
+// dz W of few rows and a weight that lies by columns: dot products of dz with these as they lie.
+template <bool kPairs>
+void multiply_by_columns(Dtype dtype, Operand dz, int64_t rows, const ConcatTerm& term, const Block& c, float* memory) {
+  for_chunks<kPairs>(term.features, [&](int64_t n, int64_t count, int64_t unit) {
+    for (int64_t column = 0; column < c.columns; column += kGroup) {
+      const int64_t some = min(kGroup, c.columns - column);
+      const Matrix columns = from_element(term.weight, dtype, n, column);
+      const Operand w =
+          operand_of_rows<kPairs>(dtype, columns.data, columns.stride, some, count, memory, copy_stride<kPairs>(count));
+      multiply_dots(kPairs, {dz.data + unit, dz.stride}, rows, w, some, units<kPairs>(count), c.data + column, c.stride,
+                    c.add || n > 0);
+    }
+  });
+}
+
+// dz W of few rows: W as it lies, but for its last columns, which do not fill a vector.
+template <bool kPairs>
+void multiply_weights_in_place(Dtype dtype, Operand dz, int64_t rows, const ConcatTerm& term, const Block& c,
+                               float* memory) {
+  if (term.weight.by_columns) return multiply_by_columns<kPairs>(dtype, dz, rows, term, c, memory);
+  const int64_t whole = c.columns / VW * VW, rest = c.columns - whole;
+  const auto* weight = static_cast<const float*>(term.weight.data);
+  for (int64_t n = 0; n < term.features; n += kDepth) {
+    const int64_t depth = min(kDepth, term.features - n);
+    const Operand a{dz.data + n, dz.stride};
+    const float* rows_of_weight = weight + n * term.weight.stride;
+    multiply_in_place(false, a, rows, {rows_of_weight, term.weight.stride}, depth,
+                      {c.data, c.stride, whole, c.add || n > 0});
+    if (rest > 0) {
+      pack_rows_as_float(Dtype::f32, rows_of_weight + whole, term.weight.stride, depth, rest, memory, kPanel);
+      multiply_panels(false, a, rows, memory, depth, {c.data + whole, c.stride, rest, c.add || n > 0});
+    }
+  }
+}
 
 }  // namespace
 }  // namespace MMK_ISA

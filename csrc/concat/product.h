@@ -43,12 +43,26 @@ constexpr int64_t kDepth = 256;                                     // units of 
 constexpr int64_t kCopyStride = kDepth + 16;                        // between rows of a copy of a chunk, at most
 constexpr int64_t kMostDepth = kDepth + kDepth / 8;                 // where that saves a pass over the results
 constexpr int64_t kBlockRows = kFeatureRows * (96 / kFeatureRows);  // rows of a block of A: 96 KB a chunk
+constexpr int64_t kMostLanes = 5 * kPanel;                          // rows that are multiplied by features, at most
 constexpr int64_t kInPlaceRows = 2 * kFeatureRows;                  // up to so many, packing W costs more than it saves
 constexpr int64_t kGroup = kPanel >= 64 ? kPanel : 64;  // columns of a source that a task of the second stage packs
 
 MMK_INLINE const char* row_address(const RowView& view, Dtype dtype, int64_t row) {
   const int64_t element = row / view.inner * view.outer_stride + row % view.inner * view.inner_stride;
   return static_cast<const char*>(view.data) + element * element_size(dtype);
+}
+
+inline bool has_row_presence(const ConcatSources& sources) {
+  for (int64_t s = 0; s < sources.count; ++s) {
+    if (sources.items[s].present != nullptr) return true;
+  }
+  return false;
+}
+
+// Whether the first chunk of the first source writes every element of z.
+inline bool first_source_fills(const ConcatSources& sources) {
+  if (sources.count == 0 || has_row_presence(sources) || sources.items[0].term_count != 1) return false;
+  return sources.items[0].terms[0].features == sources.features;
 }
 
 // Whether a call is large enough for tiles.

@@ -24,11 +24,14 @@ MMK_NOINLINE void product_tile(Operand a, const float* panel, int64_t depth, con
   }
 }
 
+// Whether tiles of a product can be stored, and added, where it ends.
+MMK_INLINE bool ends_in_place(const Block& c, int64_t column, int64_t vectors) {
+  return c.map == nullptr && c.columns - column >= vectors * VW;
+}
+
 // A product on tiles, from `column` of C on.
 MMK_NOINLINE void multiply_on_tiles(const TileOperands& x, const Block& c, int64_t column) {
-  if (!c.add && c.map == nullptr && c.columns - column >= x.vectors * VW) {
-    return multiply_tiles(x, c.data + column, c.stride);
-  }
+  if (ends_in_place(c, column, x.vectors)) return multiply_tiles(x, c.data + column, c.stride);
   for_tiles(x, [&](const float* tile, int64_t row, int64_t rows, int64_t v, int64_t vectors) {
     for (int64_t i = row; i < row + rows; ++i, tile += kTileStride) {
       float* const to = c.data + (c.map == nullptr ? i : c.map[i]) * c.stride;
@@ -45,23 +48,54 @@ MMK_NOINLINE void multiply_on_tiles(const TileOperands& x, const Block& c, int64
   });
 }
 
+// All panels: of 32 rows and kTileDepth units at a time, so that these stay in the level-1 cache while panels pass.
+void multiply_panels_on_tiles(Operand a, int64_t rows, const float* panels, int64_t depth, Block c) {
+  constexpr int64_t kRows = 2 * kTileRows, kTileDepth = 128, kStride = kTileDepth + kTileUnits;
+  alignas(64) float copy[(kRows + kTileRows) * kStride];
+  // Rows a multiple of 1 KB apart share a few sets of that cache.
+  const bool crowded = a.stride % 256 == 0 && c.columns > kPanel;
+  const int64_t parts = max(1, ceil_div(depth, kTileDepth)), part = round_up(ceil_div(depth, parts), kTileUnits);
+  float* const to = c.data;
+  const int32_t* const map = c.map;
+  const bool add = c.add;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row, count = left < kRows + kTileRows ? left : kRows;  // a tile at least
+    if (map == nullptr) {
+      c.data = to + row * c.stride;
+    } else {
+      c.map = map + row;
+    }
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t k = i * part, some = min(part, depth - k);
+      if (some <= 0 && i > 0) break;
+      Operand x{a.data + row * a.stride + k, a.stride};
+      if (crowded && some % kTileUnits == 0) {
+        for (int64_t r = 0; r < count; ++r) {
+          for (int64_t u = 0; u < some; u += VW) store(copy + r * kStride + u, load(x.data + r * x.stride + u));
+        }
+        x = {copy, kStride};
+      }
+      c.add = add || k > 0;
+      const float* panel = panels + k * kPanel;
+      for (int64_t column = 0; column < c.columns; column += kPanel, panel += depth * kPanel) {
+        const int64_t vectors = ceil_div(min(kPanel, c.columns - column), VW);
+        const bool adds = c.add && ends_in_place(c, column, vectors);
+        multiply_on_tiles({x.data, x.stride, count, panel, kPanel, some, vectors, adds}, c, column);
+      }
+    }
+    row += count;
+  }
+}
+
 template <bool kPairs>
 void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth, const Block& c,
                     const RowsAhead& rows_ahead, bool panels_in_cache) {
+  if (kPairs && rows > 0 && has_tiles()) return multiply_panels_on_tiles(a, rows, panels, depth, c);
   RowPrefetch ahead(rows_ahead);
   constexpr int64_t kLineFloats = 16;
   const int64_t panel_lines = panels_in_cache ? 0 : depth * kPanel / kLineFloats;
   for (int64_t column = 0; column < c.columns; column += kPanel, panels += depth * kPanel) {
     RowPrefetch next_panel(panels + depth * kPanel, 64, 64, panel_lines, ceil_div(rows, kFeatureRows));
-    if (kPairs && rows > 0 && has_tiles()) {
-      for (int64_t i = 0; i < rows; i += kFeatureRows) {
-        next_panel.step<false>();
-        ahead.step<false>();
-      }
-      const int64_t vectors = ceil_div(min(kPanel, c.columns - column), VW);
-      multiply_on_tiles({a.data, a.stride, rows, panels, kPanel, depth, vectors}, c, column);
-      continue;
-    }
     with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {
       for_runs<kFeatureRows>(rows, [&](auto run, int64_t i) {
         next_panel.step<false>();
@@ -76,7 +110,9 @@ void multiply_units(Operand a, int64_t rows, const float* panels, int64_t depth,
 template <bool kPairs>
 void multiply_units_in_place(Operand a, int64_t rows, Operand b, int64_t depth, const Block& c) {
   if (kPairs && rows > 0 && has_tiles()) {
-    return multiply_on_tiles({a.data, a.stride, rows, b.data, b.stride, depth, ceil_div(c.columns, VW)}, c, 0);
+    const int64_t vectors = ceil_div(c.columns, VW);
+    const bool adds = c.add && ends_in_place(c, 0, vectors);
+    return multiply_on_tiles({a.data, a.stride, rows, b.data, b.stride, depth, vectors, adds}, c, 0);
   }
   for (int64_t column = 0; column < c.columns; column += kPanel) {
     with_constant<kFeatureVectors>(ceil_div(min(kPanel, c.columns - column), VW), [&](auto vectors) {

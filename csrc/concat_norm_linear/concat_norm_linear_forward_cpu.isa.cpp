@@ -1,7 +1,8 @@
 //   c = [x₁; …; x_M],  x̂ = (c - mean) · rstd,  z = (x̂ ∘ g + h) Wᵀ + b,  y = act(z)
 //
 // Tiling     csrc/concat/forward.h, in blocks of 48 rows: a block's statistics are taken as it begins, and its rows are
-//            normalised, a chunk of columns at a time, into the operand of the product.
+//            normalised, a chunk of columns at a time, into the operand of the product; where W comes in blocks
+//            (csrc/concat/weight_blocks.h), all rows before the first of them.
 // Precision  statistics in float32 by two passes; normalised rows in float32, or rounded to bfloat16 where products run
 //            on its pairs, as a norm of its own would round them.
 // Limits     any widths; rows at up to two strides.
@@ -61,7 +62,7 @@ class NormLoader {
     Operand operand(int64_t column, int64_t width, float* copy) const {
       const ConcatSources& sources = loader_.p_.linear.sources;
       const ConcatSource& source = sources.items[s_];
-      const int64_t stride = kPairs ? round_up(width, 2 * VW) / 2 : round_up(width, VW);
+      const int64_t stride = copy_stride<kPairs>(width);
       const int64_t at = source.column + column;
       for_row_addresses(source.x, sources.dtype, first_, count_, [&](int64_t i, const char* row) {
         normalize_row<kPairs>(sources.dtype, row + column * element_size(sources.dtype), width,
@@ -81,7 +82,7 @@ class NormLoader {
   }
 
  private:
-  static constexpr int64_t kStatistics = 2 * kBlockRows;
+  static constexpr int64_t kStatistics = 2 * (kBlockRows > kMostLanes ? kBlockRows : kMostLanes);
 
   void take_statistics(int64_t first, int64_t count, float* to) const {
     rows_statistics(p_.linear.sources, first, count, p_.rms, p_.eps, to);

@@ -10,7 +10,7 @@
 namespace mmk {
 namespace {
 
-constexpr size_t kMostKept = size_t{2} << 20;  // bytes of a block
+constexpr size_t kMostKept = size_t{32} << 20;  // bytes, of all blocks of a thread
 
 bool keeps_blocks() {
   static const bool keeps = [] {
@@ -33,12 +33,15 @@ struct Kept {
     return found == nullptr ? ScratchBlock{} : std::exchange(*found, ScratchBlock{});
   }
 
-  // In the place of the smallest, which is returned.
+  // In the place of the smallest, which is returned, as is what all blocks together have too much.
   ScratchBlock put(ScratchBlock given) {
     ScratchBlock* smallest = &given;
+    size_t others = given.bytes;
     for (ScratchBlock& block : blocks) {
+      others += block.bytes;
       if (block.bytes < smallest->bytes) smallest = &block;
     }
+    if (others - smallest->bytes > kMostKept) return given;
     std::swap(*smallest, given);
     return given;
   }
@@ -60,7 +63,7 @@ ScratchBlock take_scratch(size_t bytes) {
   const size_t alignment = large ? kHugePage : 64, size = (bytes + alignment - 1) / alignment * alignment;
   const ScratchBlock block{static_cast<float*>(std::aligned_alloc(alignment, size)), size};
   if (block.data == nullptr) throw std::bad_alloc();
-  if (large) ask_for_huge_pages(block.data, bytes);
+  if (large) ask_for_huge_pages(block.data, size);
   return block;
 }
 

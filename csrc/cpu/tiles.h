@@ -47,7 +47,7 @@ struct TileOperands {
   int64_t lda, rows;
   const float* b;
   int64_t ldb, depth, vectors;
-  bool adds = false;  // to what C holds, which has whole tiles of rows
+  bool adds = false;  // to what C holds
 };
 
 // The product, into memory.

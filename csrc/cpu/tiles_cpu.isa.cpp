@@ -162,9 +162,34 @@ void complete_rows(const float* rows, int64_t stride, int64_t count, int64_t vec
 }
 
 void multiply_tiles(const TileOperands& x, float* c, int64_t ldc) {
-  walk_tiles(
-      x, ldc, [&](int64_t, int64_t first, int64_t v) { return c + first * ldc + v * VW; },
-      [](float*, int64_t, int64_t, int64_t, int64_t) {});
+  const int64_t tile_rows = min(kTileRows, x.rows), whole = x.rows / tile_rows * tile_rows;
+  if (!x.adds || whole == x.rows) {
+    return walk_tiles(
+        x, ldc, [&](int64_t, int64_t first, int64_t v) { return c + first * ldc + v * VW; },
+        [](float*, int64_t, int64_t, int64_t, int64_t) {});
+  }
+  // The rows that are multiplied again must not be added again: the last tiles are made apart.
+  alignas(64) float apart[kTileRows * 2 * VW];
+  TileOperands part = x;
+  part.rows = whole;
+  multiply_tiles(part, c, ldc);
+  const int64_t first = x.rows - tile_rows;
+  part.a = x.a + first * x.lda;
+  part.rows = tile_rows;
+  for (int64_t v = 0; v < x.vectors; v += 2) {
+    const auto copy = [&](int64_t from, auto move) {
+      for (int64_t i = from; i < tile_rows; ++i) {
+        for (int64_t j = v; j < min(v + 2, x.vectors); ++j) {
+          move(c + (first + i) * ldc + j * VW, apart + (2 * i + j - v) * VW);
+        }
+      }
+    };
+    copy(0, [](const float* from, float* to) { store(to, load(from)); });
+    part.b = x.b + v * VW;
+    part.vectors = min(2, x.vectors - v);
+    multiply_tiles(part, apart, 2 * VW);
+    copy(whole - first, [](float* to, const float* from) { store(to, load(from)); });
+  }
 }
 
 }  // namespace MMK_ISA
