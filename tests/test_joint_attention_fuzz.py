@@ -64,6 +64,11 @@ def outputs(*args: Any, **options: Any) -> list[Tensor]:
     return [*result[0], *result[1]] if isinstance(result, tuple) else result
 
 
+def means_terms(values: list[Tensor]) -> float:
+    """Those of a mean of values: of both signs, many nearly cancel."""
+    return max((float(v.detach().abs().mean()) for v in values if v.numel() > 0), default=0.0)
+
+
 @fuzz(100)
 @given(calls(), st.sampled_from(FUZZED))
 def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]], implementation: Any) -> None:
@@ -71,4 +76,4 @@ def test_any_call_obeys_the_precision_rule(call: tuple[list[Any], dict[str, Any]
     if implementation.backend == "triton" and max(len(inputs[0]), len(inputs[1])) > 1:
         options["dropout_p"] = 0.0  # whose kernels count it within a stream
     for backend in use_implementation(implementation):
-        check_op(outputs, *inputs, backend=backend, **options)
+        check_op(outputs, *inputs, backend=backend, terms=means_terms(inputs[2]), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -21,24 +22,32 @@ HALVES = (torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=str)
 
 
+def behind_rows(a: Tensor) -> Tensor:
+    """What lies behind every row of a matrix but the last in memory, up to the next."""
+    rows, depth = a.shape[-2:]
+    if a.dim() == 2 and a.stride(1) == 1 and a.stride(0) > depth:
+        return a.as_strided((rows - 1, a.stride(0) - depth), a.stride(), a.storage_offset() + depth)
+    return a[..., 1:, :1]
+
+
 class ReadsPairs(TorchDispatchMode):
-    """torch's products of half precision as on AMX: an odd depth's last pair ends with the next row's first element."""
+    """torch's products of half precision as on AMX: what is behind a row is read where the blocks of the depth, all of
+    one length up to 32, have no even one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
-            a, b = args[:2]
+            a = args[0]
         elif packet is torch.ops.aten.addmm:
-            a, b = args[1:3]
+            a = args[1]
         else:
             return out
-        if a.dtype not in HALVES:
+        depth = a.shape[-1]
+        if a.dtype not in HALVES or depth % (2 * max(1, math.ceil(depth / 32))) == 0:
             return out
         bad = torch.zeros(out.shape, dtype=torch.bool)
-        if a.shape[-1] % 2:
-            bad[..., :-1, :] |= ~a[..., 1:, :1].isfinite()
-            bad[..., :, :-1] |= ~b[..., :1, 1:].isfinite()  # columns of B are rows of its transpose
+        bad[..., :-1, :] |= ~behind_rows(a).isfinite().all(-1, keepdim=True)
         return out.masked_fill(bad, torch.nan)
 
 
@@ -50,7 +59,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("m, k, n", [(5, 7, 3), (4, 7, 6), (5, 6, 6), (4, 6, 3), (1, 1, 1)])
+@pytest.mark.parametrize("m, k, n", [(5, 7, 3), (4, 7, 6), (5, 6, 6), (4, 6, 3), (1, 1, 1), (38, 50, 33)])
 def test_a_row_with_nan_leaves_the_others_alone_in_products_and_their_gradients(
     dtype: torch.dtype, m: int, k: int, n: int
 ) -> None:
@@ -74,6 +83,33 @@ def test_a_row_with_nan_leaves_the_others_alone_in_products_and_their_gradients(
             torch.testing.assert_close(g, e, equal_nan=True)
 
 
+def product_of_leading_dims(x: Tensor, weight: Tensor) -> Tensor:
+    return _products.matmul(x, weight.mT.expand(*x.shape[:-2], *weight.mT.shape))
+
+
+@pytest.mark.parametrize("product", [_products.linear, product_of_leading_dims])
+@pytest.mark.parametrize("depth", [0, 1, 7, 30, 33, 38, 50, 96, 100, 257, 762])
+@each_dtype
+def test_nor_does_it_in_torchs_own_of_any_depth(
+    dtype: torch.dtype, depth: int, product: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    for lead in ((), (2, 3)):
+        for rows, columns in ((4, 24), (33, 38)):
+            x, weight = torch.randn(*lead, rows, depth).to(dtype), torch.randn(columns, depth).to(dtype)
+            grad = torch.randn(*lead, rows, columns).to(dtype)
+            results = []
+            for bad in (False, True):
+                if bad:
+                    x[..., rows // 2 :, :], grad[..., rows // 2 :, :] = torch.nan, torch.nan
+                leaf = x.clone().requires_grad_()
+                out = product(leaf, weight)
+                pulled = torch.autograd.grad(out, leaf, grad)[0]
+                results.append([t[..., : rows // 2, :] for t in (product(x, weight), out, pulled)])
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+            wide = x.float() @ weight.float().mT
+            torch.testing.assert_close(product(x, weight).float(), wide, atol=0.02, rtol=0.02, equal_nan=True)
+
+
 @pytest.mark.usefixtures("tiles")
 def test_the_mode_that_reads_pairs_lets_a_row_with_nan_into_the_one_before() -> None:
     a, b = torch.rand(27, 29).bfloat16(), torch.randn(29, 16).bfloat16()
@@ -82,6 +118,7 @@ def test_the_mode_that_reads_pairs_lets_a_row_with_nan_into_the_one_before() -> 
         assert (a @ b)[6].isnan().all() and (a @ b)[:6].isfinite().all()
         assert (a[:, :28] @ b[:28])[:7].isfinite().all()
         assert _products.matmul(a, b)[:7].isfinite().all()
+        assert _products.matmul(a.requires_grad_(), b)[:7].isfinite().all()
 
 
 @pytest.mark.usefixtures("tiles")

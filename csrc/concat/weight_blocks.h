@@ -179,13 +179,12 @@ class RowGradients {
       const ConcatSource& source = sources_.items[s];
       if (source.grad.data == nullptr) continue;
       const int64_t columns = columns_of(source), splits = ceil_div(source.width, columns);
-      const int64_t runs = ceil_div(rows, kMostRows), stride = round_up(source.width, VW);
+      const int64_t each = round_up(ceil_div(rows, ceil_div(rows, kMostRows)), kBlockRows);
+      const int64_t runs = ceil_div(rows, each), stride = round_up(source.width, VW);
       for_each_claim(workers_, splits * runs, 1, [&](int worker, int64_t begin, int64_t end) {
         float* const packed = memory + worker * (packed_floats_ + sums_floats_);
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t first = rows * (task % runs) / runs / kBlockRows * kBlockRows;
-          const int64_t last =
-              task % runs + 1 == runs ? rows : rows * (task % runs + 1) / runs / kBlockRows * kBlockRows;
+          const int64_t first = task % runs * each, last = min(rows, first + each);
           const int64_t column = task / runs * columns, count = min(columns, source.width - column);
           char* const grad = grad_address(source, start + first) + column * element_size(sources_.dtype);
           Block c{packed + packed_floats_, spread_stride(columns), count, false};

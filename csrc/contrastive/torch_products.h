@@ -15,13 +15,37 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "csrc/contrastive/tile.h"
 #include "csrc/cpu/half_products.h"
 #include "csrc/cpu/torch_tensors.h"
 
+// Of the OpenMP and the MKL that torch comes with, where it does.
+extern "C" __attribute__((weak)) void omp_set_num_threads(int threads);
+extern "C" __attribute__((weak)) int MKL_Set_Num_Threads_Local(int threads);
+
 namespace mmk {
+
+// While it lives, torch's products of this thread take no other threads. Else they cut a sum into as many parts as the
+// process has threads, even where the call is in one of them.
+class OneThreadProducts {
+ public:
+  OneThreadProducts() : threads_(at::get_num_threads()) {  // which sets them, in a new thread
+    if (MKL_Set_Num_Threads_Local != nullptr) of_mkl_ = MKL_Set_Num_Threads_Local(1);
+    if (omp_set_num_threads != nullptr) omp_set_num_threads(1);
+  }
+  ~OneThreadProducts() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(of_mkl_);
+    if (omp_set_num_threads != nullptr) omp_set_num_threads(threads_);
+  }
+  OneThreadProducts(const OneThreadProducts&) = delete;
+  OneThreadProducts& operator=(const OneThreadProducts&) = delete;
+
+ private:
+  int threads_, of_mkl_ = 0;
+};
 
 // Whether x and y are two sides of pairs with scalars, as a call that nobody has checked may have them.
 inline bool are_pairs(const std::vector<c10::IValue>& arguments, size_t scalars) {
@@ -64,6 +88,8 @@ class PairProducts {
   void for_each_tile(int64_t first_target, const at::Tensor& to, const at::Tensor& from, Function f) const {
     at::parallel_for(0, groups(), 1, [&](int64_t begin, int64_t end) {
       const at::AutoDispatchBelowADInplaceOrView below;
+      std::optional<OneThreadProducts> alone;
+      if (groups() > 1) alone.emplace();
       const int64_t most_rows = to.defined() ? 0 : std::min(tile_rows_, x_.size(0));
       const at::Tensor buffer = at::cpu::empty({most_rows, y_.size(0)}, x_.options());
       for (int64_t group = begin; group < end; ++group) {

@@ -147,7 +147,7 @@ class Call:
             pulled = torch.autograd.grad(sources, list(leaves.values()), grads, materialize_grads=True)
         return Outcome(outputs, dict(zip(leaves, pulled, strict=True)))
 
-    def compare(self, ours: Outcome, plain: Outcome, exact: Outcome, factor: float) -> None:
+    def compare(self, ours: Outcome, plain: Outcome, exact: Outcome, factor: float, terms: float = 0.0) -> None:
         """Assert that one outcome obeys the precision rule, by plain PyTorch's in the same dtype and in float64."""
         # In float32 a half-precision call may give an output as exact as products of its inputs, and a gradient as
         # exact as the output that its backward starts from.
@@ -156,11 +156,13 @@ class Call:
             if not got.is_floating_point():
                 assert torch.equal(got, same_dtype), f"output {i}: integers differ from plain PyTorch's"
                 continue
-            assert_close_to_oracle(got, same_dtype, oracle, name=f"output {i}", factor=factor, rounding=eps / 64)
+            assert_close_to_oracle(
+                got, same_dtype, oracle, name=f"output {i}", factor=factor, scale=terms, rounding=eps / 64
+            )
         # A gradient may be a sum that cancels (a softmax over one key has none): its terms are as large as the largest
         # gradient of any input, those that nobody asked for included, times what they are multiplied by.
-        terms = max((_largest(g) for g in exact.gradients.values()), default=0.0)
-        terms *= max(1.0, *(_largest(x) for x in self.tensors()))
+        of_gradients = max((_largest(g) for g in exact.gradients.values()), default=0.0)
+        of_gradients *= max(1.0, *(_largest(x) for x in self.tensors()))
         for name, got in ours.gradients.items():
             assert_close_to_oracle(
                 got,
@@ -168,7 +170,7 @@ class Call:
                 exact.gradients[name],
                 name=f"gradient of input {name}",
                 factor=factor,
-                scale=terms,
+                scale=max(of_gradients, terms),
                 rounding=eps / 2,
             )
 
@@ -181,6 +183,7 @@ def assert_matches_reference(
     grad: bool = True,
     seed: int = 0,
     factor: float = 2.0,
+    terms: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, ...]:
     """Run a function or a module on a backend and hold its outputs and all gradients to the precision rule.
@@ -198,6 +201,8 @@ def assert_matches_reference(
         grad: also compare gradients.
         seed: of torch's generator before each run, so that dropout draws alike, and of the outputs' gradients.
         factor: how much worse than plain PyTorch the results may be.
+        terms: how large the terms are of which an output is the sum, or a gradient where no other gradient shows it:
+            they may cancel, and their rounding remains.
         options: its keyword arguments.
 
     Returns:
@@ -210,7 +215,7 @@ def assert_matches_reference(
     ours = call.run(use_backend(backend) if backend else contextlib.nullcontext())
     plain = call.run(use_backend("reference"), function=reference)
     exact = call.run(use_backend("reference"), wide=True, function=reference)
-    call.compare(ours, plain, exact, factor)
+    call.compare(ours, plain, exact, factor, terms)
     return tuple(ours.outputs)
 
 
