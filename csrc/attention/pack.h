@@ -26,16 +26,16 @@ namespace {
 // The keys or the values of all segments and heads of one wave.
 class Panels {
  public:
-  // `as_rows` and `as_columns`: which layouts the caller reads.
+  // `as_rows` and `as_columns`: which layouts the caller reads; whether columns for tiles are turned.
   template <bool kPairs>
-  void plan(const AttentionParams& p, bool values, bool as_rows, bool as_columns) {
+  void plan(const AttentionParams& p, bool values, bool as_rows, bool as_columns, bool turns = true) {
     p_ = &p;
     values_ = values;
     pairs_ = kPairs;
     features_ = values ? p.value_dim : p.head_dim;
     padded_ = round_up(features_, VW);
     row_stride_ = kPairs ? units<kPairs>(features_) : padded_;
-    turned_ = kPairs && p.workers.tiles != TileUnit::none;
+    turned_ = kPairs && turns && p.workers.tiles != TileUnit::none;
     for (int s = 0; s < p.key_segments; ++s) {
       const Rows& rows = source(s);
       const bool even = rows.batch % 2 == 0 && rows.head % 2 == 0 && rows.row % 2 == 0 && features_ % 2 == 0 &&

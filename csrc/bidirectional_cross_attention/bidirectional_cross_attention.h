@@ -17,7 +17,8 @@ struct SoftmaxStats {
 
 struct BidirectionalParams {
   // The side of x is the one segment of queries (query, out, grad_out, grad_query), that of y the one segment of keys
-  // (key, value, grad_key, grad_value). Kernels have x in their lanes: let it be the longer side.
+  // (key, value, grad_key, grad_value). Kernels have x in their lanes, or on tiles read it where it lies: let it be the
+  // longer side.
   AttentionParams attention;
   Rows x_value, y_out, grad_y_out, grad_x_value;
   const uint8_t *x_mask = nullptr, *y_mask = nullptr;  // [B, length], 0 where it is padding; null: no padding

@@ -8,32 +8,12 @@
 // Threads    the number of strips of a head depends on the shape alone; their sums of y are merged in order.
 // Precision  float32 throughout, or bfloat16 products accumulated in float32 where the instruction exists; running
 //            maxima are subtracted before the exponential.
-// Limits     any sizes and strides; features contiguous.
-#include "csrc/attention/partial.h"
-#include "csrc/bidirectional_cross_attention/scores.h"
+// Limits     any sizes and strides; features contiguous. On tiles: forward_tiles.h.
+#include "csrc/bidirectional_cross_attention/forward_tiles.h"
 
 namespace mmk {
 namespace MMK_ISA {
 namespace {
-
-// The softmax so far of one side's rows: exponents less `shift`, added up in `sum`.
-struct Softmax {
-  float *shift, *sum;
-
-  void clear(int64_t rows) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      shift[i] = -FLT_MAX;
-      sum[i] = 0.f;
-    }
-  }
-  void store_stats(const SoftmaxStats& to, int64_t row, int64_t count) const {
-    if (to.shift == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) {
-      to.shift[row + i] = sum[i] == 0.f ? 0.f : shift[i];
-      to.log2_sum[row + i] = sum[i] == 0.f ? kInfinity : std::log2(sum[i]);
-    }
-  }
-};
 
 // What a worker needs for one task.
 struct ForwardTile {
@@ -60,107 +40,6 @@ struct ForwardTile {
     return t;
   }
 };
-
-// Clamp and scale of a group of lanes in place; `best` becomes the maximum of the keys that x attends to.
-template <int NR>
-MMK_NOINLINE void finish_group(const Exponents& e, const uint8_t* visible, int64_t keys, float* scores,
-                               vf (&best)[NR]) {
-  MMK_UNROLL for (int j = 0; j < NR; ++j) best[j] = set1(-kInfinity);
-  for (int64_t i = 0; i < keys; ++i) {
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      float* at = scores + i * kSideBlock + j * VW;
-      vf s = load(at);
-      if (e.finishes) store(at, s = e.finished(s));
-      if (visible == nullptr || visible[i] != 0) best[j] = max(best[j], s);
-    }
-  }
-}
-
-// Probabilities of x's rows, a group of lanes of them, less their new maxima; old_factor is what becomes of older sums.
-template <bool kPairs, int NR>
-MMK_NOINLINE void take_rows_of_x(const Exponents& e, const float* scores, const uint8_t* visible, int64_t keys,
-                                 const vf (&best)[NR], const Softmax& softmax, float* old_factor, float* out) {
-  constexpr int kDegree = kPairs ? 3 : 5;
-  vf scale[NR], minus_shift[NR], total[NR];
-  MMK_UNROLL for (int j = 0; j < NR; ++j) {
-    const vf old = load(softmax.shift + j * VW), raised = max(old, best[j] * set1(e.scale));
-    scale[j] = set1(e.scale);
-    store(old_factor + j * VW, exp2<5>(old - raised));
-    store(softmax.shift + j * VW, raised);
-    minus_shift[j] = -raised;
-    total[j] = zero();
-  }
-  if (!e.finishes && any_is_huge(softmax.shift, NR * VW)) {
-    round_huge_lanes<NR>(scores, softmax.shift, keys, scale, out);
-    scores = out;
-  }
-  const auto at = [&](int64_t i, int j) {
-    const bool hides = i >= keys || (visible != nullptr && visible[i] == 0);
-    return hides ? zero() : exp2<kDegree>(fma(load(scores + i * kSideBlock + j * VW), scale[j], minus_shift[j]));
-  };
-  for (int64_t i = 0; i < keys; i += 2) {
-    MMK_UNROLL for (int j = 0; j < NR; ++j) {
-      const vf even = at(i, j), odd = at(i + 1, j);
-      total[j] = total[j] + (even + odd);
-      if constexpr (kPairs) {
-        store(out + i / 2 * kSideBlock + j * VW, pair(even, odd));
-      } else {
-        store(out + i * kSideBlock + j * VW, even);
-        store(out + (i + 1) * kSideBlock + j * VW, odd);
-      }
-    }
-  }
-  MMK_UNROLL for (int j = 0; j < NR; ++j) {
-    store(softmax.sum + j * VW, fma(load(softmax.sum + j * VW), load(old_factor + j * VW), total[j]));
-  }
-}
-
-// The same of y's rows, over all lanes: [keys][kSideBlock], pairs along the lanes.
-template <bool kPairs, bool kHidden>
-MMK_NOINLINE void take_rows_of_y(const Exponents& e, const float* scores, const float* hidden, int64_t keys,
-                                 int64_t vectors, const Softmax& softmax, float* old_factor, float* out) {
-  constexpr int kDegree = kPairs ? 3 : 5;
-  const vf scale = set1(e.scale);
-  const auto visible = [&](const float* row, int64_t v) {
-    const vf s = load(row + v * VW);
-    if constexpr (kHidden) return select(load(hidden + v * VW) == zero(), s, set1(-kInfinity));
-    return s;
-  };
-  const auto score = [&](int64_t i, int64_t v) { return visible(scores + i * kSideBlock, v); };
-  for (int64_t first = 0; first < keys; first += VW) {
-    vf r[VW];
-    MMK_UNROLL for (int x = 0; x < VW; ++x) {
-      const int64_t i = min(first + x, keys - 1);
-      r[x] = score(i, 0);
-      for (int64_t v = 1; v < vectors; ++v) r[x] = max(r[x], score(i, v));
-    }
-    const vf old = load(softmax.shift + first), raised = max(old, max_rows(r) * scale);
-    const vf factor = exp2<5>(old - raised);
-    store(old_factor + first, factor);
-    store(softmax.shift + first, raised);
-    for (int64_t x = 0; x < VW; ++x) {
-      const int64_t i = first + x;
-      r[x] = zero();
-      if (i >= keys) continue;
-      const vf minus_shift = set1(-softmax.shift[i]);
-      const bool huge = !e.finishes && is_huge(softmax.shift[i]);
-      alignas(64) float rounded[kSideBlock];
-      if (huge) round_exponents(scores + i * kSideBlock, e.scale, vectors, rounded);
-      const float* const row = huge ? rounded : scores + i * kSideBlock;
-      const vf row_scale = huge ? set1(1.f) : scale;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const vf p = exp2<kDegree>(fma(visible(row, v), row_scale, minus_shift));
-        r[x] = r[x] + p;
-        if constexpr (kPairs) {
-          store_bf16(reinterpret_cast<uint16_t*>(out + i * (kSideBlock / 2)) + v * VW, p);
-        } else {
-          store(out + i * kSideBlock + v * VW, p);
-        }
-      }
-    }
-    store(softmax.sum + first, fma(load(softmax.sum + first), factor, sum_rows(r)));
-  }
-}
 
 // Running sums of all y of one head.
 struct SumsOfY {
@@ -216,8 +95,8 @@ void forward_block(const ForwardCall& call, const QueryBlock& q, const KeyHead& 
         if (call.exponents.finishes || visible != nullptr) {
           finish_group<NR>(call.exponents, visible, k.count, t.scores + lane, best);
         }
-        take_rows_of_x<kPairs, NR>(call.exponents, t.scores + lane, visible, k.count, best,
-                                   {t.x.shift + lane, t.x.sum + lane}, t.old_factor + lane, t.of_x + lane);
+        take_lanes<kPairs, NR>(call.exponents, t.scores + lane, visible, k.count, best,
+                               {t.x.shift + lane, t.x.sum + lane}, t.old_factor + lane, t.of_x + lane);
       });
   const bool direct = ends_x && out.takes_products();
   if (ends_x) invert_sums(t.x.sum, q.count, t.inverse);
@@ -228,8 +107,8 @@ void forward_block(const ForwardCall& call, const QueryBlock& q, const KeyHead& 
   if (ends_x && !direct) store_rows(out, t.total, call.stride, q.count, t.inverse);
 
   with_bool(has_hidden, [&](auto hides) {
-    take_rows_of_y<kPairs, hides>(call.exponents, t.scores, t.hidden, k.count, q.vectors,
-                                  {y.softmax.shift + k.first, y.softmax.sum + k.first}, t.old_factor, t.of_y);
+    take_rows<kPairs, hides>(call.exponents, t.scores, t.hidden, k.count, q.vectors,
+                             {y.softmax.shift + k.first, y.softmax.sum + k.first}, t.old_factor, t.of_y);
   });
   constexpr int64_t kStride = kPairs ? kSideBlock / 2 : kSideBlock;
   float* const total = y.total + k.first * call.stride;
@@ -258,7 +137,7 @@ void forward_task(const ForwardCall& call, const KeyHead& head, Range strip, con
     pack_lanes(kPairs, p.dtype, row_address(x.query, p.dtype, head.b, head.h, q.first), x.query.row, q.count,
                p.head_dim, t.query, kSideBlock);
     const Panel x_value = pack_columns<kPairs>(p.dtype, call.p.x_value, head.b, head.h, q, p.value_dim, t.x_value);
-    const bool has_hidden = hidden_lanes(call.p, q, head.b, t.hidden);
+    const bool has_hidden = hidden_lanes(visible_queries(call.p, q, head.b), q.count, q.vectors, t.hidden);
     t.x.clear(kSideBlock);
     const Destination out{row_address(x.out, p.dtype, head.b, head.h, q.first), p.dtype, x.out.row, p.value_dim};
     const int64_t tiles = score_tiles(q.vectors, min(kSideBlock, call.y_length())) * call.blocks.key_blocks;
@@ -352,8 +231,12 @@ void forward(const BidirectionalParams& params) {
 }  // namespace
 
 void bidirectional_forward(const BidirectionalParams& p) {
-  with_pairs(p.attention.dtype, p.attention.workers.tiles, is_worth_tiles(p.attention),
-             [&](auto pairs) { forward<pairs>(p); });
+  with_pairs(p.attention.dtype, p.attention.workers.tiles, is_worth_tiles(p.attention), [&](auto pairs) {
+    if constexpr (pairs) {
+      if (p.attention.workers.tiles != TileUnit::none) return TiledForward(p).run();
+    }
+    forward<pairs>(p);
+  });
 }
 
 }  // namespace MMK_ISA

@@ -56,15 +56,21 @@ MMK_NOINLINE inline void round_exponents(const float* scores, float scale, int64
   for (int64_t v = 0; v < vectors; ++v) store(to + v * VW, load(scores + v * VW) * set1(scale));
 }
 
-// Lanes of x that y attends to, as 0 or -inf: [kSideBlock]. Whether any is hidden.
-inline bool hidden_lanes(const BidirectionalParams& p, const QueryBlock& q, int64_t b, float* hidden) {
+// Lanes of a side's block that the other attends to, as 0 or -inf: [kSideBlock]; the mask is that of the block's rows.
+// Whether any is hidden.
+inline bool hidden_lanes(const uint8_t* mask, int64_t count, int64_t vectors, float* hidden) {
   bool any = false;
-  for (int64_t i = 0; i < q.vectors * VW; ++i) {
-    const bool hides = i >= q.count || (p.x_mask != nullptr && p.x_mask[b * q.segment->length + q.first + i] == 0);
+  for (int64_t i = 0; i < vectors * VW; ++i) {
+    const bool hides = i >= count || (mask != nullptr && mask[i] == 0);
     hidden[i] = hides ? -kInfinity : 0.f;
     any |= hides;
   }
   return any;
+}
+
+// Rows of a block of x that y attends to, or null: all of them.
+inline const uint8_t* visible_queries(const BidirectionalParams& p, const QueryBlock& q, int64_t b) {
+  return p.x_mask == nullptr ? nullptr : p.x_mask + b * q.segment->length + q.first;
 }
 
 // Keys of a block that x attends to, or null: all of them.
